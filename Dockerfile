@@ -1,0 +1,19 @@
+# docker build -t photofinish .
+# docker run --rm --gpus all --shm-size=2g -v "$PWD/data:/photofinish/data" \
+#     -v "$PWD/logs:/photofinish/logs" photofinish ./run.sh
+FROM python:3.12.11-slim-bookworm
+
+# torch.compile needs a C++ compiler on the CPU, and triton one on the GPU; git names the commit.
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends g++ git \
+    && rm -rf /var/lib/apt/lists/*
+
+# The one place where packages are installed; run.sh finds them and installs nothing over them.
+COPY requirements.txt /tmp/requirements.txt
+RUN pip install --no-cache-dir -r /tmp/requirements.txt
+
+RUN useradd --create-home --uid 1000 runner && mkdir /photofinish && chown runner /photofinish
+USER runner
+WORKDIR /photofinish
+COPY --chown=runner . .
+CMD ["./run.sh"]

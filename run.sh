@@ -1,0 +1,113 @@
+#!/usr/bin/env bash
+# ./run.sh [FLAGS]   set up what is missing, get the track's data, train on all GPUs or on the CPU
+# ./run.sh test      set up what is missing, run the linter and the tests
+set -euo pipefail
+root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+
+fail() {
+    echo "error: $*" >&2
+    exit 1
+}
+
+find_python() { # a Python of at least 3.10, the active environment's first
+    local name
+    for name in python3 python python3.13 python3.12 python3.11 python3.10; do
+        if "$name" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+            command -v "$name"
+            return
+        fi
+    done
+    fail "no Python of 3.10 or later on the PATH; install one, for example: apt install python3-venv"
+}
+
+satisfies() { # satisfies PYTHON FILE...: do the installed packages meet every pin?
+    "$1" - "${@:2}" 2>/dev/null <<'PYTHON'
+import sys
+from importlib.metadata import version
+for path in sys.argv[1:]:
+    for line in open(path):
+        name, _, pin = line.partition("#")[0].strip().partition("==")
+        if name and version(name).partition("+")[0] != pin:
+            sys.exit(1)
+PYTHON
+}
+
+set_up() { # set_up FILE...: make $python an interpreter with these requirements
+    local stamp="$root/.venv/installed"
+    if [ -e "$stamp" ] && cat "$@" | cmp -s - "$stamp"; then
+        python="$root/.venv/bin/python"
+        return
+    fi
+    python=$(find_python)
+    if satisfies "$python" "$@"; then
+        return
+    fi
+    echo "setting up $root/.venv (once; a GPU machine downloads some 3 GB)" >&2
+    [ -x "$root/.venv/bin/python" ] || "$python" -m venv "$root/.venv" ||
+        fail "cannot make $root/.venv; on Debian and Ubuntu: apt install python3-venv"
+    python="$root/.venv/bin/python"
+    local flags=() file
+    for file in "$@"; do flags+=(-r "$file"); done
+    rm -f "$stamp"
+    "$python" -m pip install --quiet --disable-pip-version-check "${flags[@]}" >&2 ||
+        fail "pip could not install the requirements (see above); check network and disk, then run this again"
+    cat "$@" >"$stamp"
+}
+
+count_gpus() { # the largest of 1, 2, 4, 8 GPUs that are there and visible; 0 without CUDA
+    local found=0 usable=0 n
+    if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
+        found=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c . || true)
+    elif command -v nvidia-smi >/dev/null; then
+        found=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
+    fi
+    for n in 1 2 4 8; do [ "$n" -le "$found" ] && usable=$n; done
+    echo "$usable"
+}
+
+get_data() { # get_data TRACK: its shards, unless they are there
+    case $1 in
+    embedded)
+        [ -e "$root/data/embedded/embedded_train.bin" ] || "$python" "$root/data/embedded.py" >&2
+        ;;
+    fineweb) "$python" "$root/data/cached_fineweb10B.py" 9 >&2 ;;
+    fineweb_medium) "$python" "$root/data/cached_fineweb10B.py" 32 >&2 ;;
+    esac
+}
+
+if [ "${1:-}" = test ]; then
+    set_up "$root/requirements.txt" "$root/tests/requirements.txt"
+    cd "$root"
+    "$python" -m ruff check .
+    "$python" -m ruff format --check .
+    exec "$python" -m pytest "${@:2}"
+fi
+
+set_up "$root/requirements.txt"
+gpus=$(count_gpus)
+track="" wants_data=yes previous=""
+for flag in "$@"; do
+    [ "$previous" = --track ] && track=$flag
+    case $flag in
+    --track=*) track=${flag#--track=} ;;
+    --train_files* | -h | --help) wants_data=no ;;
+    esac
+    previous=$flag
+done
+chosen=()
+if [ -z "$track" ]; then
+    track=embedded
+    [ "$gpus" = 0 ] || track=fineweb
+    if [ $track = fineweb ] && [ $wants_data = yes ] && ! get_data fineweb; then
+        echo "FineWeb cannot be had: training on the embedded track instead" >&2
+        track=embedded
+    fi
+    chosen=(--track "$track")
+fi
+[ $wants_data = no ] || get_data "$track" || fail "the data of track $track is missing (see above)"
+
+if [ "$gpus" = 0 ]; then
+    exec "$python" "$root/train_gpt.py" "${chosen[@]}" "$@"
+fi
+exec "$python" -m torch.distributed.run --standalone --nproc_per_node="$gpus" \
+    "$root/train_gpt.py" "${chosen[@]}" "$@"

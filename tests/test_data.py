@@ -1,0 +1,231 @@
+import dataclasses
+import hashlib
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from conftest import START, documents
+
+from data.shards import ShardError, check_tokens, open_shard, write_shard
+from train_gpt import (
+    Prefetcher,
+    RunError,
+    check_data,
+    micro_batches,
+    row_starts,
+    validation_batches,
+    visible_keys,
+)
+
+
+def rank(index: int, world_size: int):
+    return SimpleNamespace(
+        rank=index, world_size=world_size, is_gpu=False, device=torch.device("cpu")
+    )
+
+
+def test_shard_round_trip_in_the_public_format(tmp_path):
+    tokens = np.array([50256, 0, 1, 65535, 7], np.uint16)
+    write_shard(tmp_path / "a.bin", tokens)
+    raw = (tmp_path / "a.bin").read_bytes()
+    assert np.frombuffer(raw[:12], "<i4").tolist() == [20240520, 1, 5]
+    assert len(raw) == 1024 + 2 * 5
+    assert np.array_equal(open_shard(tmp_path / "a.bin"), tokens)
+    assert [p.name for p in tmp_path.iterdir()] == ["a.bin"]
+
+
+def test_a_failed_write_leaves_no_file(tmp_path):
+    with pytest.raises(ShardError, match="65535"):
+        write_shard(tmp_path / "a.bin", np.array([1, 70000]))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "place, value, message",
+    [(0, 7, "magic"), (1, 2, "version 2"), (2, 99, "truncated"), (2, 0, "truncated")],
+)
+def test_damaged_headers_are_named(tmp_path, place, value, message):
+    path = tmp_path / "bad.bin"
+    write_shard(path, np.arange(50, dtype=np.uint16))
+    raw = bytearray(path.read_bytes())
+    raw[4 * place : 4 * place + 4] = value.to_bytes(4, "little")
+    path.write_bytes(raw)
+    with pytest.raises(ShardError, match=message) as caught:
+        open_shard(path)
+    assert str(path) in str(caught.value) and "./run.sh" in str(caught.value)
+
+
+@pytest.mark.parametrize("size", [0, 500, 1024 + 2 * 50 - 1, 1024 + 2 * 50 + 1])
+def test_files_of_the_wrong_size_are_refused(tmp_path, size):
+    path = tmp_path / "bad.bin"
+    write_shard(path, np.arange(50, dtype=np.uint16))
+    path.write_bytes(path.read_bytes().ljust(size, b"\0")[:size])
+    with pytest.raises(ShardError):
+        open_shard(path)
+
+
+def test_tokens_beyond_the_vocabulary_are_refused(tmp_path):
+    write_shard(tmp_path / "a.bin", np.array([1, 2, 300], np.uint16))
+    assert (
+        check_tokens(tmp_path / "a.bin", 301)[1]
+        == hashlib.sha256(np.array([1, 2, 300], "<u2").tobytes()).hexdigest()
+    )
+    with pytest.raises(ShardError, match="token 300"):
+        check_tokens(tmp_path / "a.bin", 300)
+
+
+def test_rows_start_at_documents_and_leave_out_only_their_cut_ends(tiny_hp):
+    tokens = documents(5, 200)
+    starts = row_starts(tokens, tiny_hp)
+    assert tokens[starts[0]] == START and starts[-1] + tiny_hp.seq_len < len(tokens)
+    for start, following in zip(starts, starts[1:], strict=False):
+        between = tokens[start + tiny_hp.seq_len : following]
+        assert following >= start + tiny_hp.seq_len and START not in between
+        assert len(between) < tiny_hp.seq_len
+        assert tokens[following] == START or len(between) == 0
+    after_last = starts[-1] + tiny_hp.seq_len
+    assert len(tokens) - after_last <= 2 * tiny_hp.seq_len
+
+
+def rows_of(hp, world_size, micro_seqs, seed=0, first_step=0):
+    """[step][row] -> (inputs, targets) as bytes, put together from all ranks in dealt order."""
+    accumulation = hp.batch_tokens // hp.seq_len // (world_size * micro_seqs)
+    ranks = [
+        list(micro_batches(hp, rank(r, world_size), micro_seqs, seed, first_step))
+        for r in range(world_size)
+    ]
+    steps = []
+    for step in range(len(ranks[0]) // accumulation):
+        rows = []
+        for m in range(step * accumulation, (step + 1) * accumulation):
+            for batches in ranks:
+                inputs, targets = batches[m]
+                assert torch.equal(inputs[:, 1:], targets[:, :-1])
+                rows += [row.numpy().tobytes() for row in inputs]
+        steps.append(rows)
+    return steps
+
+
+def test_loader_drops_and_repeats_nothing_over_ranks_and_shards(tiny_hp, shards):
+    expected = []
+    for path in sorted(shards.glob("train_*.bin")):
+        tokens = open_shard(path).astype(np.int64)
+        expected += [tokens[s : s + 64].tobytes() for s in row_starts(tokens, tiny_hp)]
+    steps = rows_of(tiny_hp, world_size=1, micro_seqs=8)
+    seen = [row for rows in steps for row in rows]
+    assert len(seen) == len(expected) // 8 * 8
+    missing = sorted(expected)
+    for row in seen:
+        missing.remove(row)
+    assert len(missing) < 8  # what does not fill a last step
+
+
+@pytest.mark.parametrize("world_size, micro_seqs", [(1, 2), (2, 4), (2, 1), (4, 2), (8, 1)])
+def test_every_number_of_ranks_sees_the_same_global_batches(tiny_hp, world_size, micro_seqs):
+    assert rows_of(tiny_hp, world_size, micro_seqs) == rows_of(tiny_hp, 1, 8)
+
+
+def test_order_depends_on_the_seed_alone(tiny_hp):
+    assert rows_of(tiny_hp, 1, 8, seed=1) == rows_of(tiny_hp, 1, 8, seed=1)
+    assert rows_of(tiny_hp, 1, 8, seed=1) != rows_of(tiny_hp, 1, 8, seed=2)
+
+
+@pytest.mark.parametrize("first_step", [1, 13, 40])
+def test_starting_later_gives_the_later_batches(tiny_hp, first_step):
+    whole = rows_of(tiny_hp, 1, 8)
+    assert len(whole) > 60  # so that 40 steps reach into a later shard
+    assert rows_of(tiny_hp, 1, 8, first_step=first_step) == whole[first_step:]
+
+
+def test_a_second_epoch_has_the_same_rows_in_another_order(tiny_hp):
+    hp = dataclasses.replace(tiny_hp, batch_tokens=64, max_epochs=2)
+    rows = [row for (row,) in rows_of(hp, 1, 1)]
+    half = len(rows) // 2
+    assert sorted(rows[:half]) == sorted(rows[half:]) and rows[:half] != rows[half:]
+
+
+def test_the_prefetcher_hands_over_errors(tiny_hp):
+    def failing():
+        yield torch.zeros(1), torch.zeros(1)
+        raise RunError("the disk is gone")
+
+    pairs = Prefetcher(failing(), rank(0, 1))
+    next(pairs)
+    with pytest.raises(RunError, match="disk is gone"):
+        next(pairs)
+
+
+@pytest.mark.parametrize("spread", [False, True])
+def test_validation_covers_fixed_rows_once_over_ranks(tiny_hp, shards, spread):
+    hp = dataclasses.replace(tiny_hp, val_spread=spread)
+    tokens = open_shard(shards / "val.bin").astype(np.int64)
+    starts = [i * (len(tokens) - 65) // 31 if spread else 64 * i for i in range(32)]
+    expected = [tokens[start : start + 64].tolist() for start in starts]
+    for world_size in (1, 2, 4):
+        seen = []
+        for r in range(world_size):
+            for inputs, targets in validation_batches(hp, rank(r, world_size), 3):
+                assert inputs.shape == targets.shape == (inputs.shape[0], 64)
+                seen += inputs.tolist()
+        assert sorted(seen) == sorted(expected)
+
+
+def test_validation_that_cannot_be_had_is_refused(tiny_hp):
+    too_much = dataclasses.replace(tiny_hp, val_tokens=64 * 10_000)
+    with pytest.raises(RunError, match="validation"):
+        validation_batches(too_much, rank(0, 1), 1)
+    with pytest.raises(RunError, match="3 ranks"):
+        validation_batches(tiny_hp, rank(0, 3), 1)
+
+
+def test_too_few_tokens_are_named_before_training(tiny_hp):
+    with pytest.raises(RunError, match="steps need"):
+        check_data(dataclasses.replace(tiny_hp, num_steps=10_000))
+
+
+def test_data_hash_is_compared(tiny_hp):
+    last = check_data(tiny_hp)[-1]
+    found = last.split()[1]
+    assert "none expected" in last
+    assert "as expected" in check_data(dataclasses.replace(tiny_hp, data_sha256=found))[-1]
+    assert "DIFFERENT" in check_data(dataclasses.replace(tiny_hp, data_sha256="0" * 64))[-1]
+
+
+def test_visible_keys_by_brute_force(tiny_hp):
+    rows = torch.tensor([[START, 1, 2, START, 4, 5, 6, 7]])
+    # keys in reach of a window of 3: 1 2 3 | 1 2 3 3 3
+    assert visible_keys(rows, tiny_hp, 3) == pytest.approx((1 + 2 + 3 + 1 + 2 + 3 + 3 + 3) / 8)
+
+
+def test_embedded_corpus_is_complete_split_and_repeatable(tmp_path):
+    import embedded
+
+    package = tmp_path / "torch"
+    for name, text in {
+        "a.py": "a = 1\n",
+        "copy.py": "a = 1\n",
+        "empty.py": "",
+        "version.py": "v",
+        "testing/t.py": "t",
+        "nn/generated_x.py": "g",
+        "nn/big.py": "x" * 200_001,
+        **{f"nn/m{i}.py": f"m = {i}\n" for i in range(200)},
+    }.items():
+        (package / name).parent.mkdir(parents=True, exist_ok=True)
+        (package / name).write_text(text)
+    names = list(embedded.documents(package))
+    assert names == sorted(["a.py", *(f"nn/m{i}.py" for i in range(200))])
+    counts = embedded.build(tmp_path / "out", package)
+    streams = {n: open_shard(tmp_path / "out" / n) for n in counts}
+    texts = {
+        name: {bytes(part.astype(np.uint8)) for part in np.split(s, np.flatnonzero(s == 256))[1:]}
+        for name, s in streams.items()
+    }
+    both = texts["embedded_train.bin"] | texts["embedded_val.bin"]
+    assert len(both) == 201 and not texts["embedded_train.bin"] & texts["embedded_val.bin"]
+    again = embedded.build(tmp_path / "again", package)
+    assert again == counts
+    for name in counts:
+        first, second = (tmp_path / f / name for f in ("out", "again"))
+        assert first.read_bytes() == second.read_bytes()

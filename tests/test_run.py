@@ -1,0 +1,346 @@
+"""The trainer as its user meets it: a process, its exit code, its log and its messages."""
+
+import hashlib
+import json
+import os
+import re
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, clean_environment, command, losses, only_log, run_section, train
+
+from data.shards import write_shard
+from records.harness import Runtime, StopRequest, Stopwatch, parse_flags, time_to_target
+from train_gpt import PROCESS_START, TRACKS, Hyperparameters, Trainer
+
+
+def start(flags, ranks=1, **changes) -> subprocess.Popen:
+    return subprocess.Popen(
+        command(flags, ranks),
+        env=clean_environment(**changes),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
+def wait_for(folder, pattern: str, process, seconds=90) -> str:
+    """The newest log once it holds pattern."""
+    for _ in range(seconds * 20):
+        for log in folder.glob("*.txt"):
+            if re.search(pattern, run_section(log)):
+                return log
+        assert process.poll() is None, process.stdout.read()
+        time.sleep(0.05)
+    raise AssertionError(f"no {pattern} within {seconds} s")
+
+
+def test_importing_the_file_touches_nothing(tmp_path):
+    script = (
+        "import sys, torch, os, threading; before = set(os.listdir('.')); import train_gpt;"
+        "assert set(os.listdir('.')) == before, 'files';"
+        "assert not torch.cuda.is_initialized(), 'cuda';"
+        "assert not torch.distributed.is_initialized(), 'process group';"
+        "assert threading.active_count() == 1, 'threads'"
+    )
+    environment = clean_environment(PYTHONPATH=str(ROOT), PYTHONDONTWRITEBYTECODE="1")
+    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, check=True)
+
+
+def test_a_run_learns_and_its_log_holds_everything(flags, tmp_path):
+    done = train([*flags, "--num_steps=60", "--target_val_loss=4.0"])
+    assert done.returncode == 0, done.stderr
+    log = only_log(tmp_path)
+    text, lines = log.read_text(), log.read_text().splitlines()
+    result = dict(pair.split(":", 1) for pair in lines[-1].split()[1:])
+    assert lines[-1].startswith("result status:success") and done.stdout.rstrip() == "\n".join(
+        [*done.stdout.splitlines()[:-1], lines[-1]]
+    )
+    seen = losses(log)
+    assert float(seen["val", 0]) == pytest.approx(np.log(64), abs=0.05)
+    assert float(seen["val", 60]) < 3.0 and result["val_loss"] == seen["val", 60]
+    assert all(("train", step) in seen for step in range(1, 61))
+    above = text.rpartition(" sha256:")[0].rpartition("result ")[0]
+    assert hashlib.sha256(above.encode()).hexdigest() == result["sha256"]
+    source = (ROOT / "train_gpt.py").read_text()
+    assert f"=== source train_gpt.py lines:{len(source.splitlines())} sha256:" in lines[0]
+    assert text.partition("\n")[2].startswith(source)
+    for name in ("config", "environment", "git", "data", "run"):
+        assert re.search(rf"^=== {name}\b", text, re.M)
+    assert re.search(r"^overrides: .*\bnum_steps\b", text, re.M) and "\nnum_steps: 60\n" in text
+    assert len(re.findall(r"^train_shard: \S+ tokens:\d+ sha256:[0-9a-f]{64}$", text, re.M)) == 3
+
+
+def test_timed_and_untimed_seconds_add_up_to_the_wall_time(flags, tmp_path):
+    before = time.perf_counter()
+    train(flags)
+    wall = time.perf_counter() - before
+    ledger = re.search(r"^ledger: (.*) total:([\d.]+)s$", only_log(tmp_path).read_text(), re.M)
+    accounts = [float(pair.split(":")[1][:-1]) for pair in ledger[1].split()]
+    assert sum(accounts) == pytest.approx(float(ledger[2]), abs=0.01)
+    assert float(ledger[2]) < wall  # a bound from outside; interpreter start and exit are beyond it
+
+
+def test_warm_up_leaves_no_trace(tiny_hp):
+    class NoLog:
+        def line(self, *args, **kwargs):
+            pass
+
+    def trainer(warm: bool):
+        rt = Runtime()
+        options = parse_flags(["--compile=false"], TRACKS, "embedded", "")[2]
+        made = Trainer(tiny_hp, options, rt, Stopwatch(PROCESS_START, rt.synchronize), NoLog())
+        if warm:
+            made.warm_up()
+        return made
+
+    warm, cold = trainer(True), trainer(False)
+    from train_gpt import micro_batches
+
+    batches = [micro_batches(tiny_hp, cold.rt, cold.micro_seqs, 0, 0) for _ in range(2)]
+    for step in range(3):
+        assert torch.equal(warm.update(step, batches[0]), cold.update(step, batches[1]))
+    for name, tensor in cold.state().items():
+        assert torch.equal(tensor, warm.state()[name]), name
+
+
+def test_two_ranks_give_the_losses_of_one(flags, tmp_path):
+    flags = [*flags, "--num_steps=50"]
+    for ranks in (1, 2):
+        done = train([*flags, f"--log_dir={tmp_path}/{ranks}"], ranks)
+        assert done.returncode == 0, done.stderr
+    one, two = (losses(only_log(tmp_path / str(ranks))) for ranks in (1, 2))
+    assert one.keys() == two.keys() and len(one) == 56
+    for key, loss in one.items():
+        assert abs(float(loss) - float(two[key])) < 1e-3, key
+
+
+def test_killing_a_rank_ends_the_other_with_a_message(flags, tmp_path):
+    process = start([*flags, "--num_steps=400", "--max_epochs=9"], ranks=2)
+    wait_for(tmp_path, r"step:5/400", process)
+    children = subprocess.run(
+        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
+    ).stdout.split()
+    os.kill(int(children[-1]), signal.SIGKILL)
+    output, _ = process.communicate(timeout=30)
+    assert process.returncode != 0
+    assert "lost contact with another rank" in output
+    assert "status:aborted" in only_log(tmp_path).read_text()
+
+
+def test_killed_runs_resume_to_the_same_digits(flags, tmp_path):
+    flags = [*flags, "--num_steps=60", "--max_epochs=2"]
+    whole = tmp_path / "whole"
+    assert train([*flags, f"--log_dir={whole}"]).returncode == 0
+    process = start([*flags, "--save_every=7", f"--log_dir={tmp_path}/killed"])
+    log = wait_for(tmp_path / "killed", r"checkpoint: \S+ step:21\n", process)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    assert "result" not in run_section(log)
+    resumed = tmp_path / "resumed"
+    done = train([*flags, f"--log_dir={resumed}", f"--resume={log.with_suffix('.pt')}"])
+    assert done.returncode == 0, done.stderr
+    expected, found = losses(only_log(whole)), losses(only_log(resumed))
+    assert len(found) >= 35
+    assert found == {key: expected[key] for key in found}
+    assert re.search(r"resumed_from:\d\d", only_log(resumed).read_text())
+
+
+@pytest.mark.parametrize("number, ranks", [(signal.SIGINT, 1), (signal.SIGTERM, 1)])
+def test_interrupted_runs_save_a_checkpoint_and_say_aborted(flags, tmp_path, number, ranks):
+    process = start([*flags, "--num_steps=400", "--max_epochs=9"], ranks)
+    log = wait_for(tmp_path, r"step:5/400", process)
+    os.killpg(process.pid, number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == 128 + number, output
+    assert re.search(r"^result status:aborted", log.read_text(), re.M)
+    saved = torch.load(log.with_suffix(".pt"), weights_only=True)
+    assert saved["step"] >= 5 and not list(tmp_path.glob("*.part"))
+
+
+def test_two_ranks_agree_on_the_step_at_which_they_stop(flags, tmp_path):
+    process = start([*flags, "--num_steps=400", "--max_epochs=9"], ranks=2)
+    log = wait_for(tmp_path, r"step:5/400", process)
+    os.killpg(process.pid, signal.SIGINT)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert re.search(r"^result status:aborted", log.read_text(), re.M), output
+    assert log.with_suffix(".pt").exists()
+
+
+def test_a_diverging_run_stops(flags, tmp_path):
+    done = train([*flags, "--num_steps=300", "--max_epochs=9", "--head_lr=1e30"])
+    assert done.returncode == 1
+    last = only_log(tmp_path).read_text().splitlines()[-1]
+    assert last.startswith("result status:diverged") and "steps:300" not in last
+
+
+def refused(done, *messages):
+    assert done.returncode not in (0, None), done.stdout
+    assert "Traceback" not in done.stderr, done.stderr
+    for message in messages:
+        assert re.search(message, done.stderr), done.stderr
+
+
+@pytest.mark.parametrize(
+    "flag, message",
+    [
+        ("--train_files=/nowhere/*.bin", r"no shards match /nowhere/\*\.bin; run: \./run\.sh"),
+        ("--vocab_size=40", r"holds token \d+, but the vocabulary ends at 39"),
+        ("--num_steps=99999", r"steps need"),
+        ("--val_tokens=640000", r"validation"),
+        ("--batch_tokens=100", r"--batch_tokens 100 is not a multiple of --seq_len 64"),
+        ("--micro_batch_seqs=3", r"--micro_batch_seqs"),
+        ("--num_steps=-1", r"--num_steps -1 is out of range"),
+        ("--muon_lr=nan", r"--muon_lr nan is out of range"),
+        ("--num_steps=many", r"invalid int value: 'many'"),
+        ("--compile=maybe", r"invalid boolean value"),
+        ("--no_such_flag=1", r"unrecognized arguments: --no_such_flag"),
+        ("--track=mars", r"invalid choice: 'mars'"),
+        ("--log_dir=/proc/nowhere", r"/proc/nowhere"),
+        ("--resume=/nowhere.pt", r"/nowhere\.pt is no usable checkpoint"),
+        ("--window_pattern=SX", r"--window_pattern"),
+    ],
+)
+def test_bad_flags_and_files_get_one_clear_error(flags, flag, message):
+    refused(train([*flags, flag]), "error: ", message)
+
+
+@pytest.mark.parametrize("damage", ["magic", "truncated", "empty"])
+def test_damaged_shards_get_one_clear_error(flags, tmp_path, damage):
+    path = tmp_path / "train_0.bin"
+    write_shard(path, np.arange(60, dtype=np.uint16))
+    raw = path.read_bytes()
+    path.write_bytes({"magic": b"x" + raw[1:], "truncated": raw[:-1], "empty": b""}[damage])
+    refused(train([*flags, f"--train_files={path}"]), str(path), "run.sh")
+
+
+def test_a_world_size_that_does_not_divide_ends_every_rank(flags):
+    done = train(flags, ranks=3)
+    assert done.returncode != 0 and "cannot be dealt to 3 ranks" in done.stderr
+
+
+def test_an_error_of_one_rank_is_printed_once_and_ends_all(flags):
+    done = train([*flags, "--train_files=/nowhere/*.bin"], ranks=2)
+    assert done.returncode != 0 and done.stderr.count("error: no shards match") == 1
+
+
+def test_a_checkpoint_of_another_run_is_refused_with_the_flags_it_needs(flags, tmp_path):
+    assert train([*flags, "--save_every=10"]).returncode == 0
+    (saved,) = tmp_path.glob("*.pt")
+    done = train([*flags, "--num_steps=30", f"--resume={saved}"])
+    refused(done, r"to resume it, add: --num_steps 20")
+    saved.write_bytes(saved.read_bytes()[:-1000])
+    refused(train([*flags, f"--resume={saved}"]), "is no usable checkpoint")
+
+
+def test_a_full_disk_ends_the_run_with_one_error(flags, tmp_path):
+    """A limit on file size stands for the full disk: both fail in the middle of a write."""
+    assert train(flags).returncode == 0
+    log = only_log(tmp_path)
+    limit = log.stat().st_size - 1500
+    log.unlink()
+    done = subprocess.run(
+        command(flags),
+        env=clean_environment(),
+        capture_output=True,
+        text=True,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+    )
+    refused(done, "File too large", re.escape(str(tmp_path)))
+
+
+def test_a_failed_checkpoint_keeps_the_last_one(flags, tmp_path):
+    def limit():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))
+
+    done = subprocess.run(
+        command([*flags, "--save_every=5"]),
+        env=clean_environment(),
+        capture_output=True,
+        text=True,
+        preexec_fn=limit,
+    )
+    refused(done, r"cannot save \S+\.pt")
+    assert not list(tmp_path.glob("*.part")) and not list(tmp_path.glob("*.pt"))
+
+
+def test_without_a_compiler_the_run_falls_back_to_eager_and_says_so(flags, tmp_path):
+    flags = [flag for flag in flags if flag != "--compile=false"]
+    done = train(flags, CXX="/nowhere/g++")
+    assert done.returncode == 0, done.stderr
+    assert "compile: no C++ compiler" in done.stdout
+    assert "compile: no C++ compiler" in run_section(only_log(tmp_path))
+
+
+def test_help_names_every_hyperparameter_with_its_default():
+    done = train(["--track=fineweb", "--help"])
+    assert done.returncode == 0
+    for name in Hyperparameters.__dataclass_fields__:
+        assert f"--{name} " in done.stdout
+    assert "(default: 524288)" in re.sub(r"\s+", " ", done.stdout)
+
+
+def test_flags_give_typed_overrides_of_the_track():
+    track, hp, options, overrides = parse_flags(
+        ["--num_steps", "7", "--val_spread", "false", "--seed", "3"], TRACKS, "embedded", ""
+    )
+    assert (track, hp.num_steps, hp.val_spread, options.seed) == ("embedded", 7, False, 3)
+    assert overrides == ["num_steps", "val_spread"]
+
+
+def test_time_to_target_is_interpolated():
+    assert time_to_target([(0.0, 5.0), (100.0, 3.0), (200.0, 1.0)], 2.5) == "125ms"
+    assert time_to_target([(0.0, 5.0), (100.0, 3.0)], 2.5) == "none"
+
+
+def test_stopwatch_charges_each_moment_once(monkeypatch):
+    now = [10.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    clock = Stopwatch(0.0, lambda: None)
+    clock.switch("train")
+    now[0] = 13.0
+    with clock.charged_to("validation"):
+        now[0] = 20.0
+        assert clock.train_ms() == 3000
+    now[0] = 21.0
+    assert clock.train_ms() == 4000
+    assert clock.ledger() == "ledger: train:4.000s startup:10.000s validation:7.000s total:21.000s"
+
+
+def test_the_first_signal_in_the_loop_asks_and_the_second_interrupts():
+    stop = StopRequest()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+        stop.signal, stop.deferred = 0, True
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert stop.signal == signal.SIGTERM
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(1)
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def test_files_stay_small_enough_to_read():
+    lines = {p: len((ROOT / p).read_text().splitlines()) for p in ("train_gpt.py",)}
+    assert lines["train_gpt.py"] <= 1000
+    import ast
+
+    tree = ast.parse((ROOT / "train_gpt.py").read_text())
+    longest = {
+        node.name: node.end_lineno - node.lineno + 1
+        for node in ast.walk(tree)
+        if isinstance(node, ast.FunctionDef)
+    }
+    assert max(longest.values()) <= 60, json.dumps(longest)
