@@ -42,6 +42,7 @@ from records.harness import (
     StopRequest,
     Stopwatch,
     calibration,
+    compiled_graphs,
     header_sections,
     knob,
     mfu,
@@ -123,6 +124,13 @@ class Hyperparameters:
                     f"--{whole} {getattr(self, whole)} is not a multiple of "
                     f"--{part} {getattr(self, part)}"
                 )
+        if self.backout_layer >= self.num_layers or self.num_value_embeds > self.num_layers:
+            raise RunError("--backout_layer must lie below, --num_value_embeds up to --num_layers")
+        if self.skip_from >= 0 and not self.skip_from < self.skip_to < self.num_layers:
+            raise RunError(
+                f"--skip_from {self.skip_from} and --skip_to {self.skip_to} must rise and lie "
+                f"below --num_layers {self.num_layers}; no skip: --skip_from -1"
+            )
         if self.head_dim % 4 or not self.window_pattern or set(self.window_pattern) - set("SL"):
             raise RunError("--head_dim must divide by 4, and --window_pattern be of S and L")
 
@@ -134,16 +142,17 @@ TRACKS = {
     "embedded": Hyperparameters(
         train_files="data/embedded/embedded_train.bin",
         val_files="data/embedded/embedded_val.bin",
+        data_sha256="46ee993abd300d89907f21f46b034c6dad65e35e87b50afcdc9668e0617695f9",
         vocab_size=257,
         document_start=256,
         val_tokens=262_144,
         val_seq_len=1024,
         val_spread=True,
-        target_val_loss=1.2097,
-        num_steps=1250,
+        target_val_loss=1.09,
+        num_steps=1400,
         batch_tokens=2048,
         seq_len=128,
-        val_every=125,
+        val_every=100,
         num_layers=2,
         num_heads=4,
         head_dim=32,
@@ -344,7 +353,7 @@ def visible_keys(rows: Tensor, hp: Hyperparameters, window: int) -> float:
 # Shapes: B sequences, T tokens, D model_dim, H heads, K head_dim, M mlp_dim, V vocabulary.
 # The residual stream x is (B, T, D).
 
-BLOCK = 128  # tokens on a side of an attention block
+BLOCK = 128  # tokens on a side of an attention block, Runtime.seq_len_unit
 GATE_DIM = 12  # leading dimensions of the stream that gates read
 
 
@@ -609,8 +618,8 @@ def muon_update(W, G, momentum, second, rate, decay, beta, dtype):
     by its running root mean square at unchanged norm (NorMuon, arXiv 2510.05491); decay only where
     update and weight agree in sign (arXiv 2510.12402).
     """
-    momentum.lerp_(G, 1 - beta)
-    U = orthogonalize(G.lerp(momentum, beta), dtype)
+    momentum.add_((1 - beta) * (G - momentum))
+    U = orthogonalize(G + beta * (momentum - G), dtype)
     second.lerp_((U * U).mean(-1, keepdim=True), 0.1)
     scaled = U * torch.rsqrt(second + 1e-10)
     U_norm, scaled_norm = (x.norm(dim=(-2, -1), keepdim=True) for x in (U, scaled))
@@ -715,6 +724,8 @@ class Trainer:
 
     def __init__(self, hp: Hyperparameters, options: RunOptions, rt: Runtime, clock, log: Log):
         self.hp, self.options, self.rt, self.clock, self.log = hp, options, rt, clock, log
+        if hp.seq_len % rt.seq_len_unit or hp.val_seq_len % rt.seq_len_unit:
+            raise RunError(f"--seq_len and --val_seq_len must divide by {rt.seq_len_unit} here")
         self.micro_seqs = micro_batch_rows(hp, rt, options.micro_batch_seqs)
         self.accumulation = hp.batch_tokens // hp.seq_len // (rt.world_size * self.micro_seqs)
         problem = rt.compiler_problem() if options.compile else "--compile false"
@@ -725,7 +736,7 @@ class Trainer:
         self.optimizers = optimizers(self.model, hp, rt, self.compiled)
         self.loss = self.compiled(self.model)
         self.val = validation_batches(hp, rt, self.micro_seqs * hp.seq_len // hp.val_seq_len or 1)
-        self.step = self.first_step = self.bad_steps = 0
+        self.step = self.first_step = self.bad_steps = self.graphs = 0
         self.curve = []  # (train ms, validation loss)
         self.flops = self.flops_per_token()
         log.line(f"micro_batch_seqs: {self.micro_seqs} accumulation: {self.accumulation}")
@@ -782,17 +793,19 @@ class Trainer:
 
     def warm_up(self):
         """Compile every graph on dummy tokens, then put back every tensor that they changed."""
-        before = {name: p.detach().clone() for name, p in self.model.named_parameters()}
+        before = {f"model.{n}": p.detach().clone() for n, p in self.model.named_parameters()}
         shape = (self.micro_seqs, self.hp.seq_len)
         # Two tensors, for one in both places would be compiled as a case of its own.
         dummies = [torch.zeros(shape, dtype=torch.int64, device=self.rt.device) for _ in range(2)]
         for _ in range(2):
             self.update(0, repeat(dummies))
             self.validation_loss(0, [[torch.zeros_like(t) for t in self.val[0]]])
-        for name, tensor in self.state().items():  # optimizer state was 0 before the first step
-            tensor.copy_(before[name.removeprefix("model.")]) if name.startswith(
-                "model."
-            ) else tensor.zero_()
+        for name, tensor in self.state().items():
+            if name in before:
+                tensor.copy_(before[name])
+            else:  # optimizer state, which is 0 before the first step
+                tensor.zero_()
+        self.graphs = compiled_graphs()
 
     def save(self):
         """Write a checkpoint beside the log, then rename it: a kill leaves the old or the new."""
@@ -818,22 +831,23 @@ class Trainer:
         self.curve, self.clock.carried_ms = saved["curve"], saved["train_ms"]
         self.log.line(f"resumed: {path} step:{self.step}", show=True)
 
-    def report(self, step: int, name: str, loss: float, show: bool = False):
-        train_ms = self.clock.train_ms()
-        times = f"train_time:{train_ms:.0f}ms step_avg:{train_ms / max(step, 1):.2f}ms"
-        self.log.line(f"step:{step}/{self.hp.num_steps} {name}:{loss:.6f} {times}", show)
-
     def validate(self):
         with self.clock.charged_to("validation"):
             loss = self.validation_loss(self.step, self.val)
-        self.curve.append((self.clock.train_ms(), loss))
-        self.report(self.step, "val_loss", loss, show=True)
+        train_ms = self.clock.train_ms()
+        self.curve.append((train_ms, loss))
+        self.log.line(
+            f"step:{self.step}/{self.hp.num_steps} val_loss:{loss:.6f} "
+            f"train_time:{train_ms:.0f}ms step_avg:{train_ms / max(self.step, 1):.2f}ms",
+            show=True,
+        )
 
     def read_pulse(self, step: int, pulse: Tensor, wait) -> str:
         """Log the step whose pulse [loss, stop request] arrives; return a status to end with."""
         wait()
         loss, stop = pulse.tolist()
-        self.report(step, "train_loss", loss)
+        train_ms, num_steps = self.clock.train_ms(), self.hp.num_steps
+        self.log.line(f"step:{step}/{num_steps} train_loss:{loss:.6f} train_time:{train_ms:.0f}ms")
         rate = self.tokens_per_second()
         share = mfu(self.flops * rate, self.rt.device_name, self.rt.world_size)
         self.log.progress(step, f"loss {loss:.4f}, {rate / 1000:.1f}k tokens/s, MFU {share}")
@@ -882,6 +896,7 @@ class Trainer:
             f"flops_per_token:{self.flops:.4g} "
             f"mfu:{mfu(self.flops * rate, self.rt.device_name, self.rt.world_size)} "
             f"peak_memory:{self.rt.peak_memory_mib()}MiB cpu_share:{clock.cpu_share():.2f} "
+            f"recompiled:{compiled_graphs() - self.graphs} "
             f"seed:{self.options.seed} overrides:{len(overrides)} resumed_from:{self.first_step}"
         )
 
@@ -913,6 +928,9 @@ def run(track, hp, options, overrides, rt: Runtime, stop: StopRequest) -> int:
             trainer.resume(options.resume)
         status = trainer.train(stop)
         log.line(calibration(rt.device, rt.matmul_dtype, rt.synchronize))
+        if warning := rt.contention(clock.cpu_share()):
+            log.line(f"warning: {warning}", show=True)
+        rt.close()
     except torch.OutOfMemoryError:
         rows = trainer.micro_seqs if trainer else 1
         raise RunError(

@@ -20,6 +20,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import sysconfig
 import time
 import uuid
 from contextlib import contextmanager
@@ -29,6 +30,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch._dynamo.utils
 import torch.distributed as dist
 from torch import Tensor
 from tqdm import tqdm
@@ -88,7 +90,8 @@ def parse_flags(argv: list[str], tracks: dict, default_track: str, description: 
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--track", default=default_track)
     track = first.parse_known_args(argv)[0].track
-    parser = argparse.ArgumentParser(description=description, allow_abbrev=False)
+    usage = "%(prog)s [--track NAME] [--FLAG VALUE]...    (all flags: --help)"
+    parser = argparse.ArgumentParser(usage=usage, description=description, allow_abbrev=False)
     parser.add_argument("--track", choices=tracks, help=f"sets the defaults below; now: {track}")
     for defaults in (tracks.get(track) or next(iter(tracks.values())), RunOptions()):
         group = parser.add_argument_group(type(defaults).__name__, type(defaults).__doc__)
@@ -142,6 +145,7 @@ class Runtime:
         fast_bf16 = self.is_gpu or torch.cpu._is_amx_tile_supported()
         self.matmul_dtype = torch.bfloat16 if fast_bf16 else torch.float32
         self.stream_dtype = torch.bfloat16 if self.is_gpu else torch.float32
+        self.seq_len_unit = 128 if self.is_gpu else 1  # attention works by blocks of this length
         self.steps_in_flight = 1 if self.is_gpu else 0  # begun before the last one's loss is read
         if self.world_size > 1:
             dist.init_process_group("cpu:gloo,cuda:nccl" if self.is_gpu else "gloo")
@@ -168,8 +172,12 @@ class Runtime:
 
     def compiler_problem(self) -> str:
         """Why torch.compile cannot work here; empty where it can."""
-        found = self.is_gpu or shutil.which(os.environ.get("CXX", "g++"))
-        return "" if found else "no C++ compiler; install g++ to train 1.3 times faster"
+        compiler = os.environ.get("CC", "gcc") if self.is_gpu else os.environ.get("CXX", "g++")
+        if not shutil.which(compiler):
+            return f"no compiler {compiler}; for a faster run: apt install g++"
+        if not Path(sysconfig.get_path("include"), "Python.h").exists():
+            return "no Python.h; for a faster run: apt install python3-dev"
+        return ""
 
     def to_host(self, tensor: Tensor):
         """Begin to copy to the host; return (host tensor, function that waits for the copy)."""
@@ -234,6 +242,20 @@ class Runtime:
         with self.contact():
             dist.all_gather_into_tensor(everything, mine)
         bank.copy_(everything[: len(bank)])
+
+    def contention(self, cpu_share: float) -> str:
+        """What to warn of when this process had less than its threads' share of a CPU."""
+        if self.is_gpu or cpu_share > 0.95:
+            return ""
+        return (
+            f"other processes took this CPU (cpu_share {cpu_share:.2f}): the times of this run "
+            "are not comparable; run again on a quiet machine"
+        )
+
+    def close(self):
+        """Leave the group of ranks, when all of them have finished."""
+        if self.world_size > 1:
+            dist.destroy_process_group()
 
     def peak_memory_mib(self) -> int:
         kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -408,6 +430,11 @@ def mfu(flops_per_second: float, device_name: str, devices: int) -> str:
     """Share of the devices' dense bf16 peak; `unknown` for a device that PEAK_BF16_TFLOPS lacks."""
     peaks = [tflops for name, tflops in PEAK_BF16_TFLOPS.items() if name in device_name]
     return f"{flops_per_second / (peaks[-1] * 1e12 * devices):.4f}" if peaks else "unknown"
+
+
+def compiled_graphs() -> int:
+    """Graphs that torch.compile has made so far in this process; it grows when it recompiles."""
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
 
 
 def calibration(device: torch.device, dtype: torch.dtype, synchronize) -> str:

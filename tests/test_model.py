@@ -1,3 +1,4 @@
+import dataclasses
 import math
 from types import SimpleNamespace
 
@@ -7,6 +8,8 @@ import torch.nn.functional as F
 from conftest import START, VOCAB
 from torch.nn.attention.flex_attention import flex_attention
 
+import train_gpt
+from records.harness import compiled_graphs
 from train_gpt import GPT, block_mask, dense_mask, norm, rotary_tables, rotate
 
 CPU = SimpleNamespace(stream_dtype=torch.float32, matmul_dtype=torch.float32)
@@ -144,3 +147,19 @@ def test_every_parameter_gets_a_gradient(tiny_hp):
     model, inputs = randomized(tiny_hp), tokens(2, 64)
     model(inputs, inputs.roll(-1, 1), torch.tensor(48)).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
+
+
+def test_one_compiled_graph_with_flex_attention_serves_every_window(tiny_hp, monkeypatch):
+    """The GPU's path of the model as torch.compile captures it, forward only, run on the CPU."""
+    hp = dataclasses.replace(tiny_hp, seq_len=256)
+    model, inputs = randomized(hp), tokens(2, 256)
+    windows = [torch.tensor(w) for w in (16, 100, 256)]
+    with torch.no_grad():
+        expected = [model.logits(inputs, window) for window in windows]
+        monkeypatch.setattr(train_gpt, "attention_mask", block_mask)
+        compiled = torch.compile(model.logits, fullgraph=True, dynamic=False, backend="aot_eager")
+        before = compiled_graphs()
+        found = [compiled(inputs, window) for window in windows]
+    assert compiled_graphs() == before + 1
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)

@@ -207,6 +207,8 @@ def refused(done, *messages):
         ("--log_dir=/proc/nowhere", r"/proc/nowhere"),
         ("--resume=/nowhere.pt", r"/nowhere\.pt is no usable checkpoint"),
         ("--window_pattern=SX", r"--window_pattern"),
+        ("--skip_to=4", r"no skip: --skip_from -1"),
+        ("--backout_layer=4", r"--backout_layer"),
     ],
 )
 def test_bad_flags_and_files_get_one_clear_error(flags, flag, message):
@@ -276,8 +278,8 @@ def test_without_a_compiler_the_run_falls_back_to_eager_and_says_so(flags, tmp_p
     flags = [flag for flag in flags if flag != "--compile=false"]
     done = train(flags, CXX="/nowhere/g++")
     assert done.returncode == 0, done.stderr
-    assert "compile: no C++ compiler" in done.stdout
-    assert "compile: no C++ compiler" in run_section(only_log(tmp_path))
+    assert "compile: no compiler /nowhere/g++" in done.stdout
+    assert "compile: no compiler" in run_section(only_log(tmp_path))
 
 
 def test_help_names_every_hyperparameter_with_its_default():
