@@ -93,6 +93,7 @@ class Hyperparameters:
     logit_cap: float = knob(15.0, "logits stay between plus and minus this", 1)
     num_value_embeds: int = knob(3, "value-embedding tables, on the first and the last layers")
     bigram_rows: int = knob(0, "rows of the hashed table of token pairs; 0: none")
+    key_offset: bool = knob(False, "in long layers half of a key is the token before's")
     shift_taps: int = knob(0, "tokens before it that are mixed into each token at every sublayer")
     skip_from: int = knob(3, "layer whose output is kept; -1: no skip", -1)
     skip_to: int = knob(8, "layer to whose input it is added", -1)
@@ -137,6 +138,11 @@ class Hyperparameters:
     def window_kind(self, layer: int) -> str:
         return self.window_pattern[layer % len(self.window_pattern)]
 
+    def value_table(self, layer: int) -> int | None:
+        """Which value-embedding table a layer adds: the first n layers and the last n have one."""
+        count, from_end = self.num_value_embeds, layer - self.num_layers
+        return layer if layer < count else count + from_end if from_end >= -count else None
+
 
 TRACKS = {
     "embedded": Hyperparameters(
@@ -148,11 +154,11 @@ TRACKS = {
         val_tokens=262_144,
         val_seq_len=1024,
         val_spread=True,
-        target_val_loss=1.09,
-        num_steps=1400,
+        target_val_loss=0.97,
+        num_steps=1250,
         batch_tokens=2048,
-        seq_len=128,
-        val_every=100,
+        seq_len=256,
+        val_every=125,
         num_layers=2,
         num_heads=4,
         head_dim=32,
@@ -161,17 +167,19 @@ TRACKS = {
         attn_scale=0.2386,
         num_value_embeds=0,
         bigram_rows=16384,
+        key_offset=True,
         shift_taps=3,
         skip_from=-1,
         skip_to=-1,
         backout_layer=-1,
         window_pattern="L",
-        window_start=128,
-        window_end=128,
+        window_start=256,
+        window_end=256,
         window_stages=1,
+        muon_lr=0.02,
         embed_lr=0.02,
         table_lr=0.06,
-        scalar_lr=0.01,
+        scalar_lr=0.02,
         warmup_frac=0.02,
         final_lr_frac=0.0,
         momentum_warmup=3000,
@@ -447,17 +455,25 @@ def parameter_if(wanted, initial: Tensor) -> nn.Parameter | None:
 class Attention(nn.Module):
     """QK-normed rotary attention; o is stored (in, out) so that all four share one shape."""
 
-    def __init__(self, hp: Hyperparameters, dtype: torch.dtype, has_value_embed: bool):
+    def __init__(self, hp: Hyperparameters, dtype: torch.dtype, layer: int):
         super().__init__()
         self.heads, self.scale, self.dtype = hp.num_heads, hp.attn_scale, dtype
+        self.offset_keys = hp.key_offset and hp.window_kind(layer) == "L"
+        has_value_embed = hp.value_table(layer) is not None
         self.qkvo = nn.Parameter(torch.empty(4, hp.num_heads * hp.head_dim, hp.model_dim))
         self.value_gate = parameter_if(has_value_embed, torch.zeros(hp.num_heads, GATE_DIM))
 
-    def forward(self, x: Tensor, value_BTHK: Tensor | None, cos, sin, mask) -> Tensor:
+    def forward(
+        self, x: Tensor, value_BTHK: Tensor | None, cos, sin, mask, before_BT1: Tensor
+    ) -> Tensor:
+        """value: added to v, or None; before: 1 where the token before is of the same document."""
         B, T, _ = x.shape
         qkv, o = self.qkvo.split([3, 1])
         q, k, v = linear(x, qkv.flatten(0, 1), self.dtype).view(B, T, 3, self.heads, -1).unbind(2)
         q, k = rotate(norm(q), cos, sin), rotate(norm(k), cos, sin)
+        if self.offset_keys:  # a query can then find what followed its own token
+            turned, fixed = k.chunk(2, dim=-1)
+            k = torch.cat([turned, fixed.roll(1, 1) * before_BT1[..., None]], dim=-1)
         if value_BTHK is not None:  # arXiv 2410.17897, gated; the gate is 1 at the start
             gate_BTH = 2 * torch.sigmoid(F.linear(x[..., :GATE_DIM], self.value_gate.type_as(x)))
             v = v + gate_BTH[..., None] * value_BTHK
@@ -494,16 +510,16 @@ def shifted(x: Tensor, taps_JD: Tensor, reach_JBT1: Tensor) -> Tensor:
 class Block(nn.Module):
     """Attention and MLP on the residual stream, into which the first stream x0 flows again."""
 
-    def __init__(self, hp: Hyperparameters, dtype: torch.dtype, has_value_embed: bool):
+    def __init__(self, hp: Hyperparameters, dtype: torch.dtype, layer: int):
         super().__init__()
-        self.attn, self.mlp = Attention(hp, dtype, has_value_embed), MLP(hp, dtype)
+        self.attn, self.mlp = Attention(hp, dtype, layer), MLP(hp, dtype)
         self.mix = nn.Parameter(torch.tensor([1.0, 0.0]))  # weights of x and x0
         self.taps = parameter_if(hp.shift_taps, torch.zeros(2, hp.shift_taps, hp.model_dim))
 
     def forward(self, x: Tensor, x0: Tensor, value_BTHK, cos, sin, mask, reach_JBT1) -> Tensor:
         mix = self.mix.type_as(x)
         x = mix[0] * x + mix[1] * x0
-        x = x + self.attn(self.read(x, 0, reach_JBT1), value_BTHK, cos, sin, mask)
+        x = x + self.attn(self.read(x, 0, reach_JBT1), value_BTHK, cos, sin, mask, reach_JBT1[0])
         return x + self.mlp(self.read(x, 1, reach_JBT1))
 
     def read(self, x: Tensor, sublayer: int, reach_JBT1: Tensor) -> Tensor:
@@ -522,10 +538,7 @@ class GPT(nn.Module):
         width, count = hp.num_heads * hp.head_dim, hp.num_value_embeds
         self.value_embeds = parameter_if(count, 0.01 * torch.randn(count, hp.vocab_size, width))
         self.bigram = parameter_if(hp.bigram_rows, torch.zeros(hp.bigram_rows, hp.model_dim))
-        self.blocks = nn.ModuleList(
-            Block(hp, rt.matmul_dtype, self.value_table(i) is not None)
-            for i in range(hp.num_layers)
-        )
+        self.blocks = nn.ModuleList(Block(hp, rt.matmul_dtype, i) for i in range(hp.num_layers))
         self.lm_head = nn.Parameter(torch.zeros(hp.vocab_size, hp.model_dim))
         self.smear = nn.Parameter(torch.zeros(GATE_DIM + 1))  # gate weights, then strength
         self.skip_gate = parameter_if(hp.skip_from >= 0, torch.tensor(-1.5))
@@ -534,11 +547,6 @@ class GPT(nn.Module):
         for block in self.blocks:
             block.attn.qkvo.data.uniform_(-bound, bound)[3].zero_()
             block.mlp.up_down.data.uniform_(-bound, bound)[1].zero_()
-
-    def value_table(self, layer: int) -> int | None:
-        """Index of the value embedding that a layer adds: the first n layers, then the last n."""
-        count, from_end = self.hp.num_value_embeds, layer - self.hp.num_layers
-        return layer if layer < count else count + from_end if from_end >= -count else None
 
     def embed_tokens(self, inputs_BT: Tensor, continues_BT1: Tensor) -> Tensor:
         """Embedding plus hashed pair (arXiv 1709.03933); each token smeared with the one before.
@@ -571,7 +579,7 @@ class GPT(nn.Module):
         for i, block in enumerate(self.blocks):
             if i == hp.skip_to and kept is not None:
                 x = x + torch.sigmoid(self.skip_gate).type_as(x) * kept
-            table, value_BTHK = self.value_table(i), None
+            table, value_BTHK = hp.value_table(i), None
             if table is not None:
                 rows = self.value_embeds[table][inputs_BT].type_as(x)
                 value_BTHK = rows.view(B, T, hp.num_heads, hp.head_dim)

@@ -35,6 +35,7 @@ TINY = dict(
     num_value_embeds=1,
     bigram_rows=128,
     shift_taps=2,
+    key_offset=True,
     skip_from=1,
     skip_to=3,
     backout_layer=2,

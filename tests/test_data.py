@@ -9,9 +9,13 @@ from conftest import START, documents
 
 from data.shards import ShardError, check_tokens, open_shard, write_shard
 from train_gpt import (
+    TRACKS,
     Prefetcher,
     RunError,
+    bytes_per_token,
     check_data,
+    fixed_bytes,
+    micro_batch_rows,
     micro_batches,
     row_starts,
     validation_batches,
@@ -229,3 +233,14 @@ def test_embedded_corpus_is_complete_split_and_repeatable(tmp_path):
     for name in counts:
         first, second = (tmp_path / f / name for f in ("out", "again"))
         assert first.read_bytes() == second.read_bytes()
+
+
+@pytest.mark.parametrize("gib, rows", [(24, 1), (40, 2), (80, 4), (141, 8)])
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+def test_micro_batch_of_fineweb_follows_the_memory(gib, rows, world_size):
+    gpu = SimpleNamespace(memory_bytes=gib * 2**30, world_size=world_size)
+    found = micro_batch_rows(TRACKS["fineweb"], gpu, 0)
+    assert found == rows
+    total = fixed_bytes(TRACKS["fineweb"]) + rows * 16384 * bytes_per_token(TRACKS["fineweb"])
+    assert total < 0.9 * gib * 2**30
+    assert micro_batch_rows(TRACKS["fineweb"], gpu, 1) == 1

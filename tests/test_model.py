@@ -125,11 +125,11 @@ def test_other_documents_do_not_change_logits(tiny_hp):
 
 
 def test_tokens_beyond_every_window_do_not_change_logits(tiny_hp):
-    """What 2 short and 2 long windows, 8 sublayers of 2 taps, smear and pair cannot reach."""
+    """What 2 short and 2 long windows, 8 sublayers of 2 taps, keys, smear and pair cannot reach."""
     model, window = randomized(tiny_hp), 8
     inputs = tokens(1, 64) % START
     before = model.logits(inputs, torch.tensor(window))
-    reach = 2 * (window // 2 - 1) + 2 * (window - 1) + 8 * 2 + 2
+    reach = 2 * (window // 2 - 1) + 2 * (window - 1) + 8 * 2 + 2 + 2
     changed = inputs.clone()
     changed[0, 0] = (changed[0, 0] + 1) % START
     after = model.logits(changed, torch.tensor(window))
