@@ -445,13 +445,13 @@ def calibration(device: torch.device, dtype: torch.dtype, synchronize) -> str:
     target, medians = torch.empty_like(source), []
     for work in (lambda: a @ a, lambda: target.copy_(source)):
         seconds = []
-        for _ in range(5):
+        while sum(seconds) < 0.3:  # long enough for caches and clocks to settle
             synchronize()
             start = time.perf_counter()
             work()
             synchronize()
             seconds.append(time.perf_counter() - start)
-        medians.append(sorted(seconds)[2])
+        medians.append(sorted(seconds)[len(seconds) // 2])
     tflops, gb_per_s = 2e-12 * size**3 / medians[0], 8e-9 * count / medians[1]
     return f"calibration: matmul_tflops:{tflops:.3f} copy_gb_per_s:{gb_per_s:.1f}"
 
