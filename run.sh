@@ -3,6 +3,12 @@
 # ./run.sh test      set up what is missing, run the linter and the tests
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+venv="$root/.venv"
+case $root in
+*[[:space:]]*) # torch.compile cannot link against a torch that lies below such a path
+    venv="${XDG_CACHE_HOME:-$HOME/.cache}/photofinish/venv_$(cksum <<<"$root" | cut -d' ' -f1)"
+    ;;
+esac
 
 fail() {
     echo "error: $*" >&2
@@ -33,19 +39,19 @@ PYTHON
 }
 
 set_up() { # set_up FILE...: make $python an interpreter with these requirements
-    local stamp="$root/.venv/installed"
+    local stamp="$venv/installed"
     if [ -e "$stamp" ] && cat "$@" | cmp -s - "$stamp"; then
-        python="$root/.venv/bin/python"
+        python="$venv/bin/python"
         return
     fi
     python=$(find_python)
     if satisfies "$python" "$@"; then
         return
     fi
-    echo "setting up $root/.venv (once; a GPU machine downloads some 3 GB)" >&2
-    [ -x "$root/.venv/bin/python" ] || "$python" -m venv "$root/.venv" ||
-        fail "cannot make $root/.venv; on Debian and Ubuntu: apt install python3-venv"
-    python="$root/.venv/bin/python"
+    echo "setting up $venv (once; a GPU machine downloads some 3 GB)" >&2
+    [ -x "$venv/bin/python" ] || "$python" -m venv "$venv" ||
+        fail "cannot make $venv; on Debian and Ubuntu: apt install python3-venv"
+    python="$venv/bin/python"
     local flags=() file
     for file in "$@"; do flags+=(-r "$file"); done
     rm -f "$stamp"

@@ -35,6 +35,7 @@ from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 from data.shards import check_tokens, find_shards, open_shard
 from records.harness import (
+    COMPILE_ERRORS,
     Log,
     RunError,
     RunOptions,
@@ -802,18 +803,29 @@ class Trainer:
     def warm_up(self):
         """Compile every graph on dummy tokens, then put back every tensor that they changed."""
         before = {f"model.{n}": p.detach().clone() for n, p in self.model.named_parameters()}
-        shape = (self.micro_seqs, self.hp.seq_len)
-        # Two tensors, for one in both places would be compiled as a case of its own.
-        dummies = [torch.zeros(shape, dtype=torch.int64, device=self.rt.device) for _ in range(2)]
-        for _ in range(2):
-            self.update(0, repeat(dummies))
-            self.validation_loss(0, [[torch.zeros_like(t) for t in self.val[0]]])
+        try:
+            self.run_on_dummies()
+        except COMPILE_ERRORS as error:
+            reason = str(error).strip().splitlines()[0]
+            self.log.line(f"compile: failed, so this run is slower ({reason})", show=True)
+            self.loss = self.model
+            self.optimizers = optimizers(self.model, self.hp, self.rt, lambda update: update)
+            self.run_on_dummies()
         for name, tensor in self.state().items():
             if name in before:
                 tensor.copy_(before[name])
             else:  # optimizer state, which is 0 before the first step
                 tensor.zero_()
         self.graphs = compiled_graphs()
+
+    def run_on_dummies(self):
+        shape = (self.micro_seqs, self.hp.seq_len)
+        # Two tensors, for one in both places would be compiled as a case of its own.
+        dummies = [torch.zeros(shape, dtype=torch.int64, device=self.rt.device) for _ in range(2)]
+        self.model.zero_grad(set_to_none=True)
+        for _ in range(2):
+            self.update(0, repeat(dummies))
+            self.validation_loss(0, [[torch.zeros_like(t) for t in self.val[0]]])
 
     def save(self):
         """Write a checkpoint beside the log, then rename it: a kill leaves the old or the new."""

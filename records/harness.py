@@ -33,6 +33,8 @@ import torch
 import torch._dynamo.utils
 import torch.distributed as dist
 from torch import Tensor
+from torch._dynamo.exc import TorchDynamoException
+from torch._inductor.exc import InductorError
 from tqdm import tqdm
 
 SCHEMA = 1
@@ -40,6 +42,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PEAK_BF16_TFLOPS = {  # dense, from the makers' data sheets
     "A100": 312, "H100": 989, "H200": 989, "GH200": 989, "B200": 2250, "L40S": 362, "4090": 165,
 }  # fmt: skip
+COMPILE_ERRORS = (TorchDynamoException, InductorError)
 LOGGED_VARIABLES = ("CUDA_", "NCCL_", "TORCH", "PYTORCH_", "OMP_", "GOMP_", "KMP_", "MKL_")
 
 

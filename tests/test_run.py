@@ -282,6 +282,17 @@ def test_without_a_compiler_the_run_falls_back_to_eager_and_says_so(flags, tmp_p
     assert "compile: no compiler" in run_section(only_log(tmp_path))
 
 
+def test_with_a_broken_compiler_the_run_falls_back_to_eager_and_says_so(flags, tmp_path):
+    flags = [flag for flag in flags if flag != "--compile=false"]
+    eager, broken = tmp_path / "eager", tmp_path / "broken"
+    assert train([*flags, "--compile=false", f"--log_dir={eager}"]).returncode == 0
+    cache = str(tmp_path / "cache")
+    done = train([*flags, f"--log_dir={broken}"], CXX="false", TORCHINDUCTOR_CACHE_DIR=cache)
+    assert done.returncode == 0, done.stderr
+    assert "compile: failed, so this run is slower" in done.stdout
+    assert losses(only_log(broken)) == losses(only_log(eager))
+
+
 def test_help_names_every_hyperparameter_with_its_default():
     done = train(["--track=fineweb", "--help"])
     assert done.returncode == 0
