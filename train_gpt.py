@@ -970,7 +970,7 @@ def main() -> int:
         track, hp, options, overrides = parse_flags(
             sys.argv[1:], TRACKS, default_track, __doc__.splitlines()[0]
         )
-        rt = Runtime()
+        rt = Runtime(options.fp32)
         return run(track, hp, options, overrides, rt, stop)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

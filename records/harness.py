@@ -72,6 +72,7 @@ class RunOptions:
     resume: str = knob("", "checkpoint to continue from")
     micro_batch_seqs: int = knob(0, "rows a forward pass of one rank; 0: what fits in memory")
     compile: bool = knob(True, "use torch.compile where it works")
+    fp32: bool = knob(False, "multiply matrices in fp32 even where bf16 is faster")
 
 
 def flag_type(kind: type):
@@ -136,7 +137,7 @@ class Runtime:
     once on one process.
     """
 
-    def __init__(self):
+    def __init__(self, fp32: bool = False):
         self.rank = int(os.environ.get("RANK", 0))
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
         self.is_main, self.is_gpu = self.rank == 0, torch.cuda.is_available()
@@ -146,7 +147,7 @@ class Runtime:
         else:
             torch.set_flush_denormal(True)
         fast_bf16 = self.is_gpu or torch.cpu._is_amx_tile_supported()
-        self.matmul_dtype = torch.bfloat16 if fast_bf16 else torch.float32
+        self.matmul_dtype = torch.bfloat16 if fast_bf16 and not fp32 else torch.float32
         self.stream_dtype = torch.bfloat16 if self.is_gpu else torch.float32
         self.seq_len_unit = 128 if self.is_gpu else 1  # attention works by blocks of this length
         self.steps_in_flight = 1 if self.is_gpu else 0  # begun before the last one's loss is read
