@@ -146,6 +146,9 @@ class Runtime:
             self.use_gpu(int(os.environ.get("LOCAL_RANK", 0)))
         else:
             torch.set_flush_denormal(True)
+            # Two threads would add the gradients of an embedding in an order of their own.
+            torch.use_deterministic_algorithms(True)
+            torch.utils.deterministic.fill_uninitialized_memory = False
         fast_bf16 = self.is_gpu or torch.cpu._is_amx_tile_supported()
         self.matmul_dtype = torch.bfloat16 if fast_bf16 and not fp32 else torch.float32
         self.stream_dtype = torch.bfloat16 if self.is_gpu else torch.float32
