@@ -43,7 +43,7 @@ def test_orthogonalize_keeps_singular_vectors_and_levels_singular_values(shape, 
 def test_muon_update_equals_its_definition_in_fp64_with_an_exact_svd():
     torch.manual_seed(1)
     W, G = torch.randn(2, 24, 12), torch.randn(2, 24, 12)
-    momentum, second = torch.randn(2, 24, 12), 0.5 + torch.rand(2, 24, 1)
+    momentum, second = torch.randn(2, 24, 12), 2 + 4 * torch.rand(2, 24, 1)
     rate, beta = 0.1, 0.9
     m = beta * momentum.double() + (1 - beta) * G.double()
     nesterov = (1 - beta) * G.double() + beta * m
