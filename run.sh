@@ -15,15 +15,15 @@ fail() {
     exit 1
 }
 
-find_python() { # a Python of at least 3.10, the active environment's first
+find_python() { # a Python of at least 3.11, the active environment's first
     local name
-    for name in python3 python python3.13 python3.12 python3.11 python3.10; do
-        if "$name" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; then
+    for name in python3 python python3.14 python3.13 python3.12 python3.11; do
+        if "$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
             command -v "$name"
             return
         fi
     done
-    fail "no Python of 3.10 or later on the PATH; install one, for example: apt install python3-venv"
+    fail "no Python of 3.11 or later on the PATH; install one, for example: apt install python3-venv"
 }
 
 satisfies() { # satisfies PYTHON FILE...: do the installed packages meet every pin?
