@@ -861,6 +861,7 @@ class Trainer:
             f"train_time:{train_ms:.0f}ms step_avg:{train_ms / max(self.step, 1):.2f}ms",
             show=True,
         )
+        self.log.check()
 
     def read_pulse(self, step: int, pulse: Tensor, wait) -> str:
         """Log the step whose pulse [loss, stop request] arrives; return a status to end with."""
@@ -937,7 +938,7 @@ def run(track, hp, options, overrides, rt: Runtime, stop: StopRequest) -> int:
                   **dataclasses.asdict(hp), **dataclasses.asdict(options)}  # fmt: skip
         device = {"device": rt.device_name, "world_size": rt.world_size,
                   "matmul_dtype": rt.matmul_dtype, "stream_dtype": rt.stream_dtype}  # fmt: skip
-        header_sections(log, SOURCES, config, device)
+        rt.on_main(lambda: header_sections(log, SOURCES, options.source_dir, config, device))
         log.section("data", rt.on_main(lambda: check_data(hp)))
         log.section("run")
         log.line(calibration(rt.device, rt.matmul_dtype, rt.synchronize))

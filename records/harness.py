@@ -4,8 +4,9 @@ Every hyperparameter is a dataclass field and a flag. The clock charges every mo
 to one account, so that timed and untimed seconds add up to its wall time. The log is one text file
 for people and programs, written line by line: sections `=== name ===` in the order source, config,
 environment, git, data, run; then the lines `step:N/M val_loss:X train_time:Yms step_avg:Zms`; last
-the line `result ...`, which ends with the sha256 of everything above it. A section of source or
-git diff names its number of lines, so that a parser can step over it.
+the line `result ...`, which ends with the sha256 of everything above it. A line `check:` holds the
+first digits of that hash so far, to tell where a log was changed. A section of source or git diff
+names its number of lines, so that a parser can step over it.
 """
 
 import argparse
@@ -67,7 +68,9 @@ class RunOptions:
 
     seed: int = knob(0, "seed of the initial weights and of the order of rows")
     slug: str = knob("run", "word in the log's name that says what was tried")
-    log_dir: str = knob(str(ROOT / "logs"), "folder of logs and checkpoints")
+    log_dir: str = knob("", "folder of logs and checkpoints; empty: logs, beside train_gpt.py")
+    source_dir: str = knob("", "folder that keeps the source once for many logs; empty: each log")
+    declared_runs: int = knob(0, "runs that this attempt was declared to have; 0: not declared")
     save_every: int = knob(0, "steps between checkpoints; 0: only when interrupted")
     resume: str = knob("", "checkpoint to continue from")
     micro_batch_seqs: int = knob(0, "rows a forward pass of one rank; 0: what fits in memory")
@@ -107,7 +110,7 @@ def parse_flags(argv: list[str], tracks: dict, default_track: str, description: 
             )
     given = vars(parser.parse_args(argv))
     given.pop("track")
-    for name in ("train_files", "val_files", "log_dir", "resume"):
+    for name in ("train_files", "val_files"):
         given |= {name: os.path.abspath(given[name])} if name in given else {}
     option_names = {f.name for f in dataclasses.fields(RunOptions)}
     options = RunOptions(**{k: v for k, v in given.items() if k in option_names})
@@ -319,7 +322,7 @@ class Log:
 
     def __init__(self, folder: str, name: str, num_steps: int):
         self.path, self.hash, self.num_steps = (
-            Path(folder) / f"{name}.txt",
+            Path(folder or ROOT / "logs") / f"{name}.txt",
             hashlib.sha256(),
             num_steps,
         )
@@ -346,6 +349,10 @@ class Log:
     def section(self, name: str, lines=()) -> None:
         for text in (f"=== {name} ===", *lines):
             self.line(text)
+        self.check()
+
+    def check(self) -> None:
+        self.line(f"check: {self.hash.hexdigest()[:12]}")
 
     def progress(self, step: int, text: str) -> None:
         if self.bar is not None:
@@ -365,22 +372,42 @@ class Log:
                 self.file.close()
 
 
-def header_sections(log: Log, sources: dict[str, str], config: dict, device: dict) -> None:
+def header_sections(
+    log: Log, sources: dict[str, str], source_dir: str, config: dict, device: dict
+) -> None:
     """Write everything that stands above the data: sources, config, environment, git state.
 
     sources: text by path; config and device: what the trainer knows, one line a key.
     """
     for path, text in sources.items():
         lines, digest = text.splitlines(), hashlib.sha256(text.encode()).hexdigest()
-        log.section(f"source {path} lines:{len(lines)} sha256:{digest}", lines)
+        heading = f"source {path} lines:{len(lines)} sha256:{digest}"
+        if source_dir:
+            kept = keep_source(Path(source_dir, path), text)
+            log.section(f"{heading} kept:{os.path.relpath(kept, log.path.parent)}")
+        else:
+            log.section(heading, lines)
     utc = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     config = {"schema": SCHEMA, "utc": utc, "argv": json.dumps(sys.argv[1:]), **config}
     log.section("config", [f"{key}: {value}" for key, value in config.items()])
     entries = {**device, **environment(on_gpu=torch.cuda.is_available())}
     log.section("environment", [f"{key}: {value}" for key, value in entries.items()])
-    changes = shell("git", "status", "--porcelain", "--untracked-files=no")
-    diff = shell("git", "diff", "HEAD").splitlines() if changes else []
-    log.section(f"git commit:{shell('git', 'rev-parse', 'HEAD') or 'none'} lines:{len(diff)}", diff)
+    commit = shell("git", "rev-parse", "HEAD") or "none"
+    changed = shell("git", "diff", "--name-only", "HEAD", "--", *sources).split()
+    diff = shell("git", "diff", "HEAD", "--", *changed).splitlines() if changed else []
+    diff = [] if source_dir else diff
+    changed = ",".join(changed) or "none"
+    log.section(f"git commit:{commit} changed:{changed} lines:{len(diff)}", diff)
+
+
+def keep_source(path: Path, text: str) -> Path:
+    """Make sure that path holds this text, which logs then name; RunError if it holds another."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    if path.read_text() != text:
+        raise RunError(f"{path} belongs to runs of another source; give a new --source_dir")
+    return path
 
 
 def shell(*command: str) -> str:
