@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "data"))
+sys.path[:0] = [str(ROOT / "data"), str(ROOT / "records")]
 
 from data.shards import write_shard  # noqa: E402
 from train_gpt import TRACKS  # noqa: E402

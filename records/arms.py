@@ -1,0 +1,152 @@
+"""Run the sources of attempts again and again, in an order that a drift of the host cannot bias.
+
+An attempt is a folder: source/ holds the trainer as it was when the attempt began, logs/ one log a
+run. Every run starts from a scratch copy of source/, so that editing train_gpt.py while runs go on
+changes none of them.
+"""
+
+import ast
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from runs import Run, find_logs, read_log
+
+ROOT = Path(__file__).resolve().parent.parent
+ENTRY = "train_gpt.py"
+
+
+class ArmError(Exception):
+    """What cannot be run, and what to do, in words for a person."""
+
+
+@dataclass
+class Arm:
+    """What to run: an attempt's folder, the trainer's flags, and how many processes."""
+
+    folder: Path
+    flags: tuple[str, ...] = ()
+    processes: int = 1
+
+    @property
+    def source(self) -> Path:
+        return self.folder / "source"
+
+    @property
+    def logs(self) -> Path:
+        return self.folder / "logs"
+
+
+def project_files(folder: Path) -> list[str]:
+    """The entry file and every module of the project that it imports, as relative paths."""
+    found, waiting = [], [ENTRY]
+    while waiting:
+        path = waiting.pop()
+        found.append(path)
+        for node in ast.walk(ast.parse((folder / path).read_text())):
+            names = [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            modules = (name.replace(".", "/") + ".py" for name in names)
+            waiting += {m for m in modules if (folder / m).exists() and m not in found + waiting}
+    return sorted(found)
+
+
+def keep_source(origin: Path, arm: Arm) -> None:
+    """Fill an arm's source/ from a checkout, an attempt or a log. It must be new, or the same."""
+    texts = source_texts(origin)
+    if arm.source.exists() and source_texts(arm.source) != texts:
+        raise ArmError(f"{arm.source} holds another source; name a new folder")
+    for path, text in texts.items():
+        (arm.source / path).parent.mkdir(parents=True, exist_ok=True)
+        (arm.source / path).write_text(text)
+
+
+def source_texts(origin: Path) -> dict[str, str]:
+    """The project's sources by path, of a log, an attempt's folder or a checkout."""
+    if origin.is_file():
+        run = read_log(origin)
+        if run.is_public or run.faults:
+            why = "it is of the public speedrun" if run.is_public else run.faults[0][1]
+            raise ArmError(f"{origin} cannot be run again: {why}")
+        return {path: source.text for path, source in run.sources.items()}
+    if (origin / ENTRY).exists():
+        return {path: (origin / path).read_text() for path in project_files(origin)}
+    if (origin / "source" / ENTRY).exists():
+        return source_texts(origin / "source")
+    if origin.is_dir() and (logs := find_logs([origin])):
+        return source_texts(logs[0])
+    raise ArmError(f"{origin} is neither a log, nor a folder with {ENTRY}, source/ or logs")
+
+
+def flags_of(run: Run) -> list[str]:
+    """The flags that a run was given, but for those that name the single run."""
+    words, kept = json.loads(run.config.get("argv", "[]")), []
+    single = {"--seed", "--slug", "--log_dir", "--source_dir", "--declared_runs", "--resume"}
+    words = [
+        part for word in words for part in (word.split("=", 1) if word[:2] == "--" else [word])
+    ]
+    while words:
+        flag = words.pop(0)
+        value = [words.pop(0)] if words and not words[0].startswith("--") else []
+        kept += [] if flag in single else [flag, *value]
+    return kept
+
+
+def interleaved(count: int, runs: int) -> Iterator[tuple[int, int]]:
+    """(arm, round) for so many rounds: arms 0 1 2, 2 1 0, 0 1 2 ..., which cancels linear drift."""
+    for turn in range(runs):
+        order = range(count) if turn % 2 == 0 else reversed(range(count))
+        yield from ((arm, turn) for arm in order)
+
+
+def start(arm: Arm, seed: int, slug: str, declared: int) -> subprocess.CompletedProcess:
+    """One run of an arm, from a scratch copy of its source; the log lands in arm.logs.
+
+    On ctrl-C the run gets it too, and is waited for: it ends its log by itself.
+    """
+    with tempfile.TemporaryDirectory(prefix="photofinish_") as scratch:
+        stage(arm.source, Path(scratch))
+        command = [sys.executable]
+        if arm.processes > 1:
+            command += ["-m", "torch.distributed.run", "--standalone"]
+            command += [f"--nproc_per_node={arm.processes}"]
+        command += [str(Path(scratch, ENTRY)), *arm.flags, "--seed", str(seed), "--slug", slug,
+                    "--log_dir", str(arm.logs), "--declared_runs", str(declared),
+                    "--source_dir", str(arm.source)]  # fmt: skip
+        process = subprocess.Popen(command, env=os.environ | git_places(scratch), text=True,
+                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+        try:
+            output = process.communicate()
+        except KeyboardInterrupt:
+            process.communicate()
+            raise
+        return subprocess.CompletedProcess(command, process.returncode, *output)
+
+
+def git_places(scratch: str) -> dict[str, str]:
+    """Variables by which git compares the scratch copy with this checkout's last commit."""
+    if not shutil.which("git"):
+        return {}
+    git = subprocess.run(["git", "rev-parse", "--absolute-git-dir"], cwd=ROOT,
+                         capture_output=True, text=True)  # fmt: skip
+    return {"GIT_DIR": git.stdout.strip(), "GIT_WORK_TREE": scratch} if git.stdout else {}
+
+
+def stage(source: Path, scratch: Path) -> None:
+    """Make scratch a folder from which source runs: its files, and links to the data."""
+    shutil.copytree(source, scratch, dirs_exist_ok=True)
+    for folder in (ROOT / "data").iterdir():
+        if folder.is_dir() and folder.name != "__pycache__":
+            (scratch / "data" / folder.name).symlink_to(folder)
+
+
+def last_words(done: subprocess.CompletedProcess) -> str:
+    """What a failed run said last."""
+    lines = ((done.stderr or "") + (done.stdout or "")).strip().splitlines()
+    return lines[-1] if lines else f"it exited with {done.returncode}"

@@ -1,0 +1,287 @@
+"""What two sets of runs say about each other: the verdict, its reasons and its warnings.
+
+harness.md's rules, in one place: raw seconds are compared on one host only, in interleaved order;
+a run that did not finish counts; the target is a test, not a minimum; thresholds are in stats.py.
+"""
+
+import math
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import stats
+from runs import InvalidLog, Run, config_changes, environment_changes, read_arm, source_changes
+
+EXIT_CODES = {"FASTER": 0, "EQUIVALENT": 0, "REGRESSION": 1, "NOT COMPARABLE": 3,
+              "INCONCLUSIVE": 5}  # fmt: skip
+EXIT_MISUSE, EXIT_INVALID = 2, 4
+VOLATILE = {"temperature.gpu", "clocks.sm", "clocks.mem", "gpu_processes"}
+SLOWDOWN = 0.10  # change of a calibration within a run that is worth a warning
+
+
+class Arm:
+    """All runs of one attempt, in the order in which they began."""
+
+    def __init__(self, name: str, runs: list[Run], target: float = math.nan):
+        self.name, self.runs = name, runs
+        self.finished = [run for run in runs if run.finished]
+        own_target = runs[0].target
+        self.target = target if math.isnan(own_target) else own_target
+        self.level = stats.alpha(len(runs), len(runs), self.declared)
+
+    @classmethod
+    def read(cls, path: Path, target: float = math.nan) -> "Arm":
+        path = path.resolve()
+        return cls(path.parent.name if path.name == "logs" else path.stem, read_arm(path), target)
+
+    def require_sound(self) -> None:
+        """Raise InvalidLog for the first fault of any log."""
+        for run in self.runs:
+            if run.faults:
+                raise InvalidLog(run.path, *run.faults[0])
+
+    def values(self, figure) -> np.ndarray:
+        """A figure of every finished run."""
+        return np.array([figure(run) for run in self.finished], float)
+
+    @property
+    def times(self) -> np.ndarray:
+        return self.values(lambda run: run.train_s)
+
+    @property
+    def losses(self) -> np.ndarray:
+        return self.values(lambda run: run.val_loss)
+
+    @property
+    def declared(self) -> int:
+        """Runs that every log says were declared before the first; 0 if they do not agree."""
+        said = {int(run.config.get("declared_runs", 0)) for run in self.runs}
+        return said.pop() if len(said) == 1 else 0
+
+    @property
+    def unfinished(self) -> Counter:
+        return Counter(r.result.get("status", "killed") for r in self.runs if not r.finished)
+
+    def is_one_thing(self) -> bool:
+        """Whether all runs have one source and configuration."""
+        first = self.runs[0]
+        return not any(source_changes(first, r) or config_changes(first, r) for r in self.runs[1:])
+
+    def target_status(self) -> tuple[str, float]:
+        """(PASS, FAIL, open or unknown; p of the claim that the mean loss is below target)."""
+        if math.isnan(self.target):
+            return "unknown", math.nan
+        p = stats.below_target(self.losses, self.target)
+        if self.unfinished or not len(self.losses) or self.losses.mean() > self.target:
+            return "FAIL", p
+        return ("PASS" if p < self.level else "open"), p
+
+
+@dataclass
+class Comparison:
+    """B against A."""
+
+    a: Arm
+    b: Arm
+    verdict: str = "INCONCLUSIVE"
+    reason: str = ""
+    time: stats.Difference = stats.NO_DIFFERENCE
+    loss: stats.Difference = stats.NO_DIFFERENCE
+    order: str = ""  # such as ABBA; empty where the logs do not tell
+    warnings: list[str] = field(default_factory=list)
+    next_steps: list[str] = field(default_factory=list)
+
+    @property
+    def exit_code(self) -> int:
+        return EXIT_CODES[self.verdict]
+
+    @property
+    def times_comparable(self) -> bool:
+        return self.verdict != "NOT COMPARABLE"
+
+
+def compare(a: Arm, b: Arm, trust: bool = False) -> Comparison:
+    """trust: take it as given that both arms ran on one host, interleaved."""
+    result = Comparison(a, b, order=run_order(a, b))
+    result.loss = stats.absolute(a.losses, b.losses)
+    obstacles = what_forbids_comparing(a, b, trust)
+    if obstacles:
+        result.verdict, result.reason = "NOT COMPARABLE", "; ".join(obstacles)
+    else:
+        result.time = stats.relative(a.times, b.times)
+        interleaved = trust or stats.is_interleaved(result.order)
+        result.verdict, result.reason = judge(result, interleaved)
+    result.warnings = warnings(result, trust)
+    result.next_steps = next_steps(result, trust)
+    return result
+
+
+def run_order(a: Arm, b: Arm) -> str:
+    """The arms in the order in which their runs began."""
+    started = [(r.config["utc"], r.path.name, "A") for r in a.runs if "utc" in r.config]
+    started += [(r.config["utc"], r.path.name, "B") for r in b.runs if "utc" in r.config]
+    return "".join(arm for *_, arm in sorted(started))
+
+
+def what_forbids_comparing(a: Arm, b: Arm, trust: bool) -> list[str]:
+    reasons = []
+    for letter, arm in (("A", a), ("B", b)):
+        if not arm.is_one_thing():
+            reasons.append(f"{letter} mixes runs of different sources or configurations")
+    tasks = [{(r.data_hash, r.config.get("val_tokens")) for r in arm.runs} for arm in (a, b)]
+    if tasks[0] != tasks[1]:
+        reasons.append("different data")
+    if a.target != b.target and not (math.isnan(a.target) and math.isnan(b.target)):
+        reasons.append(f"different targets, {a.target} and {b.target}")
+    classes = [{r.hardware for r in arm.runs} for arm in (a, b)]
+    if classes[0] != classes[1]:
+        names = [" and ".join(sorted(c)) for c in classes]
+        reasons.append(f"different hardware, {names[0]} and {names[1]}")
+    elif not trust:
+        hosts = {r.host for arm in (a, b) for r in arm.runs}
+        if "unknown" in hosts:
+            reasons.append("the logs do not name their host; if it is one, add --same_host")
+        elif len(hosts) > 1:
+            reasons.append("different hosts")
+    return reasons
+
+
+def judge(c: Comparison, interleaved: bool) -> tuple[str, str]:
+    """(verdict, its reason) of two comparable arms."""
+    a_target, b_target = c.a.target_status()[0], c.b.target_status()[0]
+    level = stats.alpha(len(c.a.runs), len(c.b.runs), c.a.declared and c.b.declared)
+    speed = stats.time_verdict(c.time, level)
+    percent = f"{abs(c.time.change):.2%} {interval(c.time)}"
+    if c.b.unfinished["diverged"] > c.a.unfinished["diverged"]:
+        return "REGRESSION", f"{c.b.unfinished['diverged']} of {len(c.b.runs)} runs diverged"
+    if b_target == "FAIL" and a_target in ("PASS", "open") and not c.b.unfinished:
+        return "REGRESSION", f"B's mean loss is above the target {c.b.target}"
+    if c.loss.p < level and c.loss.change > 0 and b_target != "PASS":
+        return "REGRESSION", f"the loss is higher by {c.loss.change:.4f}"
+    if c.a.unfinished or c.b.unfinished:
+        return "INCONCLUSIVE", "runs that did not finish count, and have no time"
+    if speed in ("faster", "slower") and not interleaved:
+        return "INCONCLUSIVE", f"{speed} by {percent}, but A and B ran in blocks: it may be drift"
+    if speed == "slower":
+        return "REGRESSION", f"slower by {percent}"
+    if speed == "faster" and (b_target == "PASS" or a_target != "PASS"):
+        return "FASTER", f"by {percent}"
+    if speed == "faster":
+        return "INCONCLUSIVE", f"faster by {percent}, but the target is not shown to be reached"
+    if speed == "equivalent":
+        return "EQUIVALENT", f"times differ by less than {stats.FLOOR:.1%}"
+    if len(c.a.finished) < 2 or len(c.b.finished) < 2:
+        return "INCONCLUSIVE", "one run an arm shows no spread"
+    return "INCONCLUSIVE", f"{c.time.change:+.2%} {interval(c.time)} may be noise"
+
+
+def interval(d: stats.Difference) -> str:
+    """The 95% interval of a relative difference, in percent of its absolute value."""
+    low, high = sorted((d.low, d.high)) if d.change >= 0 else sorted((-d.low, -d.high))
+    return f"[{100 * low:.2f}, {100 * high:.2f}]"
+
+
+def warnings(c: Comparison, trust: bool) -> list[str]:
+    found = []
+    if c.order and not trust and not stats.is_interleaved(c.order):
+        found.append(f"order {c.order} is not interleaved: a drift of the host looks like a gain")
+    for letter, arm in (("A", c.a), ("B", c.b)):
+        for status, count in arm.unfinished.items():
+            found.append(f"{letter}: {count} of {len(arm.runs)} runs {status}, they count")
+        if not arm.declared and len(arm.runs) not in stats.LOOKS:
+            found.append(
+                f"{letter}: {len(arm.runs)} runs, not declared before the first; without that "
+                f"the allowed looks are n = {', '.join(map(str, stats.LOOKS))}"
+            )
+        for i, mads in stats.outliers(arm.times):
+            found.append(
+                f"{letter} run {i + 1} outlier {arm.times[i]:.3f} s ({mads:.1f} MAD), kept"
+            )
+        seeds = Counter(run.seed for run in arm.finished if not run.is_public)
+        if repeated := [seed for seed, count in seeds.items() if count > 1]:
+            found.append(f"{letter}: seed {', '.join(repeated)} ran more than once")
+        troubles = Counter(what for run in arm.runs for what in [*run.warnings, *slowdown(run)])
+        found += [f"{letter}: {what} ({n} of {len(arm.runs)} runs)" for what, n in troubles.items()]
+    everything = sorted((r.config.get("utc", ""), arm is c.b, r.train_s / arm.times.mean())
+                        for arm in (c.a, c.b) for r in arm.finished)  # fmt: skip
+    if c.order and (p := stats.drift(np.array([x[2] for x in everything]))) < stats.DRIFT_P:
+        found.append(f"train time drifts with the order of the runs (p={p:.2g})")
+    return found
+
+
+def slowdown(run: Run) -> list[str]:
+    """A host or GPU that was slower, or faster, after the run than before it."""
+    if len(run.calibrations) < 2:
+        return []
+    before, after = (float(c["matmul_tflops"]) for c in (run.calibrations[0], run.calibrations[-1]))
+    if abs(after / before - 1) < SLOWDOWN:
+        return []
+    return [f"its matmul rate changed by over {SLOWDOWN:.0%} within a run: throttled or shared"]
+
+
+def next_steps(c: Comparison, trust: bool) -> list[str]:
+    steps = []
+    if not c.times_comparable:
+        return ["run both on one host: python records/replay.py B --against A -n 10"]
+    if c.order and not trust and not stats.is_interleaved(c.order):
+        steps.append("interleave them: python records/replay.py B --against A -n 10")
+    n = min(len(c.a.finished), len(c.b.finished))
+    if n < 2:
+        return [*steps, "at least 5 runs an arm: python records/replay.py B --against A -n 5"]
+    if c.verdict == "INCONCLUSIVE":
+        logs = (np.log(c.a.times), np.log(c.b.times))
+        for what in (abs(c.time.change), 0.01):
+            need = stats.runs_needed(pooled_sd(*logs), what)
+            if need > n:
+                steps.append(f"{need} runs an arm would show a difference of {what:.2%} in time")
+    need = stats.runs_needed(pooled_sd(c.a.losses, c.b.losses), stats.LOSS_MARGIN)
+    if need > n:
+        steps.append(f"{need} runs an arm would show |loss difference| < {stats.LOSS_MARGIN}")
+    return steps
+
+
+def pooled_sd(a: np.ndarray, b: np.ndarray) -> float:
+    return math.sqrt((a.var(ddof=1) + b.var(ddof=1)) / 2)
+
+
+def environment_difference(c: Comparison) -> tuple[list[str], list[str]]:
+    """(names that are the same, differences) of the two arms' first runs."""
+    first, second = (arm.runs[0] for arm in (c.a, c.b))
+    changed = environment_changes(first, second)
+    same = [k for k in first.environment if k not in changed and k != "load_average"]
+    lines = []
+    for key, (old, new) in changed.items():
+        if re.fullmatch(r"gpu\d+", key):
+            lines += gpu_differences(key, old, new)
+        elif key not in VOLATILE:
+            lines.append(f"{key}: {old} -> {new}")
+    return same, lines
+
+
+def gpu_differences(key: str, old: str, new: str) -> list[str]:
+    """Differences in nvidia-smi's row of one GPU, but for what changes from second to second."""
+    if " = " not in old + new:
+        return [f"{key}: {old} -> {new}"]
+    names, before = old.partition(" = ")[::2]
+    columns = names.split(","), before.split(", "), new.partition(" = ")[2].split(", ")
+    rows = zip(*columns, strict=False)
+    return [f"{key} {name}: {x} -> {y}" for name, x, y in rows if x != y and name not in VOLATILE]
+
+
+def code_difference(c: Comparison) -> list[str]:
+    first, second = (arm.runs[0] for arm in (c.a, c.b))
+    changes = source_changes(first, second)
+    lines = [f"{path} +{added} -{removed}" for path, (added, removed) in changes.items()]
+    pipelines = [data_pipeline(run) for run in (first, second)]
+    verdict = "unchanged" if pipelines[0] == pipelines[1] else "CHANGED"
+    return [*(lines or ["same source"]), f"data pipeline: {verdict}"]
+
+
+def data_pipeline(run: Run) -> str:
+    """The source between the banners Data and Model, and the shard reader."""
+    entry = run.sources.get("train_gpt.py")
+    section = re.search(r"^# -+ Data$.*?^# -+ Model$", entry.text if entry else "", re.M | re.S)
+    reader = run.sources.get("data/shards.py")
+    return (section[0] if section else "") + (reader.text if reader else "")

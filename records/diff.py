@@ -1,0 +1,232 @@
+#!/usr/bin/env python3
+"""Say whether B is faster than A, or a regression, or noise.
+
+A and B are logs, or folders of logs. Exit code: 0 faster or equivalent, 1 regression, 2 misuse,
+3 not comparable, 4 invalid record, 5 inconclusive.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import sys
+from pathlib import Path
+
+import stats
+from comparison import (
+    EXIT_INVALID,
+    Arm,
+    Comparison,
+    code_difference,
+    compare,
+    environment_difference,
+)
+from runs import InvalidLog, Run, config_changes, source_diff
+
+COLUMNS = ("", "A", "B", "B vs A", "95% CI", "p", "rank p")
+NAMED_CHANGES = 6  # differences that a line of the report spells out
+GREEN, RED, CYAN, PLAIN = "\033[32m", "\033[31m", "\033[36m", "\033[0m"
+
+
+def mean(arm: Arm, figure) -> float:
+    values = arm.values(figure)
+    return float(values.mean()) if len(values) else math.nan
+
+
+def relative_row(label: str, c: Comparison, figure, digits: int) -> tuple[str, ...] | None:
+    a, b = mean(c.a, figure), mean(c.b, figure)
+    if math.isnan(a) and math.isnan(b):
+        return None
+    change = f"{b / a - 1:+.2%}" if c.times_comparable and a else "-"
+    return label, f"{a:.{digits}f}", f"{b:.{digits}f}", change, "", "", ""
+
+
+def time_to_target(run: Run) -> float:
+    return run.number("time_to_target") / 1000
+
+
+def rank(a, b) -> str:
+    return f"{stats.rank_p(a, b):.2g}"
+
+
+def rows(c: Comparison) -> list[tuple[str, ...]]:
+    """The table, as text, under COLUMNS."""
+    seconds, times, losses = (lambda run: run.train_s), c.time, c.loss
+    table = [relative_row("train_time s", c, seconds, 3)]
+    if math.isfinite(times.low):
+        ci = f"[{100 * times.low:+.2f},{100 * times.high:+.2f}]%"
+        table[0] = (
+            *table[0][:3],
+            f"{times.change:+.2%}",
+            ci,
+            f"{times.p:.2g}",
+            rank(c.a.times, c.b.times),
+        )
+    loss = ("val_loss", *(f"{mean(arm, lambda run: run.val_loss):.5f}" for arm in (c.a, c.b)))
+    if math.isfinite(losses.low):
+        ci = f"[{losses.low:+.5f},{losses.high:+.5f}]"
+        loss = (*loss, f"{losses.change:+.5f}", ci, f"{losses.p:.2g}", rank(c.a.losses, c.b.losses))
+    else:
+        loss = (*loss, f"{float(loss[2]) - float(loss[1]):+.5f}", "", "", "")
+    table += [
+        loss,
+        relative_row("step_avg ms", c, lambda run: 1000 * run.train_s / max(run.steps, 1), 2),
+        relative_row("steps", c, lambda run: run.steps, 0),
+        relative_row("tokens/s", c, lambda run: run.number("tokens_per_s"), 0),
+        relative_row("MFU", c, lambda run: run.number("mfu"), 4),
+        relative_row("peak memory MiB", c, lambda run: run.number("peak_memory"), 0),
+        censored_row(c),
+    ]
+    return [row for row in table if row]
+
+
+def censored_row(c: Comparison) -> tuple[str, ...] | None:
+    """Mean time to target of the runs that crossed it, and how many of all did."""
+    cells = []
+    for arm in (c.a, c.b):
+        crossed = [t for t in map(time_to_target, arm.runs) if not math.isnan(t)]
+        average = sum(crossed) / len(crossed) if crossed else math.nan
+        cells.append(f"{average:.2f} ({len(crossed)}/{len(arm.runs)})")
+    if all(cell.startswith("nan") for cell in cells):
+        return None
+    return "t to target s", *cells, "explore", "", "", ""
+
+
+def target_text(arm: Arm) -> str:
+    status, p = arm.target_status()
+    if status == "unknown":
+        return "unknown"
+    if arm.unfinished:
+        return f"FAIL ({sum(arm.unfinished.values())} of {len(arm.runs)} runs did not finish)"
+    return f"{'not shown' if status == 'open' else status} (p={p:.2g})"
+
+
+def loss_text(c: Comparison) -> str:
+    if not math.isfinite(c.loss.low):
+        return "no test with one run"
+    if c.loss.p < stats.ALPHA_DECLARED:
+        return f"{'higher' if c.loss.change > 0 else 'lower'} by {abs(c.loss.change):.4f}"
+    p = stats.not_worse(c.a.losses, c.b.losses)
+    if p < stats.ALPHA_DECLARED:
+        return f"not higher by more than {stats.LOSS_MARGIN} (p={p:.2g})"
+    return "not shown to be neutral"
+
+
+def order_text(c: Comparison, trust: bool) -> str:
+    if trust:
+        return "same host and order as said by the user"
+    if not c.times_comparable:
+        return ""
+    return f"same host, {'interleaved' if stats.is_interleaved(c.order) else 'in blocks'}"
+
+
+def summary(changes: list[str]) -> str:
+    more = len(changes) - NAMED_CHANGES
+    return "    ".join(changes[:NAMED_CHANGES]) + (f"    and {more} more" if more > 0 else "")
+
+
+def code_line(c: Comparison) -> str:
+    config = config_changes(c.a.runs[0], c.b.runs[0])
+    named = [f"{name} {a} -> {b}" for name, (a, b) in config.items()]
+    *sources, pipeline = code_difference(c)
+    return f"{summary(sources)}    config: {summary(named) or 'same'}    {pipeline}"
+
+
+def text_report(c: Comparison, trust: bool) -> str:
+    a, b = (f"{arm.name}  n={len(arm.runs)}" for arm in (c.a, c.b))
+    lines = [
+        f"A  {a}      B  {b}      {order_text(c, trust)}".rstrip(),
+        f"VERDICT   B {c.verdict} {c.reason}",
+        f"TARGET    {c.b.target:g}: A {target_text(c.a)}, B {target_text(c.b)}"
+        f"    LOSS  {loss_text(c)}",
+    ]
+    table = [COLUMNS, *rows(c)]
+    widths = [max(len(row[i]) for row in table) for i in range(len(COLUMNS))]
+    for row in table:
+        first, *others = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        lines.append("  ".join([first.strip().ljust(widths[0]), *others]).rstrip())
+    same, different = environment_difference(c)
+    lines.append(f"ENV       same: {len(same)} entries    DIFF: {summary(different) or 'none'}")
+    lines.append(f"CODE      {code_line(c)}")
+    lines += [f"WARN      {warning}" for warning in c.warnings]
+    lines += [f"NEXT      {step}" for step in c.next_steps]
+    return "\n".join(lines)
+
+
+def markdown_report(c: Comparison) -> str:
+    lines = [f"**B {c.verdict}** {c.reason}. A: {c.a.name} (n={len(c.a.runs)}), "
+             f"B: {c.b.name} (n={len(c.b.runs)}). Target {c.b.target:g}: {target_text(c.b)}. "
+             f"Loss: {loss_text(c)}.", ""]  # fmt: skip
+    table = [COLUMNS, ("---",) * len(COLUMNS), *rows(c)]
+    lines += [f"| {' | '.join(row)} |" for row in table]
+    lines += ["", f"Code: {code_line(c)}"]
+    return "\n".join([*lines, *(f"- Warning: {warning}" for warning in c.warnings)])
+
+
+def json_report(c: Comparison) -> str:
+    same, different = environment_difference(c)
+    arms = {letter: {"name": arm.name, "runs": [str(run.path) for run in arm.runs],
+                     "train_s": arm.times.tolist(), "val_loss": arm.losses.tolist(),
+                     "target": arm.target_status()[0], "target_p": arm.target_status()[1]}
+            for letter, arm in (("A", c.a), ("B", c.b))}  # fmt: skip
+    report = {"verdict": c.verdict, "exit_code": c.exit_code, "reason": c.reason, **arms,
+              "time": dataclasses.asdict(c.time), "loss": dataclasses.asdict(c.loss),
+              "order": c.order, "environment": different,
+              "config": config_changes(c.a.runs[0], c.b.runs[0]), "code": code_difference(c),
+              "warnings": c.warnings, "next": c.next_steps}  # fmt: skip
+    return json.dumps(finite(report), indent=2)
+
+
+def finite(value):
+    """The value with nan and infinities as None, which JSON lacks."""
+    if isinstance(value, dict):
+        return {key: finite(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(item) for item in value]
+    return value if not isinstance(value, float) or math.isfinite(value) else None
+
+
+def source_report(c: Comparison, colour: bool) -> str:
+    lines = []
+    for path in sorted(c.a.runs[0].sources.keys() | c.b.runs[0].sources.keys()):
+        lines += source_diff(c.a.runs[0], c.b.runs[0], path)
+    colours = {"+": GREEN, "-": RED, "@": CYAN} if colour else {}
+    return "\n".join(f"{colours[x[0]]}{x}{PLAIN}" if x[:1] in colours else x for x in lines)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=__doc__)
+    parser.add_argument("a", type=Path, metavar="A", help="baseline: a log or a folder of logs")
+    parser.add_argument("b", type=Path, metavar="B", help="candidate: a log or a folder of logs")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print everything for programs")
+    form.add_argument("--markdown", action="store_true", help="print a table for a README")
+    parser.add_argument("--source", action="store_true", help="add the diff of the sources")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw losses and times")
+    parser.add_argument("--target", type=float, default=math.nan, help="of logs that name none")
+    trust = "both ran on one host, interleaved, though the logs do not say so"
+    parser.add_argument("--same_host", action="store_true", help=trust)
+    args = parser.parse_args()
+    try:
+        a, b = (Arm.read(path, args.target) for path in (args.a, args.b))
+        a.require_sound()
+        b.require_sound()
+    except (InvalidLog, OSError) as error:
+        print(f"INVALID   {error}", file=sys.stderr)
+        return EXIT_INVALID
+    c = compare(a, b, args.same_host)
+    if args.json:
+        print(json_report(c))
+    else:
+        print(markdown_report(c) if args.markdown else text_report(c, args.same_host))
+    if args.source:
+        print(source_report(c, sys.stdout.isatty()))
+    if args.plot:
+        from plots import plot_comparison  # matplotlib takes a second to load
+
+        plot_comparison(c, args.plot)
+    return c.exit_code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

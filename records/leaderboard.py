@@ -1,0 +1,138 @@
+#!/usr/bin/env python3
+"""Write README's tables of records, and their pictures, from the logs below records/.
+
+One table a class: track, target and hardware, which are never mixed. A record is a folder
+records/<track>/<date>_<Slug> with a README.md, whose title says what changed, and logs/. With
+--check nothing is written, and the exit code is 1 if README is stale.
+"""
+
+import argparse
+import math
+import sys
+from pathlib import Path
+
+from comparison import Arm, compare
+from runs import InvalidLog, ineligible
+
+ROOT = Path(__file__).resolve().parent.parent
+RECORDS = ROOT / "records"
+BEGIN, END = "<!-- leaderboard: python records/leaderboard.py -->", "<!-- end of leaderboard -->"
+
+
+class Record:
+    """One attempt below records/."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.arm = folder, Arm.read(folder)
+        self.track, self.date = folder.parent.name, folder.name.partition("_")[0]
+        self.arm.require_sound()
+        readme = (folder / "README.md").read_text()
+        self.title = readme.splitlines()[0].lstrip("# ").strip()
+        self.eligible = not any(ineligible(run) for run in self.arm.runs)
+
+    @property
+    def place(self) -> tuple[str, str]:
+        """Records stand in the order of their dates, on one day in that of their first runs."""
+        return self.date, self.arm.runs[0].config.get("utc", "")
+
+    @property
+    def group(self) -> tuple[str, float, str]:
+        return self.track, self.arm.target, self.arm.runs[0].hardware
+
+
+def mean_and_sd(values, digits: int) -> str:
+    sd = values.std(ddof=1) if len(values) > 1 else math.nan
+    return f"{values.mean():.{digits}f} ({sd:.{digits}f})"
+
+
+def row(number: int, record: Record, previous: Record | None, base: Path) -> str:
+    arm = record.arm
+    gain = "" if previous is None else gain_over(previous, record)
+    status, p = arm.target_status()
+    loss = f"{mean_and_sd(arm.losses, 4)}, n={len(arm.runs)}, p={p:.1g}"
+    link = f"[{record.date}]({record.folder.relative_to(base).as_posix()}/README.md)"
+    cells = (number, mean_and_sd(arm.times, 1), gain, loss, arm.runs[0].steps, record.title, link)
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+def gain_over(previous: Record, record: Record) -> str:
+    """Change of train time with its interval; a dash where the two are not comparable."""
+    c = compare(previous.arm, record.arm)
+    if not c.times_comparable:
+        return "-"
+    text = f"{c.time.change:+.1%} [{100 * c.time.low:+.1f}, {100 * c.time.high:+.1f}]"
+    return text if c.exit_code == 0 else f"{text}, {c.verdict.lower()}"
+
+
+def groups(records: list[Record]) -> dict[tuple, list[Record]]:
+    found = {}
+    for record in sorted(records, key=lambda r: r.place):
+        found.setdefault(record.group, []).append(record)
+    return found
+
+
+def table(group: tuple, records: list[Record], base: Path) -> list[str]:
+    track, target, hardware = group
+    lines = [f"**{track}, target {target:g}**, on {hardware}", "",
+             "| | time s (sd) | against the one before | val_loss (sd) | steps | what | record |",
+             "|---|---|---|---|---|---|---|"]  # fmt: skip
+    for i, record in enumerate(records):
+        lines.append(row(i + 1, record, records[i - 1] if i else None, base))
+    if len(records) > 1:
+        lines += ["", f"![train times]({picture(group).relative_to(base).as_posix()})"]
+    return [*lines, ""]
+
+
+def picture(group: tuple) -> Path:
+    track, target, hardware = group
+    name = "".join(c if c.isalnum() else "-" for c in f"{target:g}-{hardware.split(',')[0]}")
+    return RECORDS / track / f"progress_{name}.png"
+
+
+def read_records() -> list[Record]:
+    """Every folder below records/<track> whose name begins with a year, and that can be ranked."""
+    folders = [p.parent for p in sorted(RECORDS.glob("*/20*/logs")) if any(p.glob("*.txt"))]
+    records = [Record(folder) for folder in folders]
+    for record in records:
+        if not record.eligible:
+            print(f"left out: {record.folder.relative_to(ROOT)} (see records/validate.py)",
+                  file=sys.stderr)  # fmt: skip
+    return [record for record in records if record.eligible]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--check", action="store_true", help="write nothing; 1 if README is stale")
+    args = parser.parse_args()
+    readme = ROOT / "README.md"
+    old = readme.read_text()
+    if BEGIN not in old or END not in old:
+        print(f"error: {readme} lacks the lines {BEGIN} and {END}", file=sys.stderr)
+        return 1
+    try:
+        ranked = groups(read_records())
+    except (InvalidLog, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    lines = [line for group, records in ranked.items() for line in table(group, records, ROOT)]
+    before, after = old.partition(BEGIN)[0], old.partition(END)[2]
+    new = "\n".join([before + BEGIN, "", *lines, END]) + after
+    if args.check:
+        missing = [g for g, r in ranked.items() if len(r) > 1 and not picture(g).exists()]
+        if new != old or missing:
+            print("README.md is stale; run: python records/leaderboard.py", file=sys.stderr)
+        return int(new != old or bool(missing))
+    readme.write_text(new)
+    for group, records in ranked.items():
+        if len(records) > 1:
+            from plots import plot_ladder  # matplotlib takes a second to load
+
+            title = f"{group[0]}, target {group[1]:g}, {group[2]}"
+            plot_ladder(title, [r.title for r in records], [r.arm for r in records], picture(group))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

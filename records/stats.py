@@ -1,0 +1,125 @@
+"""The statistics of a comparison, all of them scipy's; the thresholds stand here and nowhere else.
+
+Why these tests, and what they cost, is measured by records/simulate.py.
+"""
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+from scipy import stats
+
+ALPHA_DECLARED = 0.01  # significance where the number of runs was declared before the first
+ALPHA_LOOK = 0.0035  # of each look, where one may stop early; 0.004 would let 1.07% through
+LOOKS = (5, 10, 20)  # runs an arm after which one may look
+FLOOR = 0.002  # a relative difference of times below this is no gain, however significant
+LOSS_MARGIN = 0.002  # nats a token: what counts as the same loss
+OUTLIER_MADS = 5.0
+DRIFT_P = 0.01
+POWER = 0.9  # of the runs that `runs_needed` asks for
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of B against A: relative for times (in logs), absolute for losses."""
+
+    change: float
+    low: float  # 95% confidence interval
+    high: float
+    p: float  # Welch's t-test, two-sided
+
+
+NO_DIFFERENCE = Difference(math.nan, -math.inf, math.inf, 1.0)
+
+
+def alpha(n_a: int, n_b: int, declared: int) -> float:
+    """The p below which a difference counts: the declared test, or one of the allowed looks."""
+    return ALPHA_DECLARED if declared and n_a == n_b == declared else ALPHA_LOOK
+
+
+def absolute(a: np.ndarray, b: np.ndarray) -> Difference:
+    """Mean of b minus mean of a, by Welch's t-test."""
+    if min(len(a), len(b)) < 2:
+        return NO_DIFFERENCE
+    change = b.mean() - a.mean()
+    if a.std() + b.std() <= 1e-12 * abs(a.mean()):  # every run repeats every digit
+        return Difference(change, change, change, float(change == 0))
+    test = stats.ttest_ind(b, a, equal_var=False)
+    interval = test.confidence_interval(0.95)
+    return Difference(change, interval.low, interval.high, test.pvalue)
+
+
+def rank_p(a: np.ndarray, b: np.ndarray) -> float:
+    """Two-sided p of Mann-Whitney's U test, which outliers do not move."""
+    return stats.mannwhitneyu(b, a).pvalue
+
+
+def relative(a: np.ndarray, b: np.ndarray) -> Difference:
+    """Ratio of the geometric means of b and a, minus 1; the test is that of the logarithms."""
+    logs = absolute(np.log(a), np.log(b))
+    change, low, high = (
+        math.expm1(x) if x < 700 else x for x in (logs.change, logs.low, logs.high)
+    )
+    return Difference(change, low, high, logs.p)
+
+
+def time_verdict(time: Difference, level: float) -> str:
+    """faster, slower, equivalent or unclear, of B against A."""
+    if time.p < level and abs(time.change) > FLOOR:
+        return "faster" if time.change < 0 else "slower"
+    if -FLOOR < time.low and time.high < FLOOR:
+        return "equivalent"
+    return "unclear"
+
+
+def below_target(losses: np.ndarray, target: float) -> float:
+    """p of the claim that the mean loss lies below target; 1 with fewer than two runs."""
+    if len(losses) < 2:
+        return 1.0
+    if losses.std() <= 1e-12:
+        return float(losses.mean() >= target)
+    return stats.ttest_1samp(losses, target, alternative="less").pvalue
+
+
+def not_worse(a: np.ndarray, b: np.ndarray, margin: float = LOSS_MARGIN) -> float:
+    """p of the claim that b's mean loss exceeds a's by less than margin (non-inferiority)."""
+    if min(len(a), len(b)) < 2 or a.std() + b.std() == 0:
+        return 1.0 - float(b.mean() - a.mean() < margin)
+    return stats.ttest_ind(b - margin, a, equal_var=False, alternative="less").pvalue
+
+
+def runs_needed(sd: float, difference: float, level: float = ALPHA_DECLARED) -> int:
+    """Runs an arm after which a true difference is found with POWER, at two-sided level."""
+    if not 0 < sd < math.inf or not difference:
+        return 0
+    z = stats.norm.isf(level / 2) + stats.norm.isf(1 - POWER)
+    return max(3, math.ceil(2 * (z * sd / difference) ** 2))
+
+
+def outliers(values: np.ndarray) -> list[tuple[int, float]]:
+    """(index, distance from the median in scaled median absolute deviations) of what lies far."""
+    deviation = np.abs(values - np.median(values))
+    scale = 1.4826 * np.median(deviation)
+    if len(values) < 4 or scale == 0:
+        return []
+    return [(i, d / scale) for i, d in enumerate(deviation) if d > OUTLIER_MADS * scale]
+
+
+def drift(values: np.ndarray) -> float:
+    """p of Spearman's rank correlation of values with the order in which they came."""
+    if len(values) < 5 or np.ptp(values) == 0:
+        return 1.0
+    return stats.spearmanr(np.arange(len(values)), values).pvalue
+
+
+def is_interleaved(arms: str) -> bool:
+    """Whether a sequence of runs such as ABBAAB mixes its arms well enough to cancel a drift.
+
+    The mean positions of the two arms may differ by at most an eighth of the number of runs; a
+    drift that is linear in time then cancels to within an eighth of its whole size.
+    """
+    places = {arm: np.flatnonzero([x == arm for x in arms]) for arm in set(arms)}
+    if len(places) < 2:
+        return False
+    a, b = (where.mean() for where in places.values())
+    return abs(a - b) <= max(1.0, len(arms) / 8)

@@ -1,0 +1,49 @@
+#!/usr/bin/env python3
+"""Say of each log whether it is whole and true to itself, and whether it can be a record.
+
+Checked: the hash over all lines, required fields, sources against their hashes, the ledger's sum,
+the clock against the step lines, status against loss and target. A record also needs: no override,
+no resume, committed or kept source, known data, target reached. Exit code: 0 all eligible, 1 some
+are sound but not eligible, 4 some are invalid.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+from comparison import EXIT_INVALID
+from runs import InvalidLog, find_logs, ineligible, read_log
+
+
+def report(path: Path) -> int:
+    """Print the findings on one log; return its exit code."""
+    try:
+        run = read_log(path)
+    except InvalidLog as error:
+        print(f"INVALID   {error}")
+        return EXIT_INVALID
+    for line, what in run.faults:
+        print(f"INVALID   {path}:{line}: {what}")
+    if run.faults:
+        return EXIT_INVALID
+    reasons = ineligible(run)
+    print(f"{path}    sound    record-eligible: {'no' if reasons else 'yes'}")
+    for reason in reasons:
+        print(f"    {reason}")
+    return 1 if reasons else 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("logs", nargs="+", type=Path, metavar="LOG", help="logs or folders of logs")
+    args = parser.parse_args()
+    paths = find_logs(args.logs)
+    if not paths:
+        parser.error("no logs there")
+    return max(report(path) for path in paths)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

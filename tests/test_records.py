@@ -1,0 +1,542 @@
+"""The record tools: what they read, what they refuse, what they claim."""
+
+import hashlib
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import arms
+import comparison
+import leaderboard
+import numpy as np
+import pytest
+import runs
+import stats
+from conftest import ROOT, clean_environment, only_log, train
+from scipy import special
+
+RECORDS = sorted(ROOT.glob("records/*/20*/logs/*.txt"))
+PUBLIC_LOG = """import os
+print("step:1/2 val_loss:9.9 train_time:1ms step_avg:1ms")
+{rule}
+Running Python 3.12.8
+Running PyTorch 2.9.0+cu126 compiled for CUDA 12.6
+|   0  NVIDIA H100 80GB HBM3          Off |
+|   1  NVIDIA H100 80GB HBM3          Off |
+{rule}
+step:0/20 val_loss:10.8258 train_time:0ms step_avg:0.02ms
+step:10/20 train_time:900ms step_avg:90.00ms
+step:20/20 val_loss:{loss} train_time:{ms}ms step_avg:90.00ms
+peak memory allocated: 28769 MiB reserved: 30000 MiB
+"""
+
+
+def tool(name: str, *words, **changes) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(ROOT / "records" / f"{name}.py"), *map(str, words)]
+    return subprocess.run(command, env=clean_environment(**changes), capture_output=True,
+                          text=True, timeout=300)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def log(shards, tmp_path_factory) -> Path:
+    """A whole log of a short run, its source inside."""
+    folder = tmp_path_factory.mktemp("run")
+    tiny = "--num_steps=20 --val_every=5 --target_val_loss=9".split()
+    done = train([*tiny_flags(shards, folder), *tiny])
+    assert done.returncode == 0, done.stderr
+    return only_log(folder)
+
+
+def tiny_flags(shards, folder) -> list[str]:
+    from conftest import TINY
+
+    tiny = [f"--{name}={value}" for name, value in TINY.items()]
+    files = [f"--train_files={shards}/train_*.bin", f"--val_files={shards}/val.bin"]
+    return ["--track=embedded", *files, f"--log_dir={folder}", "--compile=false", *tiny]
+
+
+def forge(log: Path, target: Path, *changes: tuple[str, str]) -> Path:
+    """A copy of a log with lines changed, and every check and hash made anew to fit.
+
+    A pattern is looked for behind the sources first, and in them only if it is not there.
+    """
+    source, config, rest = log.read_text().partition("\n=== config ===")
+    for pattern, new in changes:
+        rest, count = re.subn(pattern, new, rest, flags=re.M)
+        if not count:
+            source, count = re.subn(pattern, new, source, flags=re.M)
+        assert count, pattern
+    lines, hashed = [], hashlib.sha256()
+    for line in (source + config + rest).splitlines():
+        if line.startswith("check: "):
+            line = f"check: {hashed.hexdigest()[:12]}"
+        if line.startswith("result "):
+            line = re.sub(r"sha256:\w+", f"sha256:{hashed.hexdigest()}", line)
+        hashed.update(f"{line}\n".encode())
+        lines.append(f"{line}\n")
+    target.write_text("".join(lines))
+    return target
+
+
+# ------------------------------------------------------------------------------ Reading
+
+
+def test_a_log_is_read_as_it_was_written(log):
+    run, text = runs.read_log(log), log.read_text()
+    assert not run.faults
+    assert run.sources["train_gpt.py"].text == (ROOT / "train_gpt.py").read_text()
+    losses = re.findall(r"^step:(\d+)/20 val_loss:(\S+) train_time:(\d+)ms step_avg", text, re.M)
+    assert run.val_curve == [(int(s), float(ms), float(loss)) for s, loss, ms in losses]
+    assert [step for step, *_ in run.val_curve] == [0, 5, 10, 15, 20]
+    assert len(run.train_curve) == 20 and len(run.calibrations) == 2
+    assert run.config["num_steps"] == "20" and run.environment["torch"].startswith("2.")
+    assert run.ledger["total"] == pytest.approx(sum(run.ledger.values()) / 2, rel=0.01)
+
+
+@pytest.mark.parametrize("path", RECORDS, ids=lambda p: p.name)
+def test_every_checked_in_log_is_sound(path):
+    assert runs.read_log(path).faults == []
+
+
+def test_every_changed_line_is_found_and_its_range_named(log, tmp_path):
+    lines = log.read_text().splitlines()
+    rng, missed = random.Random(0), []
+    for _ in range(60):
+        at = rng.randrange(len(lines))
+        changed = list(lines)
+        digits = [i for i, c in enumerate(changed[at]) if c.isalnum()]
+        if not digits or changed[at].startswith("check: "):
+            continue
+        place = rng.choice(digits)
+        new = "7" if changed[at][place] != "7" else "3"
+        changed[at] = changed[at][:place] + new + changed[at][place + 1 :]
+        copy = tmp_path / "changed.txt"
+        copy.write_text("\n".join(changed) + "\n")
+        try:
+            faults = runs.read_log(copy).faults
+        except runs.InvalidLog as error:
+            assert at == 0, error
+            continue
+        named = [re.search(r"lines (\d+) to (\d+)", what) for _, what in faults]
+        if not any(m and int(m[1]) <= at + 1 <= int(m[2]) for m in named):
+            missed += [] if any(line == at + 1 for line, _ in faults) else [lines[at]]
+    assert not missed
+
+
+@pytest.mark.parametrize("share", [0.3, 0.9, 0.999])
+def test_a_cut_log_is_invalid_at_its_end(log, tmp_path, share):
+    text = log.read_text()
+    (tmp_path / "cut.txt").write_text(text[: int(share * len(text))])
+    faults = runs.read_log(tmp_path / "cut.txt").faults
+    lines = text[: int(share * len(text))].count("\n")
+    assert any("cut" in what and abs(line - lines - 1) <= 1 for line, what in faults)
+
+
+def test_inserted_and_dropped_lines_are_found(log, tmp_path):
+    lines = log.read_text().splitlines(keepends=True)
+    at = next(i for i, line in enumerate(lines) if line.startswith("step:12/"))
+    for changed in (lines[:at] + lines[at + 1 :], lines[:at] + [lines[at]] + lines[at:]):
+        (tmp_path / "x.txt").write_text("".join(changed))
+        assert runs.read_log(tmp_path / "x.txt").faults
+
+
+@pytest.mark.parametrize(
+    "pattern, new, message",
+    [
+        (r"^(ledger: .*) startup:\S+", r"\1 startup:99.0s", "do not add up"),
+        (r"^(result .*) train_time:\d+ms", r"\1 train_time:99999ms", "not that of the last"),
+        (r"^(result .*) val_loss:\S+", r"\1 val_loss:0.5", "not that of the last"),
+        (r"^result status:success", "result status:missed", "does not follow"),
+        (r"^(step:10/20 val.*) step_avg:\S+", r"\1 step_avg:999.00ms", "step_avg"),
+        (r"^(step:7/20 train.*) train_time:\d+ms", r"\1 train_time:0ms", "do not rise"),
+        (r"^=== environment ===", "=== surroundings ===", "unknown section"),
+        (r" seed:0 ", " ", "lacks seed"),
+    ],
+)
+def test_a_log_that_contradicts_itself_is_invalid_though_its_hashes_fit(
+    log, tmp_path, pattern, new, message
+):
+    forged = forge(log, tmp_path / "forged.txt", (pattern, new))
+    assert any(message in what for _, what in runs.read_log(forged).faults)
+
+
+def test_forging_nothing_leaves_a_sound_log(log, tmp_path):
+    assert runs.read_log(forge(log, tmp_path / "same.txt")).faults == []
+    assert (tmp_path / "same.txt").read_bytes() == log.read_bytes()
+
+
+@pytest.mark.parametrize(
+    "changes, reason",
+    [
+        ([], "overridden"),
+        ([(r"^overrides: .*", "overrides: none")], "no hash is known"),
+        ([(r"resumed_from:0", "resumed_from:8")], "resumed from step 8"),
+        ([(r"changed:\S+ ", "changed:train_gpt.py ")], "commit it"),
+        ([(r"recompiled:0", "recompiled:3")], "3 graphs"),
+        ([(r" end:", " coffee:")], "coffee"),
+    ],
+)
+def test_what_bars_a_sound_log_from_being_a_record(log, tmp_path, changes, reason):
+    run = runs.read_log(forge(log, tmp_path / "forged.txt", *changes))
+    assert any(reason in line for line in runs.ineligible(run))
+
+
+def test_validate_says_yes_to_a_record_and_no_with_reasons(log, tmp_path):
+    changes = [(r"^overrides: .*", "overrides: none"), (r"\(DIFFERENT.*\)", "(as expected)"),
+               (r"changed:\S+ ", "changed:none "), (r"^warning: .*\n", "")]  # fmt: skip
+    if "warning: " not in log.read_text():
+        changes.pop()
+    good = forge(log, tmp_path / "good.txt", *changes)
+    bad = tmp_path / "bad.txt"
+    bad.write_text(good.read_text().replace("step:9/20", "step:8/20"))
+    assert tool("validate", good).returncode == 0
+    assert "record-eligible: yes" in tool("validate", good).stdout
+    assert tool("validate", log).returncode == 1
+    done = tool("validate", good, bad, log)
+    assert done.returncode == 4 and re.search(rf"INVALID   {bad}:\d+: ", done.stdout)
+
+
+def test_the_public_format_is_read_behind_its_source(tmp_path):
+    path = tmp_path / "public.txt"
+    path.write_text(PUBLIC_LOG.format(rule="=" * 100, loss=3.2771, ms=1800))
+    run = runs.read_log(path)
+    assert run.val_curve == [(0, 0.0, 10.8258), (20, 1800.0, 3.2771)] and run.finished
+    assert run.environment["torch"] == "2.9.0+cu126" and run.environment["world_size"] == "2"
+    assert run.number("peak_memory") == 28769 and runs.ineligible(run)
+
+
+def test_public_logs_are_compared_only_on_the_users_word(tmp_path):
+    for name, ms in (("a", (1800, 1802, 1801, 1803, 1799)), ("b", (1700, 1702, 1699, 1701, 1703))):
+        (tmp_path / name).mkdir()
+        for i, x in enumerate(ms):
+            text = PUBLIC_LOG.format(rule="=" * 100, loss=3.27 + i / 1e4, ms=x)
+            (tmp_path / name / f"{i}.txt").write_text(text)
+    done = tool("diff", tmp_path / "a", tmp_path / "b", "--target=3.28")
+    assert done.returncode == 3 and "--same_host" in done.stdout
+    done = tool("diff", tmp_path / "a", tmp_path / "b", "--target=3.28", "--same_host")
+    assert done.returncode == 0 and "B FASTER by 5.55%" in done.stdout
+
+
+# ------------------------------------------------------------------------------ Statistics
+
+
+def test_welch_is_that_of_the_textbook():
+    rng = np.random.default_rng(0)
+    a, b = rng.normal(10, 1, 8), rng.normal(10.5, 2, 11)
+    va, vb = a.var(ddof=1) / len(a), b.var(ddof=1) / len(b)
+    t = (b.mean() - a.mean()) / math.sqrt(va + vb)
+    freedom = (va + vb) ** 2 / (va**2 / 7 + vb**2 / 10)
+    found = stats.absolute(a, b)
+    assert found.p == pytest.approx(2 * special.stdtr(freedom, -abs(t)), rel=1e-9)
+    half = special.stdtrit(freedom, 0.975) * math.sqrt(va + vb)
+    assert (found.low, found.high) == pytest.approx((found.change - half, found.change + half))
+
+
+def test_relative_differences_are_ratios_of_geometric_means():
+    a, b = np.array([80.0, 82.0, 81.0]), np.array([40.0, 41.0, 40.5])
+    assert stats.relative(a, b).change == pytest.approx(-0.5)
+    swapped = stats.relative(b, a)
+    assert swapped.change == pytest.approx(1.0) and swapped.low < 1 < swapped.high
+
+
+@pytest.mark.parametrize(
+    "order, mixed",
+    [("ABBA", 1), ("ABAB", 1), ("AABB", 0), ("AAAAABBBBB", 0), ("ABBAABBAAB", 1), ("AAAA", 0)],
+)
+def test_blocks_are_told_from_interleaved_orders(order, mixed):
+    assert stats.is_interleaved(order) == bool(mixed)
+
+
+def test_runs_needed_find_the_difference_as_often_as_they_say():
+    rng = np.random.default_rng(1)
+    n = stats.runs_needed(sd=0.02, difference=0.03)
+    found = [stats.absolute(0.02 * rng.standard_normal(n), 0.03 + 0.02 * rng.standard_normal(n)).p
+             < stats.ALPHA_DECLARED for _ in range(400)]  # fmt: skip
+    assert 0.8 < np.mean(found) < 0.97
+
+
+def test_identical_losses_differ_by_nothing_and_constant_shifts_by_all():
+    same = np.full(5, 1.25)
+    assert stats.absolute(same, same).p == 1 and stats.absolute(same, same + 0.1).p == 0
+
+
+# ------------------------------------------------------------------------------ Verdicts
+
+
+def made_runs(seconds, losses, letter: str, order: str, status="success", **config) -> list:
+    """Runs as a log would give them; order says where in time this arm's runs stand."""
+    places, made = [i for i, x in enumerate(order) if x == letter], []
+    for place, s, loss in zip(places, seconds, losses, strict=True):
+        entries = {"utc": f"2026-01-01T{place:02}:00:00Z", "target_val_loss": "1.0",
+                  "declared_runs": str(len(places)), "seed": str(place), **config}  # fmt: skip
+        curve = [(0, 0.0, 5.0), (100, 1000.0 * s, loss)]
+        environment = {"host": "h", "device": "cpu", "threads": "2", "matmul_dtype": "f"}
+        made.append(runs.Run(Path(f"{letter}{place}.txt"), config=entries, val_curve=curve,
+                             result={"status": status}, environment=environment))  # fmt: skip
+    return made
+
+
+def verdict(a_seconds, b_seconds, a_loss=0.98, b_loss=0.98, order="ABBAABBAAB", change=None):
+    rng = np.random.default_rng(3)
+    noise = 0.003 * rng.standard_normal((2, 5))
+    a, b = (
+        made_runs(s * np.exp(noise[i]), loss + noise[i], "AB"[i], order)
+        for i, (s, loss) in enumerate(((a_seconds, a_loss), (b_seconds, b_loss)))
+    )
+    for run in b:
+        if change:
+            change(run)
+    c = comparison.compare(comparison.Arm("a", a), comparison.Arm("b", b))
+    return c.verdict, c.exit_code
+
+
+def test_verdicts_follow_time_target_and_loss():
+    assert verdict(80, 76) == ("FASTER", 0)
+    assert verdict(80, 84) == ("REGRESSION", 1)
+    assert verdict(80, 80) == ("INCONCLUSIVE", 5)
+    assert verdict(80, 76, b_loss=1.05) == ("REGRESSION", 1)
+    assert verdict(80, 76, a_loss=1.05, b_loss=1.05) == ("FASTER", 0)
+    assert verdict(80, 76, a_loss=1.05, b_loss=1.10) == ("REGRESSION", 1)
+    assert verdict(80, 76, b_loss=0.999) == ("REGRESSION", 1)
+    assert verdict(80, 76, a_loss=0.999, b_loss=0.999) == ("FASTER", 0)
+    assert verdict(80, 76, order="AAAAABBBBB") == ("INCONCLUSIVE", 5)
+    assert verdict(80, 84, order="AAAAABBBBB") == ("INCONCLUSIVE", 5)
+
+
+def test_what_makes_times_incomparable():
+    def environment(**entries):
+        return lambda run: run.environment.update(entries)
+
+    assert verdict(80, 76, change=environment(host="other")) == ("NOT COMPARABLE", 3)
+    assert verdict(80, 76, change=environment(threads="4")) == ("NOT COMPARABLE", 3)
+    assert verdict(80, 76, change=environment(device="GPU")) == ("NOT COMPARABLE", 3)
+    assert verdict(80, 76, change=lambda r: r.data.append("data_sha256: f (x)"))[1] == 3
+    assert verdict(80, 76, change=lambda r: r.config.update(target_val_loss="2"))[1] == 3
+    mixed = iter("12345")
+    assert verdict(80, 76, change=lambda r: r.config.update(muon_lr=next(mixed)))[1] == 3
+
+
+def test_runs_that_did_not_finish_are_never_dropped():
+    order, same = "ABBAABBAAB", [0.98, 0.981, 0.979, 0.982, 0.98]
+    a = comparison.Arm("a", made_runs([80, 81, 80, 79, 80], same, "A", order))
+    broken = made_runs([40, 41, 40, 39, 40], same, "B", order)
+    broken[2].result["status"] = "aborted"
+    c = comparison.compare(a, comparison.Arm("b", broken))
+    assert c.verdict == "INCONCLUSIVE" and any("1 of 5 runs aborted" in w for w in c.warnings)
+    assert c.b.target_status()[0] == "FAIL"
+    broken[2].result["status"] = "diverged"
+    assert comparison.compare(a, comparison.Arm("b", broken)).verdict == "REGRESSION"
+
+
+def test_drift_outliers_and_undeclared_counts_are_warned_of():
+    order = "ABBAABBAAB"
+    drifting = [80 + 2 * i for i, x in enumerate(order) if x == "A"]
+    a = made_runs(drifting, [0.98] * 5, "A", order)
+    b = made_runs([80 + 2 * i for i, x in enumerate(order) if x == "B"], [0.98] * 5, "B", order)
+    assert "drifts" in warnings_of(a, b)
+    for run in b:
+        run.config.pop("declared_runs")
+    b[3].val_curve[-1] = (100, 300e3, 0.98)
+    found = warnings_of(a, b[:4])
+    assert "outlier 300.000 s" in found and "4 runs, not declared" in found
+
+
+def warnings_of(a, b) -> str:
+    return " ".join(comparison.compare(comparison.Arm("a", a), comparison.Arm("b", b)).warnings)
+
+
+# ------------------------------------------------------------------------------ Running again
+
+
+@pytest.fixture
+def attempt_flags(shards, tmp_path) -> list[str]:
+    kept = [f for f in tiny_flags(shards, tmp_path) if not f.startswith("--log_dir")]
+    return [*kept, "--num_steps=8", "--val_every=4", "--target_val_loss=4.5"]
+
+
+def test_attempts_interleave_freeze_their_source_and_go_on(attempt_flags, tmp_path):
+    a, b = tmp_path / "2026-01-01_A", tmp_path / "2026-01-01_B"
+    done = tool("repeat", "-n", 1, a, b, *attempt_flags)
+    assert done.returncode == 0, done.stderr
+    assert (a / "source/train_gpt.py").read_bytes() == (ROOT / "train_gpt.py").read_bytes()
+    frozen = (b / "source/train_gpt.py").read_text().replace("0.98", "0.98  # mine")
+    (b / "source/train_gpt.py").write_text(f"{frozen}\n")
+    shutil.rmtree(b / "logs")
+    done = tool("repeat", "-n", 2, a, b, *attempt_flags)
+    assert done.returncode == 0, done.stderr
+    both = [comparison.Arm.read(folder) for folder in (a, b)]
+    assert [r.seed for r in both[0].runs] == ["0", "1"] == [r.seed for r in both[1].runs]
+    assert comparison.run_order(*both) in ("ABBA", "AABB"[:1] + "BBA")
+    assert both[1].runs[0].sources["train_gpt.py"].text.endswith("\n\n")
+    assert all(run.faults == [] for arm in both for run in arm.runs)
+    assert both[0].losses.tolist() == both[1].losses.tolist()
+    assert max(log.stat().st_size for log in (a / "logs").iterdir()) < 10_000
+    assert "n=2" in done.stdout and "a look is allowed at 5, 10, 20 runs only" in done.stdout
+    (a / "source/data/shards.py").write_text("tampered")
+    assert any("not what its sha256 says" in what for _, what in both_faults(a))
+
+
+def both_faults(folder) -> list:
+    return [fault for path in runs.find_logs([folder]) for fault in runs.read_log(path).faults]
+
+
+def test_a_killed_run_stays_in_the_count(attempt_flags, tmp_path):
+    attempt = tmp_path / "2026-01-01_Killed"
+    words = [str(ROOT / "records/repeat.py"), "-n", "2", str(attempt), *attempt_flags]
+    process = subprocess.Popen(
+        [sys.executable, *words, "--num_steps=4000", "--max_epochs=99"],
+        env=clean_environment(),
+        start_new_session=True,
+    )
+    while not any("step:3/" in p.read_text() for p in attempt.glob("logs/*.txt")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    done = tool("repeat", "-n", 2, attempt, *attempt_flags)
+    assert done.returncode == 0, done.stderr
+    assert "1 of 2 runs did not finish, and count" in done.stdout
+    assert len(runs.find_logs([attempt])) == 2
+    assert tool("diff", attempt, attempt).returncode == 4
+
+
+def test_a_flag_that_no_run_takes_is_reported_at_once(tmp_path):
+    done = tool("repeat", tmp_path / "2026-01-01_X", "--no_such_flag=1")
+    assert done.returncode == 1 and "no_such_flag" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_replay_repeats_every_digit_and_sees_a_change(log):
+    done = tool("replay", log)
+    assert done.returncode == 0 and "REPRODUCED  all 25 losses" in done.stdout, done.stderr
+    done = tool("replay", log, "--muon_lr=0.03")
+    assert done.returncode == 1 and "DIFFERENT" in done.stdout
+    assert "first train at step" in done.stdout
+
+
+def test_replay_against_interleaves_and_compares(log, tmp_path):
+    done = tool("replay", log, "--against", ROOT, "-n", 1, "--out", tmp_path / "out",
+                *runs_flags(log))  # fmt: skip
+    assert "same host, interleaved" in done.stdout and done.returncode == 5, done.stderr
+    assert [len(list((tmp_path / "out" / x / "logs").iterdir())) for x in "AB"] == [1, 1]
+
+
+def runs_flags(log) -> list[str]:
+    return arms.flags_of(runs.read_log(log))
+
+
+def test_flags_of_a_run_leave_out_what_names_the_run():
+    words = ["--seed", "3", "--muon_lr=0.1", "--slug=x", "--log_dir", "y", "--fp32", "true"]
+    run = runs.Run(Path("x"), config={"argv": json.dumps(words)})
+    assert arms.flags_of(run) == ["--muon_lr", "0.1", "--fp32", "true"]
+
+
+def test_every_module_that_the_trainer_imports_is_in_its_log(log):
+    assert set(arms.project_files(ROOT)) == set(runs.read_log(log).sources)
+
+
+@pytest.mark.parametrize(
+    "words", [["/nowhere"], [str(ROOT / "README.md")], [".", "--against", "."]]
+)
+def test_what_cannot_be_replayed_gets_one_clear_error(words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    done = tool("replay", *words)
+    assert done.returncode in (1, 4) and len(done.stderr.strip().splitlines()) == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_checked_in_record_is_reproduced_digit_for_digit():
+    paths = [p for p in RECORDS if "kept:" in p.open().readline()]
+    run = min((runs.read_log(p) for p in paths), key=lambda r: r.train_s)
+    from records.harness import Runtime, environment
+
+    here = environment(on_gpu=False) | {"matmul_dtype": Runtime().matmul_dtype}
+    for key in ("torch", "cpu", "threads", "matmul_dtype"):
+        if str(here[key]) != run.environment[key]:
+            pytest.skip(f"the record's {key} is {run.environment[key]}, this machine's {here[key]}")
+    done = tool("replay", run.path, OMP_NUM_THREADS=run.environment["threads"])
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+# ------------------------------------------------------------------------------ The record tools
+
+
+def test_records_are_small_and_described():
+    for folder in {path.parent.parent for path in RECORDS}:
+        assert len((folder / "README.md").read_text().splitlines()) <= 60, folder
+        sizes = [p.stat().st_size for p in folder.rglob("*") if p.is_file()]
+        logs = sum(p.stat().st_size for p in (folder / "logs").iterdir())
+        assert logs < 1.2e6 and sum(sizes) < 1.5e6, folder
+
+
+def test_readme_holds_the_leaderboard():
+    done = tool("leaderboard", "--check")
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_leaderboard_never_mixes_classes_and_notices_a_stale_readme(
+    log, tmp_path, monkeypatch, capsys
+):
+    good = [(r"^overrides: .*", "overrides: none"), (r"\(DIFFERENT.*\)", "(as expected)"),
+            (r"changed:\S+ ", "changed:none ")]  # fmt: skip
+    text = re.sub(r"^warning: .*\n", "", log.read_text(), flags=re.M)
+    plain = tmp_path / "plain.txt"
+    plain.write_text(text)
+    for slug, device in (("One", "CPU one"), ("Two", "CPU two"), ("Three", "CPU one")):
+        folder = tmp_path / "records/embedded" / f"2026-01-0{len(slug) - 2}_{slug}"
+        (folder / "logs").mkdir(parents=True)
+        (folder / "README.md").write_text(f"# The idea {slug}\n")
+        forge(plain, folder / "logs/run.txt", *good, (r"^device: .*", f"device: {device}"))
+    (tmp_path / "README.md").write_text(f"a\n{leaderboard.BEGIN}\n{leaderboard.END}\nz\n")
+    monkeypatch.setattr(leaderboard, "ROOT", tmp_path)
+    monkeypatch.setattr(leaderboard, "RECORDS", tmp_path / "records")
+    monkeypatch.setattr(sys, "argv", ["leaderboard.py", "--check"])
+    assert leaderboard.main() == 1 and "stale" in capsys.readouterr().err
+    monkeypatch.setattr(sys, "argv", ["leaderboard.py"])
+    assert leaderboard.main() == 0
+    text = (tmp_path / "README.md").read_text()
+    assert text.startswith("a\n") and text.endswith("\nz\n")
+    first, second = text.split("**embedded, target 9**")[1:]
+    assert "CPU one" in first and "The idea One" in first and "The idea Three" in first
+    assert "CPU two" in second and "The idea Two" in second and "One" not in second
+    assert len(list((tmp_path / "records/embedded").glob("*.png"))) == 1
+    monkeypatch.setattr(sys, "argv", ["leaderboard.py", "--check"])
+    assert leaderboard.main() == 0
+
+
+def test_reports_for_programs_and_readmes(log, tmp_path):
+    report = json.loads(tool("diff", log, log, "--json").stdout)
+    assert report["verdict"] == "INCONCLUSIVE" and report["exit_code"] == 5
+    assert report["A"]["val_loss"] == [runs.read_log(log).val_loss]
+    markdown = tool("diff", log, log, "--markdown").stdout.splitlines()
+    assert [line.count("|") for line in markdown if line.startswith("|")][0] == 8
+    picture = tmp_path / "x.png"
+    tool("diff", log, log, "--plot", picture)
+    assert picture.read_bytes()[1:4] == b"PNG"
+
+
+def test_the_diff_of_sources_shows_changed_lines(log, tmp_path):
+    old = r"^# -+ Train$"
+    text = re.sub(old, "# mine", log.read_text(), flags=re.M)
+    source = text.partition("\n")[2].partition("\ncheck: ")[0] + "\n"
+    digest = hashlib.sha256(source.encode()).hexdigest()
+    heading = (r"^(=== source train_gpt.py lines:\d+) sha256:\w+", rf"\1 sha256:{digest}")
+    forged = forge(log, tmp_path / "forged.txt", (old, "# mine"), heading)
+    done = tool("diff", log, forged, "--source")
+    assert "+# mine" in done.stdout.splitlines() and "train_gpt.py +1 -1" in done.stdout
+    assert "data pipeline: unchanged" in done.stdout
+
+
+def test_misuse_and_missing_files_have_their_exit_codes(tmp_path):
+    assert tool("diff", "one").returncode == 2
+    done = tool("diff", tmp_path / "x.txt", tmp_path)
+    assert done.returncode == 4 and str(tmp_path / "x.txt") in done.stderr
+    assert tool("validate", tmp_path).returncode == 2
