@@ -57,6 +57,15 @@ def open_shard(path: Path) -> np.ndarray:
     return np.memmap(path, "<u2", mode="r", offset=HEADER_BYTES)
 
 
+def file_sha256(path: Path) -> str:
+    """sha256 of a whole file, header included, as sha256sum prints it."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
 def check_tokens(path: Path, vocab_size: int) -> tuple[np.ndarray, str]:
     """Read a whole shard; return (tokens, sha256 of the tokens). ShardError for ids too large."""
     tokens = open_shard(path)
