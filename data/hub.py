@@ -85,7 +85,7 @@ def list_files(
         except FAILURES as error:
             if not patience.allows(error):
                 why = reason(error, repo, revision)
-                raise HubError(f"cannot list the files of {repo}: {why}; {advice}") from None
+                raise HubError(f"cannot list {repo}: {why}; {advice}") from None
     found = [
         RemoteFile(entry.rfilename, entry.size, entry.lfs.sha256 if entry.lfs else None)
         for entry in info.siblings
@@ -165,7 +165,7 @@ class Job:
 
     def require_space(self, files: list[RemoteFile]) -> None:
         needed = sum(file.size - size_of(self.part(file)) for file in files)
-        free = shutil.disk_usage(self.parts).free
+        free = free_bytes(self.parts)
         if needed > free:
             raise HubError(
                 f"{self.parts.parent} has {free:,} bytes free, and {needed:,} are still to come; "
@@ -348,6 +348,12 @@ def bar(label: str, total: int, unit: str, initial: int = 0) -> tqdm:
 
 def say(message: str) -> None:
     tqdm.write(message, file=sys.stderr)
+
+
+def free_bytes(folder: Path) -> int:
+    """Free bytes on the disk where the folder is or will be."""
+    folder = folder.absolute()
+    return shutil.disk_usage(next(f for f in (folder, *folder.parents) if f.exists())).free
 
 
 def size_of(path: Path) -> int:
