@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from shards import ShardError, file_sha256, find_shards, open_shard
+from shards import file_sha256, find_shards, open_shard
 from tqdm import tqdm
 
 DIGEST_BYTES = 8  # a document's hash; chance makes 2 of 10 million alike once in 400,000 times

@@ -50,6 +50,7 @@ class Request:
     method: str
     path: str
     headers: Message  # whose names have no case
+    time: float = field(default_factory=time.monotonic)  # seconds
 
 
 class QuietServer(ThreadingHTTPServer):
@@ -71,6 +72,7 @@ class HubServer:
         self.requests: list[Request] = []
         self.unlisted: set[str] = set()  # listed files whose name resolves to 404
         self.wrong_sha256: set[str] = set()  # files for which the hub names another hash
+        self.claimed_size: dict[str, int] = {}  # sizes that the API gives instead of the right ones
 
     def __enter__(self):
         handler = type("BoundHandler", (Handler,), {"hub": self})
@@ -150,8 +152,9 @@ class Handler(BaseHTTPRequestHandler):
     def entry(self, key: str, name: str, content: bytes) -> dict:
         """A file as tree (key: path, its hash: oid) and revision (rfilename, sha256) give it."""
         digest = self.hub.sha256(name, content)
-        lfs = {"oid": digest, "sha256": digest, "size": len(content), "pointerSize": 134}
-        return {"type": "file", key: name, "oid": "0" * 40, "size": len(content), "lfs": lfs}
+        size = self.hub.claimed_size.get(name, len(content))
+        lfs = {"oid": digest, "sha256": digest, "size": size, "pointerSize": 134}
+        return {"type": "file", key: name, "oid": "0" * 40, "size": size, "lfs": lfs}
 
     def may_enter(self, repo: str, revision: str) -> bool:
         expected = self.hub.token and f"Bearer {self.hub.token}"
