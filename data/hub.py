@@ -75,14 +75,12 @@ def list_files(
     patience = Patience(f"the list of {repo}", FIRST_TRIES, threading.Event())
     while True:
         try:
+            timeout = constants.HF_HUB_DOWNLOAD_TIMEOUT
             info = HfApi().dataset_info(
-                repo,
-                revision=revision,
-                files_metadata=True,
-                timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
+                repo, revision=revision, files_metadata=True, timeout=timeout
             )
             break
-        except FAILURES as error:
+        except (*FAILURES, KeyError, TypeError) as error:  # the client reads any JSON as an answer
             if not patience.allows(error):
                 why = reason(error, repo, revision)
                 raise HubError(f"cannot list {repo}: {why}; {advice}") from None
@@ -141,7 +139,8 @@ class Job:
 
     def part(self, file: RemoteFile) -> Path:
         """Where the file grows. Its hash is in the name: other contents are never continued."""
-        return self.parts / f"{Path(file.name).name}.{(file.sha256 or str(file.size))[:16]}"
+        name = file.name.replace("/", "_")
+        return self.parts / f"{name}.{(file.sha256 or str(file.size))[:16]}"
 
     def run(self, files: list[RemoteFile], workers: int) -> None:
         lock = FileLock(self.parts / "lock")
@@ -175,13 +174,15 @@ class Job:
     def fetch_all(self, files: list[RemoteFile], workers: int) -> None:
         """Fetch in parallel; the first failure stops the others."""
         done = sum(size_of(self.part(file)) for file in files)
+        size = sum(file.size for file in files)
         with (
-            bar(
-                "bytes", sum(file.size for file in files), initial=done, unit="B"
-            ) as self.bytes_bar,
-            bar("files", len(files), unit="file") as files_bar,
+            tqdm(
+                desc="bytes", total=size, initial=done, unit="B", unit_scale=True, disable=None
+            ) as bar,
+            tqdm(desc="files", total=len(files), unit="file", disable=None) as files_bar,
             ThreadPoolExecutor(workers) as pool,
         ):
+            self.bytes_bar = bar
             try:
                 for fetched in as_completed([pool.submit(self.fetch, file) for file in files]):
                     fetched.result()
@@ -197,21 +198,21 @@ class Job:
             self.fetch_bytes(file, part)
             try:
                 self.verify(file, part)
+                break
             except OSError as error:
                 self.bytes_bar.update(-size_of(part))
                 part.unlink()
-                refusal = error
-                say(f"{file.name} is refused and fetched again: {error}")
-                continue
-            with part.open("rb") as complete:  # a name must not outlive the bytes on a power cut
-                os.fsync(complete.fileno())
-            path.parent.mkdir(parents=True, exist_ok=True)
-            part.replace(path)
-            return
-        raise HubError(
-            f"{self.repo} gave {file.name} {REFUSALS} times, and it was never sound: {refusal}; "
-            f"try another --revision or network, or bring the file from elsewhere to {path}"
-        )
+                refusal = str(error)
+                say(f"{file.name} is refused and fetched again: {refusal}")
+        else:
+            raise HubError(
+                f"{self.repo} gave {file.name} {REFUSALS} times, and it was never sound: {refusal}"
+                f"; try another revision or network, or bring the file from elsewhere to {path}"
+            )
+        with part.open("rb") as complete:  # a name must not outlive the bytes on a power cut
+            os.fsync(complete.fileno())
+        path.parent.mkdir(parents=True, exist_ok=True)
+        part.replace(path)
 
     def verify(self, file: RemoteFile, part: Path) -> None:
         if file.sha256 and (found := file_sha256(part)) != file.sha256:
@@ -294,7 +295,8 @@ class Patience:
 def may_pass(error: Exception) -> bool:
     if isinstance(error, HfHubHTTPError):
         return error.response.status_code in PASSING_STATUS
-    return isinstance(error, httpx2.TransportError | WrongAnswer | json.JSONDecodeError)
+    passing = httpx2.TransportError | WrongAnswer | json.JSONDecodeError | KeyError | TypeError
+    return isinstance(error, passing)
 
 
 def retry_after(error: Exception) -> float:
@@ -319,14 +321,14 @@ def reason(error: Exception, repo: str = "", revision: str = "") -> str:
             return f"revision {revision} has no such file (404)"
         case HfHubHTTPError():
             return f"{constants.ENDPOINT} answered {error.response.status_code}"
-        case json.JSONDecodeError():
+        case json.JSONDecodeError() | KeyError() | TypeError():
             return f"{constants.ENDPOINT} answered something else than the hub does (a proxy?)"
         case httpx2.ConnectError() | httpx2.ConnectTimeout():
             return f"{constants.ENDPOINT} cannot be reached ({error})"
         case httpx2.TimeoutException():
             return f"{constants.ENDPOINT} fell silent"
         case httpx2.TransportError():
-            return "the connection broke"
+            return f"the connection broke ({error})"
     return str(error)
 
 
@@ -339,11 +341,6 @@ def expect_bytes(response: httpx2.Response, count: int) -> None:
             f"the answer is {length:,} bytes of {kind or 'no type'}, not the {count:,} that are "
             "still to come (does a proxy stand between?)"
         )
-
-
-def bar(label: str, total: int, unit: str, initial: int = 0) -> tqdm:
-    """A progress bar on stderr, if that is a terminal."""
-    return tqdm(desc=label, total=total, unit=unit, initial=initial, unit_scale=True, disable=None)
 
 
 def say(message: str) -> None:

@@ -97,7 +97,7 @@ def test_shards_arrive_whole_validation_first_and_are_not_fetched_twice(hub, use
     assert user.has(contents)
     assert len(open_shard(user.folder / SECOND)) == TOKENS
     resolved = [r.path.rpartition("/")[2] for r in hub.requests if "/resolve/" in r.path]
-    assert sorted(resolved) == sorted(contents) and resolved[0] == VAL
+    assert sorted(resolved) == sorted(contents) and VAL in resolved[:8]  # of 8 at a time
     hub.requests.clear()
     assert user.run().returncode == 0 and not hub.requests
 
@@ -234,7 +234,7 @@ def test_offline_mode_makes_no_request(hub, user, contents):
 
 
 def test_an_api_that_fails_for_good_is_named(hub, user):
-    hub.faults["api"] = [Fault(status=503), HTML_PAGE, HTML_PAGE]
+    hub.faults["api"] = [Fault(status=503), HTML_PAGE, Fault(body=b"{}")]
     sentence = user.refused("0")
     assert "proxy" in sentence and VAL in sentence and str(user.folder) in sentence
 
@@ -312,25 +312,50 @@ def test_misuse_is_refused(user, flags):
     assert user.run(*flags).returncode == 2
 
 
-@pytest.mark.parametrize("track, name", [("fineweb", VAL), ("wikitext103", "wikitext")])
-def test_run_sh_without_network_ends_with_one_sentence(user, hub, tmp_path, track, name):
-    hub.__exit__()
-    root = tmp_path / "checkout"  # one without data, and whose requirements are there
+@pytest.fixture
+def checkout(tmp_path) -> Path:
+    """A checkout without data, whose requirements are met and whose training is quick."""
+    root = tmp_path / "checkout"
     shutil.copytree(ROOT / "data", root / "data", ignore=lambda folder, names: DATA & {*names})
     shutil.copy(ROOT / "run.sh", root)
     (root / "requirements.txt").touch()
+    (root / "train_gpt.py").write_text("print('training')")
+    return root
+
+
+def run_sh(user: User, checkout: Path, track: str) -> subprocess.CompletedProcess:
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    done = subprocess.run(
-        [str(root / "run.sh"), "--track", track],
+    return subprocess.run(
+        [str(checkout / "run.sh"), "--track", track],
         env={**user.environment, "PATH": path},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=60,
     )
+
+
+@pytest.mark.parametrize("track, name", [("fineweb", VAL), ("wikitext103", "tiktoken")])
+def test_run_sh_without_network_ends_with_one_sentence(user, hub, checkout, track, name):
+    hub.__exit__()
+    done = run_sh(user, checkout, track)
     assert done.returncode == 1 and done.stdout == ""
     (sentence,) = re.findall(r"^error: (.*)$", done.stderr, re.M)
     assert done.stderr.endswith(f"{sentence}\n") and name in sentence
-    assert str(root / "data") in sentence
+    assert str(checkout / "data") in sentence
+
+
+def test_run_sh_touches_no_network_for_shards_that_are_there(user, hub, checkout, contents):
+    for name in NAMES:
+        for folder, prefix in (("fineweb10B", "fineweb"), ("wikitext103", "wikitext103")):
+            path = checkout / "data" / folder / name.replace("fineweb", prefix)
+            path.parent.mkdir(exist_ok=True)
+            path.write_bytes(contents[name])
+    for track in ("fineweb", "wikitext103"):
+        done = run_sh(user, checkout, track)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "training\n", "")
+    assert not hub.requests
+    (checkout / "data" / "wikitext103" / "work").mkdir()  # left by a run that was killed
+    assert run_sh(user, checkout, "wikitext103").returncode == 1
 
 
 def test_the_hub_of_these_tests_satisfies_the_clients_own_download(hub, user, contents, tmp_path):
