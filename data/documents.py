@@ -22,6 +22,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet
 from tqdm import tqdm
+from tqdm.utils import CallbackIOWrapper
 
 STDIN = "-"
 KINDS = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
@@ -170,18 +171,16 @@ def lines(chunks: Iterable[bytes]) -> Iterator[bytes | None]:
 def file_chunks(path: Path, bar: tqdm | None = None) -> Iterator[bytes]:
     """The contents, decompressed; the bar counts bytes of the file. Raises TextError."""
     form = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix.lower())
-    read = seen = 0
+    read = 0
     with path.open("rb") as raw:
+        file = raw if bar is None else CallbackIOWrapper(bar.update, raw, "read")
         try:
             if form and not path.stat().st_size:
                 raise OSError("it has no bytes")
-            file = pa.CompressedInputStream(raw, form) if form else raw
+            file = pa.CompressedInputStream(file, form) if form else file
             while chunk := file.read(CHUNK_BYTES):
                 yield chunk
                 read += len(chunk)
-                if bar is not None:
-                    bar.update(raw.tell() - seen)
-                    seen = raw.tell()
         except OSError as error:
             raise damaged(path, f"{read:,} bytes of text", error) from None
 

@@ -12,6 +12,7 @@ tokenized, and so notices if that has changed. Finished shards are never touched
 
 import argparse
 import base64
+import errno
 import hashlib
 import json
 import multiprocessing
@@ -639,17 +640,32 @@ def parse() -> argparse.Namespace:
     return args
 
 
+def explained(error: OSError, out: Path) -> str:
+    """The error in a sentence; a disk that is full names no file by itself."""
+    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        return str(error)
+    return (
+        f"cannot write to {out} ({error.strerror}); make room and run the same command again, "
+        "it goes on where it stopped"
+    )
+
+
+def stop(number: int, _frame) -> None:
+    raise KeyboardInterrupt(number)
+
+
 def main() -> int:
     args = parse()
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop)
     try:
         manifest = tokenize(args)
     except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {explained(error, args.out)}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as stopped:
         print("stopped; the same command goes on where this one was", file=sys.stderr)
-        return 130
+        return 128 + stopped.args[0]
     for shard in manifest["shards"]:
         print(f"{args.out / shard['name']}  {shard['tokens']:,} tokens")
     for reason, count in manifest["skipped"].items():
