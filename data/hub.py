@@ -36,6 +36,7 @@ from huggingface_hub.utils import build_hf_headers, hf_raise_for_status
 from shards import file_sha256
 from tqdm import tqdm
 
+WORKERS = 8  # files at a time
 TRIES = 6  # in a row, without a new byte between them
 FIRST_TRIES = 3  # nobody waits long to hear that there is no network
 REFUSALS = 3  # whole files that came and were not sound
@@ -98,20 +99,16 @@ def download(
     folder: Path,
     revision: str = "main",
     check: Callable[[Path], None] = lambda path: None,
-    workers: int = 8,
-    target: Callable[[RemoteFile], Path] | None = None,
 ) -> list[Path]:
-    """Have every file in folder (or at target(file), on the same disk); return their paths.
+    """Have every file in folder, under its name in the repository; return their paths.
 
-    The files are fetched in their order, up to `workers` at a time. check(path) reads a whole file
-    and raises OSError if it is not sound. Raises HubError; what came until then is continued by
-    the next call.
+    The files are fetched in their order, some at a time. check(path) reads a whole file and raises
+    OSError if it is not sound. Raises HubError; what came until then is continued by the next call.
     """
-    paths = {file: target(file) if target else folder / file.name for file in files}
+    paths = {file: folder / file.name for file in files}
     missing = [file for file in paths if not is_there(paths[file], file)]
     if missing:
-        job = Job(repo, revision, check, paths, folder / "part")
-        job.run(missing, workers)
+        Job(repo, revision, check, paths, folder / "part").run(missing)
     return list(paths.values())
 
 
@@ -142,13 +139,13 @@ class Job:
         name = file.name.replace("/", "_")
         return self.parts / f"{name}.{(file.sha256 or str(file.size))[:16]}"
 
-    def run(self, files: list[RemoteFile], workers: int) -> None:
+    def run(self, files: list[RemoteFile]) -> None:
         lock = FileLock(self.parts / "lock")
         try:
             self.parts.mkdir(parents=True, exist_ok=True)
             with lock.acquire(timeout=0):
                 self.require_space(files)
-                self.fetch_all(files, workers)
+                self.fetch_all(files)
                 (self.parts / "lock").unlink(missing_ok=True)
         except Timeout:
             raise HubError(
@@ -171,7 +168,7 @@ class Job:
                 "make room, then run this again"
             )
 
-    def fetch_all(self, files: list[RemoteFile], workers: int) -> None:
+    def fetch_all(self, files: list[RemoteFile]) -> None:
         """Fetch in parallel; the first failure stops the others."""
         done = sum(size_of(self.part(file)) for file in files)
         size = sum(file.size for file in files)
@@ -180,7 +177,7 @@ class Job:
                 desc="bytes", total=size, initial=done, unit="B", unit_scale=True, disable=None
             ) as bar,
             tqdm(desc="files", total=len(files), unit="file", disable=None) as files_bar,
-            ThreadPoolExecutor(workers) as pool,
+            ThreadPoolExecutor(WORKERS) as pool,
         ):
             self.bytes_bar = bar
             try:

@@ -128,9 +128,10 @@ def test_what_passes_is_named_and_tried_again(hub, user, contents):
 
 def test_nothing_false_is_appended_to_what_came(hub, user, contents):
     hub.faults[VAL] = [Fault(cut=100_000), HTML_PAGE, Fault(cut=50_000)]
-    hub.faults[FIRST] = [Fault(cut=100_000), Fault(ignores_range=True)]
+    hub.faults[FIRST] = [Fault(cut=100_000), *[Fault(ignores_range=True)] * 6]
     assert user.run("1").returncode == 0 and user.has(first(contents, 1))
     assert hub.ranges(VAL) == [None, "bytes=100000-", "bytes=100000-", "bytes=150000-"]
+    assert len(hub.transfers(FIRST)) == 2
 
 
 def test_a_killed_download_goes_on_where_it_was(hub, user, contents):
@@ -165,7 +166,8 @@ def test_what_grew_from_other_contents_is_not_continued(hub, user, contents):
     assert "404" in user.refused("0")
     hub.repos[REPO][VAL] = contents[FIRST]
     assert user.run("0").returncode == 0
-    assert (user.folder / VAL).read_bytes() == contents[FIRST] and hub.ranges(VAL)[-1] is None
+    assert (user.folder / VAL).read_bytes() == contents[FIRST]
+    assert hub.ranges(VAL) == [None, "bytes=100000-", None]
 
 
 def test_bad_files_under_final_names_are_named_and_fetched_again(user, contents):
@@ -175,6 +177,23 @@ def test_bad_files_under_final_names_are_named_and_fetched_again(user, contents)
     done = user.run("2")
     assert done.returncode == 0 and user.has(first(contents, 2))
     assert all(str(user.folder / name) in done.stderr for name in NAMES[:3])
+
+
+def test_other_files_keep_their_folders_and_follow_the_hub(hub, user, tmp_path):
+    hub.repos["a/b"] = {"x/1.txt": b"one", "y/1.txt": b"one", "y/2.txt": b"two", "z.txt": b"z"}
+    script = (
+        "import sys; from pathlib import Path; from hub import download, list_files;"
+        "print(*download('a/b', list_files('a/b', prefix='y/')[::-1], Path(sys.argv[1])))"
+    )
+    command = [sys.executable, "-c", script, tmp_path / "out"]
+    environment = user.environment | {"PYTHONPATH": str(ROOT / "data")}
+    for _ in range(2):
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+        paths = [tmp_path / "out" / name for name in ("y/2.txt", "y/1.txt")]
+        assert done.stdout.split() == list(map(str, paths))
+        assert [path.read_bytes() for path in paths] == [hub.repos["a/b"]["y/2.txt"], b"one"]
+        hub.repos["a/b"]["y/2.txt"] = b"two, longer"  # as after a new commit
+    assert str(paths[0]) in done.stderr and len(hub.transfers("y/1.txt")) == 1
 
 
 def test_bad_bytes_from_the_hub_never_get_the_name(hub, user):
