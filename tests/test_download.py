@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT, clean_environment
-from hub_server import HTML, HTML_PAGE, Fault, HubServer
+from hub_server import COMMIT, HTML, HTML_PAGE, Fault, HubServer
 
 from data.shards import open_shard, write_shard
 
@@ -226,6 +226,12 @@ def test_what_the_hub_does_not_have_is_named_at_once(hub, user, flags, word):
     sentence = user.refused(*flags)
     assert word in sentence and str(user.folder) in sentence
     assert len([r for r in hub.requests if r.path.endswith(SECOND)]) <= 1
+
+
+def test_a_revision_is_asked_for_everywhere(hub, user, contents):
+    assert user.run("0", f"--revision={COMMIT}").returncode == 0
+    asked = [r.path for r in hub.requests if REPO in r.path and "/storage/" not in r.path]
+    assert len(asked) == 2 and all(COMMIT in path for path in asked)
 
 
 def test_a_wrong_repository_is_named(hub, user):
