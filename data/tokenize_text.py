@@ -146,7 +146,6 @@ encoding: tiktoken.Encoding  # of a worker
 
 def start_worker(ranks: dict[bytes, int]) -> None:
     global encoding
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # ctrl-C is the parent's to handle
     threading.Thread(target=end_with_parent, daemon=True).start()
     encoding = encoding_of(ranks)
 
@@ -552,6 +551,10 @@ def worker_pool(workers: int, ranks: dict[bytes, int]) -> Iterator[ProcessPoolEx
     context = multiprocessing.get_context("spawn")  # the parent has threads, which do not fork
     pool = ProcessPoolExecutor(workers, context, start_worker, (ranks,))
     try:
+        # ctrl-C is for the parent alone. Workers begin here, and inherit that they ignore it.
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        pool.submit(int)
+        signal.signal(signal.SIGINT, handler)
         yield pool
     except BrokenProcessPool:
         raise TextError(
