@@ -20,7 +20,6 @@ from shards import file_sha256, find_shards, open_shard
 from tqdm import tqdm
 
 DIGEST_BYTES = 8  # a document's hash; chance makes 2 of 10 million alike once in 400,000 times
-BLOCK = 1 << 24  # tokens looked at together, so that memory does not follow the shard's size
 BAR_COLUMNS = 44
 
 
@@ -39,13 +38,6 @@ def split_of(path: Path) -> str:
     """train or val, as the name says; empty if it does not."""
     found = re.search(r"(?:^|_)(train|val)(?:_|\.)", path.name)
     return found.group(1) if found else ""
-
-
-def document_starts(tokens: np.ndarray, document_start: int) -> np.ndarray:
-    """Positions (N,) int64 of the tokens that open a document."""
-    blocks = range(0, len(tokens), BLOCK)
-    found = [np.flatnonzero(tokens[at : at + BLOCK] == document_start) + at for at in blocks]
-    return np.concatenate(found)
 
 
 def document_hashes(tokens: np.ndarray, starts: np.ndarray):
@@ -97,7 +89,7 @@ def check_shard(path: Path, vocab_size: int, document_start: int, report: Report
             f"{path} holds token {largest}, but the vocabulary ends at {vocab_size - 1}; "
             "make it again, or give its --vocab_size"
         )
-    starts = document_starts(tokens, document_start)
+    starts = np.flatnonzero(tokens == document_start)
     lengths = np.diff(starts, append=len(tokens))
     report.lengths += np.bincount(np.log2(lengths).astype(int), minlength=len(report.lengths))
     digest = file_sha256(path)
