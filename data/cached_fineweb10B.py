@@ -37,13 +37,23 @@ def damage(path: Path) -> str:
 
 def list_shards(names: list[str], folder: Path, revision: str) -> list[RemoteFile]:
     """The hub's entries for these shards. HubError if it has them not, or cannot be asked."""
-    few = ", ".join(names) if len(names) < 4 else f"{names[0]}, {names[1]} ... {names[-1]}"
-    bring = f"on a machine with network get {few} ({len(names)} files), and put them into {folder}"
+    few = ", ".join(names)
+    if len(names) > 3:
+        few = f"{names[0]}, {names[1]} ... {names[-1]} ({len(names)} files)"
+    bring = f"on a machine with network get {few}, and put them into {folder}"
     found = {file.name: file for file in list_files(REPO, revision, advice=bring)}
     for name in names:
         if name not in found:
             raise HubError(f"{REPO} at revision {revision} has no {name}; {bring}")
     return [found[name] for name in names]
+
+
+def check_download(path: Path) -> None:
+    """Read a file that has not got its name yet. Raises ShardError, without its usual advice."""
+    try:
+        check_tokens(path, VOCAB_SIZE)
+    except ShardError as error:
+        raise ShardError(error.problem) from None
 
 
 def fetch(names: list[str], folder: Path, revision: str) -> None:
@@ -56,7 +66,7 @@ def fetch(names: list[str], folder: Path, revision: str) -> None:
         if path.exists():
             say(f"refused, and fetched again: {damage(path)}")
             path.unlink()
-    download(REPO, files, folder, revision, check=lambda path: check_tokens(path, VOCAB_SIZE))
+    download(REPO, files, folder, revision, check_download)
 
 
 def print_plan(names: list[str], folder: Path, revision: str) -> None:

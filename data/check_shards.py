@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-from shards import file_sha256, find_shards, open_shard
+from shards import ShardError, file_sha256, find_shards, open_shard
 from tqdm import tqdm
 
 DIGEST_BYTES = 8  # a document's hash; chance makes 2 of 10 million alike once in 400,000 times
@@ -122,8 +122,8 @@ def check_all(paths: list[Path], vocab_size: int, document_start: int) -> Report
     for path in tqdm(paths, unit="shard", disable=None):
         try:
             check_shard(path, vocab_size, document_start, report)
-        except OSError as error:
-            report.problems.append(str(error))
+        except OSError as error:  # the advice of a ShardError is for a track's own data
+            report.problems.append(error.problem if isinstance(error, ShardError) else str(error))
     for manifest in sorted({path.with_name("manifest.json") for path in report.facts}):
         if manifest.exists():
             beside = {p: fact for p, fact in report.facts.items() if p.parent == manifest.parent}

@@ -320,6 +320,8 @@ def reason(error: Exception, repo: str = "", revision: str = "") -> str:
             return f"{constants.ENDPOINT} answered {error.response.status_code}"
         case json.JSONDecodeError() | KeyError() | TypeError():
             return f"{constants.ENDPOINT} answered something else than the hub does (a proxy?)"
+        case httpx2.UnsupportedProtocol():
+            return f"HF_ENDPOINT {constants.ENDPOINT} is no URL"
         case httpx2.ConnectError() | httpx2.ConnectTimeout():
             return f"{constants.ENDPOINT} cannot be reached ({error})"
         case httpx2.TimeoutException():
