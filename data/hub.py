@@ -2,7 +2,7 @@
 
 Every request goes through the session of huggingface_hub, so HF_ENDPOINT, HF_HOME, HF_TOKEN,
 HF_HUB_OFFLINE and HF_HUB_DOWNLOAD_TIMEOUT mean what they mean elsewhere. Its hf_hub_download is not
-used: since 2.x it begins a file anew after a kill, and it knows no check before the final name.
+used: that of 2.4.0 begins a file anew after a kill, and checks nothing before the final name.
 
 A file grows below FOLDER/part, under a name that holds its hash, and is continued there by Range.
 It gets its final name once size, sha256 and the caller's check are right: so a file that stands

@@ -140,15 +140,15 @@ def test_nothing_false_is_appended_to_what_came(hub, user, contents):
 
 
 def test_a_killed_download_goes_on_where_it_was(hub, user, contents):
-    hub.faults[VAL] = [Fault(bytes_per_s=100_000)]
+    hub.faults[VAL] = [Fault(bytes_per_s=50_000)]
     process = user.start("1")
-    while user.grown(VAL) < 50_000 or not (user.folder / FIRST).exists():
+    while user.grown(VAL) < 20_000 or not (user.folder / FIRST).exists():
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.01)
     process.kill()
     process.wait()
     had = user.grown(VAL)
-    assert 50_000 <= had < len(contents[VAL]) and not (user.folder / VAL).exists()
+    assert 20_000 <= had < len(contents[VAL]) and not (user.folder / VAL).exists()
     assert user.run("1").returncode == 0 and user.has(first(contents, 1))
     assert hub.ranges(VAL) == [None, f"bytes={had}-"] and hub.ranges(FIRST) == [None]
 
@@ -343,15 +343,22 @@ def checkout(tmp_path) -> Path:
     return root
 
 
-def run_sh(user: User, checkout: Path, track: str) -> subprocess.CompletedProcess:
+def start_run_sh(user: User, checkout: Path, track: str) -> subprocess.Popen:
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    return subprocess.run(
+    return subprocess.Popen(
         [str(checkout / "run.sh"), "--track", track],
         env={**user.environment, "PATH": path},
-        capture_output=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
         text=True,
-        timeout=60,
+        start_new_session=True,
     )
+
+
+def run_sh(user: User, checkout: Path, track: str) -> subprocess.CompletedProcess:
+    process = start_run_sh(user, checkout, track)
+    out, err = process.communicate(timeout=60)
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 @pytest.mark.parametrize("track, name", [("fineweb", VAL), ("wikitext103", "tiktoken")])
@@ -376,6 +383,16 @@ def test_run_sh_touches_no_network_for_shards_that_are_there(user, hub, checkout
     assert not hub.requests
     (checkout / "data" / "wikitext103" / "work").mkdir()  # left by a run that was killed
     assert run_sh(user, checkout, "wikitext103").returncode == 1
+
+
+def test_run_sh_does_not_train_when_its_download_is_interrupted(user, hub, checkout):
+    hub.faults[VAL] = [Fault(bytes_per_s=50_000)]
+    user.folder = checkout / "data" / "fineweb10B"
+    process = start_run_sh(user, checkout, "fineweb")
+    while user.grown(VAL) < 10_000:
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGINT)  # as ctrl-C in a terminal does
+    assert process.communicate(timeout=10)[0] == "" and process.returncode == 130
 
 
 def test_the_hub_of_these_tests_satisfies_the_clients_own_download(hub, user, contents, tmp_path):
