@@ -21,16 +21,16 @@ import re
 import shutil
 import signal
 import sys
-import threading
 import time
 from collections import Counter, deque
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain
+from multiprocessing.connection import Connection
 from pathlib import Path
+from queue import SimpleQueue
 from typing import TypeVar
 
 import numpy as np
@@ -57,7 +57,7 @@ GPT2_FILE = FOLDER / "gpt2.tiktoken"
 START, START_TEXT = 50256, "<|endoftext|>"
 MAX_SHARD_TOKENS = 2**31 - 1  # the header's count is an int32
 
-BATCH_BYTES = 1 << 19  # of text that a worker gets at once
+BATCH_BYTES = 1 << 20  # of text that a worker gets at once
 AHEAD_BYTES = 64 << 20  # of text that is read, and not yet tokenized
 SAVE_EVERY = 1.0  # seconds
 CONVERTED = "refs/convert/parquet"  # where the hub puts parquet that it made itself
@@ -141,22 +141,65 @@ def ranks_sha256(ranks: dict[bytes, int]) -> str:
 
 # ------------------------------------------------------------------------------ Workers
 
-encoding: tiktoken.Encoding  # of a worker
+
+class Workers:
+    """Processes that encode batches, each at the other end of a pipe.
+
+    concurrent.futures has such a pool, but it hangs when a worker is killed while it answers, and
+    its workers outlive a parent that is killed. Here both sides meet the end of a pipe.
+    """
+
+    def __init__(self, count: int, ranks: dict[bytes, int], column: str):
+        context = multiprocessing.get_context("spawn")
+        self.threads = ThreadPoolExecutor(count)
+        self.idle, self.processes = SimpleQueue(), []
+        # ctrl-C is for the parent alone: the workers inherit that they ignore it.
+        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+        for _ in range(count):
+            here, there = context.Pipe()
+            self.processes.append(context.Process(target=serve, args=(there, ranks, column)))
+            self.processes[-1].start()
+            there.close()
+            self.idle.put(here)
+        signal.signal(signal.SIGINT, handler)
+
+    def submit(self, batch: list[Record]) -> Future:
+        """The result of encode, later; TextError if the worker has died."""
+        return self.threads.submit(self.ask, batch)
+
+    def ask(self, batch: list[Record]) -> tuple[np.ndarray, Counter]:
+        worker = self.idle.get()
+        try:
+            worker.send(batch)
+            return worker.recv()
+        except (EOFError, ConnectionError):
+            raise TextError(
+                "a worker was killed, most likely for want of memory; run the same command with "
+                "fewer --workers, it goes on where it stopped"
+            ) from None
+        finally:
+            self.idle.put(worker)
+
+    def __enter__(self) -> "Workers":
+        return self
+
+    def __exit__(self, *_) -> None:
+        for process in self.processes:
+            process.terminate()  # nobody waits for what they are at
+        self.threads.shutdown(cancel_futures=True)
 
 
-def start_worker(ranks: dict[bytes, int]) -> None:
-    global encoding
-    threading.Thread(target=end_with_parent, daemon=True).start()
+def serve(pipe: Connection, ranks: dict[bytes, int], column: str) -> None:
+    """A worker's life."""
     encoding = encoding_of(ranks)
+    with suppress(EOFError, ConnectionError):  # the parent is gone
+        while True:
+            pipe.send(encode(pipe.recv(), column, encoding))
 
 
-def end_with_parent() -> None:
-    """A parent that is killed cannot end its workers, and they would wait forever."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
-def encode(records: list[Record], column: str) -> tuple[np.ndarray, Counter]:
+def encode(
+    records: list[Record], column: str, encoding: tiktoken.Encoding
+) -> tuple[np.ndarray, Counter]:
     """The tokens (N,) uint16 of a batch, each document behind START; how many were skipped, why."""
     parts, skipped = [np.empty(0, np.uint16)], Counter()
     for kind, data in records:
@@ -210,7 +253,7 @@ class Spool:
             self.done = json.loads(self.journal.read_text())
         self.saved = time.monotonic()
 
-    def fill(self, records: Iterable[Record], pool: ProcessPoolExecutor, column: str) -> None:
+    def fill(self, records: Iterable[Record], workers: Workers) -> None:
         """Tokenize what is not yet there. Raises TextError, also if the input has changed."""
         todo, digest = batches(records), hashlib.sha256()
         for _ in range(self.done["batches"]):
@@ -227,8 +270,7 @@ class Spool:
                 size = sum(len(data) for _, data in batch)
                 while pending and (ahead + size > AHEAD_BYTES or pending[0][0].done()):
                     ahead -= self.store(file, *pending.popleft())
-                future = pool.submit(encode, batch, column)
-                pending.append((future, size, digest.hexdigest()))
+                pending.append((workers.submit(batch), size, digest.hexdigest()))
                 ahead += size
             while pending:
                 self.store(file, *pending.popleft())
@@ -533,7 +575,7 @@ def fill_spools(
     spools = {split: Spool(work / split) for split in files}
     total = size_of(files)["bytes"] or None
     with (
-        worker_pool(args.workers, ranks) as pool,
+        Workers(args.workers, ranks, args.text_column) as workers,
         tqdm(total=total, unit="B", unit_scale=True, disable=None) as bar,
     ):
         for split, spool in spools.items():
@@ -542,31 +584,8 @@ def fill_spools(
                 records = (("text", text) for text in articles(chain.from_iterable(rows)))
             else:
                 records = read_records(files[split], args.text_column, bar)
-            spool.fill(records, pool, args.text_column)
+            spool.fill(records, workers)
     return spools
-
-
-@contextmanager
-def worker_pool(workers: int, ranks: dict[bytes, int]) -> Iterator[ProcessPoolExecutor]:
-    context = multiprocessing.get_context("spawn")  # the parent has threads, which do not fork
-    pool = ProcessPoolExecutor(workers, context, start_worker, (ranks,))
-    try:
-        # ctrl-C is for the parent alone. Workers begin here, and inherit that they ignore it.
-        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        pool.submit(int)
-        signal.signal(signal.SIGINT, handler)
-        yield pool
-    except BrokenProcessPool:
-        raise TextError(
-            "a worker was killed, most likely for want of memory; run this again with fewer "
-            "--workers, it goes on where it stopped"
-        ) from None
-    except BaseException:
-        for child in multiprocessing.active_children():  # nobody waits for what they are at
-            child.terminate()
-        raise
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def manifest_of(options: dict, size: dict, skipped: Counter, shards: list[dict]) -> dict:

@@ -174,9 +174,9 @@ def test_pieces_give_the_tokens_of_the_whole_text(monkeypatch):
 
 
 @pytest.mark.parametrize("unbroken", [" " * 1_000_001 + "x", "x" * 3_000_000, "\n\t" * 600_000])
-def test_what_has_no_place_to_cut_decodes_to_itself(monkeypatch, unbroken):
-    monkeypatch.setattr(tokenize_text, "encoding", tokenize_text.encoding_of(RANKS), False)
-    tokens, skipped = tokenize_text.encode([("text", unbroken)], "text")
+def test_what_has_no_place_to_cut_decodes_to_itself(unbroken):
+    encoding = tokenize_text.encoding_of(RANKS)
+    tokens, skipped = tokenize_text.encode([("text", unbroken)], "text", encoding)
     assert not skipped and tokens[0] == START
     assert b"".join(TEXT_OF_TOKEN[t] for t in tokens[1:].tolist()).decode() == unbroken
 
@@ -468,6 +468,15 @@ def test_signals_end_it_in_one_line_and_lose_nothing(run, interrupted, tmp_path,
     assert run(*flags)[0] == 0
     shards = [open_shard(path) for path in (tmp_path / "out").glob("*.bin")]
     assert sum(np.count_nonzero(shard == 0) for shard in shards) == 1
+
+
+def test_a_killed_worker_ends_the_run_with_advice(interrupted):
+    _, _, process = interrupted
+    for worker in children(process.pid):
+        os.kill(worker, signal.SIGKILL)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 1 and errors.count("\n") == 1, errors
+    assert "fewer --workers" in errors
 
 
 def test_killed_while_writing_shards_it_goes_on_and_ends_the_same(run, rank_file, tmp_path):
