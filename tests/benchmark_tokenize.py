@@ -23,8 +23,8 @@ import numpy as np
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "data"))
 
+from gpt2 import START, encoding_of, gpt2_ranks  # noqa: E402
 from shards import HEADER_BYTES  # noqa: E402
-from tokenize_text import START, encoding_of, gpt2_ranks  # noqa: E402
 
 
 def read_documents(paths: list[Path], encoding) -> list[str]:

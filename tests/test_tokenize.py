@@ -15,6 +15,7 @@ from collections import Counter
 from pathlib import Path
 
 import documents
+import gpt2
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -153,13 +154,13 @@ def test_standard_input_is_one_document(rank_file, tmp_path):
     _, errors = process.communicate(text)
     assert process.returncode == 0, errors
     tokens = open_shard(tmp_path / "text_train_000001.bin").tolist()
-    assert tokens == [START, *tokenize_text.encoding_of(RANKS).encode_ordinary(text)]
+    assert tokens == [START, *gpt2.encoding_of(RANKS).encode_ordinary(text)]
 
 
 def test_pieces_give_the_tokens_of_the_whole_text(monkeypatch):
     monkeypatch.setattr(documents, "PIECE_CHARS", 12)
     safe = re.compile(f"[{documents.BLANK}][^{documents.BLANK}]")
-    encoding, rng, cut = tokenize_text.encoding_of(RANKS), random.Random(0), 0
+    encoding, rng, cut = gpt2.encoding_of(RANKS), random.Random(0), 0
     for _ in range(3000):
         text = "".join(rng.choices("ab1!'s  \n\r\t\xa0\u3000\x1c\x85é🎉", k=rng.randint(0, 60)))
         chunks = [text[i : i + 20] for i in range(0, len(text), 20)]
@@ -175,8 +176,8 @@ def test_pieces_give_the_tokens_of_the_whole_text(monkeypatch):
 
 @pytest.mark.parametrize("unbroken", [" " * 1_000_001 + "x", "x" * 3_000_000, "\n\t" * 600_000])
 def test_what_has_no_place_to_cut_decodes_to_itself(unbroken):
-    encoding = tokenize_text.encoding_of(RANKS)
-    tokens, skipped = tokenize_text.encode([("text", unbroken)], "text", encoding)
+    encoding = gpt2.encoding_of(RANKS)
+    tokens, skipped = gpt2.encode([("text", unbroken)], "text", encoding)
     assert not skipped and tokens[0] == START
     assert b"".join(TEXT_OF_TOKEN[t] for t in tokens[1:].tolist()).decode() == unbroken
 
@@ -292,7 +293,7 @@ def test_unusable_tokenizer_files_are_named(rank_file, tmp_path, change, message
     path = tmp_path / "bad.tiktoken"
     path.write_bytes(b"\n".join(change(rank_file.read_bytes().splitlines())))
     with pytest.raises(documents.TextError, match=message) as caught:
-        tokenize_text.read_ranks(path)
+        gpt2.read_ranks(path)
     assert "bad.tiktoken" in str(caught.value)
 
 
