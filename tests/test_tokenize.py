@@ -4,7 +4,6 @@ import gzip
 import json
 import os
 import random
-import re
 import resource
 import signal
 import subprocess
@@ -159,7 +158,6 @@ def test_standard_input_is_one_document(rank_file, tmp_path):
 
 def test_pieces_give_the_tokens_of_the_whole_text(monkeypatch):
     monkeypatch.setattr(documents, "PIECE_CHARS", 12)
-    safe = re.compile(f"[{documents.BLANK}][^{documents.BLANK}]")
     encoding, rng, cut = gpt2.encoding_of(RANKS), random.Random(0), 0
     for _ in range(3000):
         text = "".join(rng.choices("ab1!'s  \n\r\t\xa0\u3000\x1c\x85é🎉", k=rng.randint(0, 60)))
@@ -167,7 +165,7 @@ def test_pieces_give_the_tokens_of_the_whole_text(monkeypatch):
         parts = list(documents.pieces(chunks))
         assert "".join(parts) == text and all(len(part) <= 12 for part in parts)
         assert parts == list(documents.pieces([text]))  # however the text comes
-        if all(safe.match(part) for part in parts[1:]):
+        if all(len(part) < 12 for part in parts[:-1]):  # else there was no place to cut
             cut += len(parts) > 1
             tokens = [token for part in parts for token in encoding.encode_ordinary(part)]
             assert tokens == encoding.encode_ordinary(text)
