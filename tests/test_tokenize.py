@@ -281,6 +281,7 @@ def test_misuse_ends_with_2(run, flags):
     [
         (lambda lines: [*lines, b"no rank"], "line 269 is not"),
         (lambda lines: [*lines, b"IQ== x"], "line 269 is not"),
+        (lambda lines: [*lines, b"?YWJj 268"], "line 269 is not"),
         (lambda lines: lines[1:], "no token for some bytes"),
         (lambda lines: [*lines, base64.b64encode(b"abc") + b" 7"], "two tokens one rank"),
         (lambda lines: [*lines, base64.b64encode(b"abc") + b" 70000"], "rank 70000"),
