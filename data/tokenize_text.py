@@ -7,7 +7,8 @@ permutation of all of them, for which memory holds some 40 bytes a document, and
 the same for any number of workers.
 
 An interrupted run goes on where it stopped when it is started again. It reads again what it had
-tokenized, and so notices if that has changed. Finished shards are never touched.
+tokenized, and so notices if that has changed. Finished shards are never touched. Until the end both
+the file of tokens and the shards are on the disk: 4 bytes a token.
 """
 
 import argparse
@@ -50,7 +51,7 @@ FOLDER = Path(__file__).resolve().parent
 MAX_SHARD_TOKENS = 2**31 - 1  # the header's count is an int32
 
 BATCH_BYTES = 1 << 20  # of text that a worker gets at once
-AHEAD_BYTES = 64 << 20  # of text that is read, and not yet tokenized
+AHEAD_BYTES = 4 << 20  # of text for each worker that is read, and not yet tokenized
 SAVE_EVERY = 1.0  # seconds
 CONVERTED = "refs/convert/parquet"  # where the hub puts parquet that it made itself
 T = TypeVar("T")
@@ -98,7 +99,7 @@ class Spool:
             add_to_digest(digest, next(todo, []))
         if digest.hexdigest() != self.done["sha256"]:
             raise self.changed()
-        pending, ahead = deque(), 0
+        pending, ahead, most = deque(), 0, AHEAD_BYTES * len(workers.processes)
         with self.tokens.open("ab") as file:
             file.truncate(2 * self.done["tokens"])
             for batch in todo:
@@ -106,7 +107,7 @@ class Spool:
                     raise self.changed()
                 add_to_digest(digest, batch)
                 size = sum(len(data) for _, data in batch)
-                while pending and (ahead + size > AHEAD_BYTES or pending[0][0].done()):
+                while pending and (ahead + size > most or pending[0][0].done()):
                     ahead -= self.store(file, *pending.popleft())
                 pending.append((workers.submit(batch), size, digest.hexdigest()))
                 ahead += size
@@ -216,7 +217,8 @@ class Stream:
 def read_at(descriptor: int, offset: int, view: memoryview) -> None:
     """Fill the view with bytes of a file."""
     while view:
-        count = os.preadv(descriptor, [view], offset)
+        if not (count := os.preadv(descriptor, [view], offset)):
+            raise OSError("a file of tokens is too short; delete the folder work to begin anew")
         view, offset = view[count:], offset + count
 
 
