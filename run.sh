@@ -71,14 +71,21 @@ count_gpus() { # the largest of 1, 2, 4, 8 GPUs that are there and visible; 0 wi
     echo "$usable"
 }
 
-get_data() { # get_data TRACK: its shards, unless they are there
+get_data() { # get_data TRACK: its shards, unless they are there; its scripts say what is missing
+    local status=0 wikitext="$root/data/wikitext103"
     case $1 in
     embedded)
         [ -e "$root/data/embedded/embedded_train.bin" ] || "$python" "$root/data/embedded.py" >&2
         ;;
     fineweb) "$python" "$root/data/cached_fineweb10B.py" 9 >&2 ;;
     fineweb_medium) "$python" "$root/data/cached_fineweb10B.py" 32 >&2 ;;
-    esac
+    wikitext103) # an unfinished run has left a folder work beside its shards
+        { [ -e "$wikitext/wikitext103_train_000001.bin" ] && [ ! -e "$wikitext/work" ]; } ||
+            "$python" "$root/data/tokenize_text.py" --preset wikitext103 >&2
+        ;;
+    esac || status=$?
+    [ "$status" -lt 128 ] || exit "$status" # a signal ends this script as well
+    return "$status"
 }
 
 if [ "${1:-}" = test ]; then
@@ -110,7 +117,7 @@ if [ -z "$track" ]; then
     fi
     chosen=(--track "$track")
 fi
-[ $wants_data = no ] || get_data "$track" || fail "the data of track $track is missing (see above)"
+[ $wants_data = no ] || get_data "$track" || exit
 
 if [ "$gpus" = 0 ]; then
     exec "$python" "$root/train_gpt.py" "${chosen[@]}" "$@"

@@ -18,6 +18,10 @@ HEADER_BYTES = 4 * HEADER_INTS
 class ShardError(OSError):
     """What is wrong with which file, and what to do about it, in words for a person."""
 
+    def __init__(self, problem: str, advice: str = ""):
+        super().__init__(f"{problem}; {advice}" if advice else problem)
+        self.problem = problem  # for those who have other advice
+
 
 def write_shard(path: Path, tokens: np.ndarray) -> None:
     """Write tokens (N,), each below 65,536; the name appears only when the file is complete."""
@@ -45,16 +49,26 @@ def open_shard(path: Path) -> np.ndarray:
     size = path.stat().st_size
     header = np.fromfile(path, "<i4", HEADER_INTS)
     if len(header) < HEADER_INTS or header[0] != MAGIC:
-        raise ShardError(f"{path} is no token shard (wrong magic number); {advice}")
+        raise ShardError(f"{path} is no token shard (wrong magic number)", advice)
     if header[1] != VERSION:
-        raise ShardError(f"{path} has shard version {header[1]}, not {VERSION}; {advice}")
+        raise ShardError(f"{path} has shard version {header[1]}, not {VERSION}", advice)
     needed = HEADER_BYTES + 2 * int(header[2])
     if header[2] <= 0 or size != needed:
         raise ShardError(
             f"{path} is truncated or damaged: it has {size:,} bytes, and the {header[2]:,} tokens "
-            f"of its header need {needed:,}; {advice}"
+            f"of its header need {needed:,}",
+            advice,
         )
     return np.memmap(path, "<u2", mode="r", offset=HEADER_BYTES)
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a whole file, header included, as sha256sum prints it."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def check_tokens(path: Path, vocab_size: int) -> tuple[np.ndarray, str]:
@@ -62,8 +76,8 @@ def check_tokens(path: Path, vocab_size: int) -> tuple[np.ndarray, str]:
     tokens = open_shard(path)
     if (largest := tokens.max()) >= vocab_size:
         raise ShardError(
-            f"{path} holds token {largest}, but the vocabulary ends at {vocab_size - 1}; "
-            "choose the --track that it was made for, or raise --vocab_size"
+            f"{path} holds token {largest}, but the vocabulary ends at {vocab_size - 1}",
+            "choose the --track that it was made for, or raise --vocab_size",
         )
     return tokens, hashlib.sha256(tokens).hexdigest()
 

@@ -1,0 +1,234 @@
+"""A small Hugging Face hub on loopback, for the real client; it can be told to misbehave.
+
+    with HubServer({"kjj0/fineweb10B-gpt2": {"fineweb_val_000000.bin": b"..."}}) as hub:
+        hub.faults["fineweb_val_000000.bin"] = [Fault(status=503), Fault(cut=1000)]
+        subprocess.run([...], env={**os.environ, "HF_ENDPOINT": hub.endpoint})
+        assert hub.ranges("fineweb_val_000000.bin") == [None, None, "bytes=1000-"]
+
+As on the hub, the bytes of a file do not come from where its name is resolved but from another
+host, to which a redirect leads and which must never see a token. Faults strike there, one for each
+GET, in their order; faults of "api" strike the calls of the API.
+"""
+
+import hashlib
+import json
+import sys
+import threading
+import time
+from collections import defaultdict
+from dataclasses import dataclass, field
+from email.message import Message
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote, urlsplit
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+HTML = b"<!DOCTYPE html><html><body>Please sign in to this network.</body></html>"
+
+
+@dataclass(frozen=True)
+class Fault:
+    """What happens to one GET instead of the right answer.
+
+    status: answer with this and no content. body: answer with 200 and this. cut: close the
+    connection after so many bytes. bytes_per_s: send slowly. length: claim this Content-Length.
+    """
+
+    status: int = 200
+    headers: dict = field(default_factory=dict)
+    body: bytes | None = None
+    cut: int | None = None
+    bytes_per_s: int | None = None
+    length: int | None = None
+    ignores_range: bool = False
+
+
+HTML_PAGE = Fault(body=HTML, headers={"Content-Type": "text/html; charset=utf-8"})
+
+
+@dataclass(frozen=True)
+class Request:
+    method: str
+    path: str
+    headers: Message  # whose names have no case
+    time: float = field(default_factory=time.monotonic)  # seconds
+
+
+class QuietServer(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request, client_address):
+        """Clients that are killed, or hang up on a wrong answer, are what the tests are about."""
+        if not isinstance(sys.exc_info()[1], ConnectionError):
+            super().handle_error(request, client_address)
+
+
+class HubServer:
+    """repos: contents by file name, by repository. token: what every repository asks for."""
+
+    def __init__(self, repos: dict[str, dict[str, bytes]], token: str | None = None):
+        self.repos, self.token = repos, token
+        self.revisions = {"main", COMMIT}
+        self.faults: dict[str, list[Fault]] = defaultdict(list)
+        self.requests: list[Request] = []
+        self.unlisted: set[str] = set()  # listed files whose name resolves to 404
+        self.wrong_sha256: set[str] = set()  # files for which the hub names another hash
+        self.claimed_size: dict[str, int] = {}  # sizes that the API gives instead of the right ones
+
+    def __enter__(self):
+        handler = type("BoundHandler", (Handler,), {"hub": self})
+        self.server = QuietServer(("127.0.0.1", 0), handler)
+        threading.Thread(target=self.server.serve_forever, args=(0.05,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_):
+        self.server.shutdown()
+        self.server.server_close()
+
+    @property
+    def endpoint(self) -> str:
+        return f"http://127.0.0.1:{self.server.server_port}"
+
+    @property
+    def storage(self) -> str:
+        """The same server under another name: for a client another host."""
+        return f"http://localhost:{self.server.server_port}/storage"
+
+    def sha256(self, name: str, content: bytes) -> str:
+        wrong = b"other" if name in self.wrong_sha256 else b""
+        return hashlib.sha256(content + wrong).hexdigest()
+
+    def transfers(self, name: str) -> list[Request]:
+        """The GETs for the bytes of one file."""
+        found = [r for r in self.requests if r.path.startswith("/storage/") and r.method == "GET"]
+        return [request for request in found if request.path.endswith("/" + name)]
+
+    def ranges(self, name: str) -> list[str | None]:
+        return [request.headers.get("Range") for request in self.transfers(name)]
+
+
+class Handler(BaseHTTPRequestHandler):
+    hub: HubServer
+    protocol_version = "HTTP/1.1"
+
+    def log_message(self, *_):
+        pass
+
+    def do_HEAD(self):
+        self.route()
+
+    def do_GET(self):
+        self.route()
+
+    def route(self):
+        path = unquote(urlsplit(self.path).path)
+        self.hub.requests.append(Request(self.command, path, self.headers))
+        if path.startswith("/storage/"):
+            self.storage(path.removeprefix("/storage/"))
+        elif path.startswith("/api/datasets/"):
+            self.api(path.removeprefix("/api/datasets/"))
+        elif path.startswith("/datasets/"):
+            self.resolve(path.removeprefix("/datasets/"))
+        else:
+            self.refuse(404, "RepoNotFound")
+
+    # ------------------------------------------------------------------ API
+
+    def api(self, path: str):
+        """NAMESPACE/NAME/revision/REVISION or NAMESPACE/NAME/tree/REVISION"""
+        if self.hub.faults["api"]:
+            fault = self.hub.faults["api"].pop(0)
+            return self.answer(fault.status, fault.body or b"", fault.headers)
+        namespace, name, what, revision = path.split("/", 3)
+        repo = f"{namespace}/{name}"
+        if not self.may_enter(repo, revision):
+            return None
+        files = self.hub.repos[repo]
+        if what == "tree":
+            entries = [self.entry("path", file, files[file]) for file in sorted(files)]
+            return self.answer_json(entries)
+        siblings = [self.entry("rfilename", file, files[file]) for file in sorted(files)]
+        return self.answer_json({"id": repo, "sha": COMMIT, "siblings": siblings})
+
+    def entry(self, key: str, name: str, content: bytes) -> dict:
+        """A file as tree (key: path, its hash: oid) and revision (rfilename, sha256) give it."""
+        digest = self.hub.sha256(name, content)
+        size = self.hub.claimed_size.get(name, len(content))
+        lfs = {"oid": digest, "sha256": digest, "size": size, "pointerSize": 134}
+        return {"type": "file", key: name, "oid": "0" * 40, "size": size, "lfs": lfs}
+
+    def may_enter(self, repo: str, revision: str) -> bool:
+        expected = self.hub.token and f"Bearer {self.hub.token}"
+        if repo not in self.hub.repos or expected and self.headers["Authorization"] is None:
+            self.refuse(401, "RepoNotFound")
+        elif expected and self.headers["Authorization"] != expected:
+            self.refuse(403, "GatedRepo")
+        elif revision not in self.hub.revisions:
+            self.refuse(404, "RevisionNotFound")
+        else:
+            return True
+        return False
+
+    # ------------------------------------------------------------------ Files
+
+    def resolve(self, path: str):
+        """NAMESPACE/NAME/resolve/REVISION/FILE: leads on to the bytes, and describes them."""
+        namespace, name, _, revision, file = path.split("/", 4)
+        repo = f"{namespace}/{name}"
+        if not self.may_enter(repo, revision):
+            return
+        content = self.hub.repos[repo].get(file)
+        if content is None or file in self.hub.unlisted:
+            self.refuse(404, "EntryNotFound")
+            return
+        headers = {
+            "Location": f"{self.hub.storage}/{repo}/{file}",
+            "X-Repo-Commit": COMMIT,
+            "X-Linked-Size": str(len(content)),
+            "X-Linked-Etag": f'"{self.hub.sha256(file, content)}"',
+            "ETag": f'"{self.hub.sha256(file, content)}"',
+        }
+        self.answer(302, b"", headers)
+
+    def storage(self, path: str):
+        """NAMESPACE/NAME/FILE: the bytes, or a part of them, or the next fault."""
+        namespace, name, file = path.split("/", 2)
+        content = self.hub.repos[f"{namespace}/{name}"][file]
+        fault = self.hub.faults[file].pop(0) if self.hub.faults[file] else Fault()
+        if fault.status != 200 or fault.body is not None:
+            self.answer(fault.status, fault.body or b"", fault.headers)
+            return
+        start, status = 0, 200
+        headers = {"Accept-Ranges": "bytes", "ETag": f'"{hashlib.sha256(content).hexdigest()}"'}
+        if (asked := self.headers.get("Range")) and not fault.ignores_range:
+            start, status = int(asked.removeprefix("bytes=").partition("-")[0]), 206
+            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+        self.answer(status, content[start:], headers, fault)
+
+    # ------------------------------------------------------------------ Answers
+
+    def answer(self, status: int, body: bytes, headers: dict, fault: Fault | None = None):
+        fault = fault or Fault()
+        length = len(body) if fault.length is None else fault.length
+        kind = {"Content-Type": "application/octet-stream", "Content-Length": str(length)}
+        self.send_response(status)
+        for key, value in (kind | headers).items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        self.send(body[: fault.cut], fault.bytes_per_s)
+        if fault.cut is not None or length != len(body):
+            self.close_connection = True
+
+    def send(self, body: bytes, bytes_per_s: int | None):
+        step = max(1, bytes_per_s // 20) if bytes_per_s else len(body) or 1
+        for at in range(0, len(body), step):
+            self.wfile.write(body[at : at + step])
+            if bytes_per_s:
+                time.sleep(0.05)
+
+    def answer_json(self, value):
+        self.answer(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+
+    def refuse(self, status: int, code: str):
+        self.answer(status, b"", {"X-Error-Code": code})
