@@ -19,8 +19,6 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-import pyarrow as pa
-import pyarrow.parquet
 from tqdm import tqdm
 from tqdm.utils import CallbackIOWrapper
 
@@ -177,7 +175,7 @@ def file_chunks(path: Path, bar: tqdm | None = None) -> Iterator[bytes]:
         try:
             if form and not path.stat().st_size:
                 raise OSError("it has no bytes")
-            file = pa.CompressedInputStream(file, form) if form else file
+            file = arrow().CompressedInputStream(file, form) if form else file
             while chunk := file.read(CHUNK_BYTES):
                 yield chunk
                 read += len(chunk)
@@ -195,9 +193,16 @@ def damaged(path: Path, place: str, error: Exception) -> TextError:
 # ------------------------------------------------------------------------------ Parquet
 
 
+def arrow():
+    """pyarrow, imported where it is needed: that takes a while, and workers do without it."""
+    import pyarrow.parquet
+
+    return pyarrow
+
+
 def parquet_texts(path: Path, column: str, bar: tqdm) -> Iterator[bytes]:
     """The column's values as UTF-8, an empty one for null. Raises TextError."""
-    row, size = 0, path.stat().st_size
+    row, size, pa = 0, path.stat().st_size, arrow()
     try:
         with pa.parquet.ParquetFile(path, buffer_size=CHUNK_BYTES, pre_buffer=False) as file:
             require_text(path, file.schema_arrow, column)
@@ -215,13 +220,16 @@ def parquet_texts(path: Path, column: str, bar: tqdm) -> Iterator[bytes]:
 
 def check_parquet(path: Path) -> None:
     """Raises TextError unless the file ends as parquet does; damage inside is found on reading."""
+    pa = arrow()
     try:
         pa.parquet.read_metadata(path)
     except (pa.ArrowException, OSError) as error:
         raise damaged(path, "row 0", error) from None
 
 
-def require_text(path: Path, schema: pa.Schema, column: str) -> None:
+def require_text(path: Path, schema, column: str) -> None:
+    """Raise TextError unless the pyarrow schema has this column, of text."""
+    pa = arrow()
     fits = [pa.string(), pa.large_string(), pa.binary(), pa.large_binary()]
     texts = [field.name for field in schema if field.type in fits]
     if column not in texts:

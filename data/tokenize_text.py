@@ -278,14 +278,11 @@ def describe(path: Path, token_bytes: np.ndarray) -> dict:
 
 def preset_files(preset: Preset, folder: Path) -> dict[str, list[Path]]:
     """The parquet files of each split: those that were brought to the folder, or the hub's."""
-    if files := complete_splits(preset, sorted(folder.rglob("*.parquet"))):
+    if files := brought_files(preset, folder):
         return files
     from hub import download, list_files  # slow to import, and only needed here
 
-    advice = (
-        f"bring {preset.prefix}*.parquet from https://huggingface.co/datasets/{preset.repo} "
-        f"to {folder}, then run this again"
-    )
+    advice = f"{where_to_bring(preset, folder)}, then run this again"
     for revision in ("main", CONVERTED):
         listed = list_files(preset.repo, revision, preset.prefix, advice)
         files = by_split(preset, {file.name: file for file in listed})
@@ -295,6 +292,15 @@ def preset_files(preset: Preset, folder: Path) -> dict[str, list[Path]]:
                 for split, chosen in files.items()
             }
     raise TextError(f"{preset.repo} has no parquet files of all its splits; {advice}")
+
+
+def where_to_bring(preset: Preset, folder: Path) -> str:
+    source = f"https://huggingface.co/datasets/{preset.repo}"
+    return f"bring {preset.prefix}*.parquet from {source} to {folder}"
+
+
+def brought_files(preset: Preset, folder: Path) -> dict[str, list[Path]] | None:
+    return complete_splits(preset, sorted(folder.rglob("*.parquet")))
 
 
 def complete_splits(preset: Preset, paths: list[Path]) -> dict[str, list[Path]] | None:
@@ -321,9 +327,14 @@ def by_split(preset: Preset, files: dict[str, T]) -> dict[str, list[T]]:
 
 def tokenize(args: argparse.Namespace) -> dict:
     """Make the shards and the manifest, or find them finished; return the manifest."""
-    ranks = gpt2_ranks(args.tokenizer_file)
-    options = options_of(args, ranks)
     preset = PRESETS.get(args.preset)
+    try:
+        ranks = gpt2_ranks(args.tokenizer_file)
+    except TextError as error:
+        if preset and not brought_files(preset, args.out / "parquet"):  # all that is to be brought
+            raise TextError(f"{error}; {where_to_bring(preset, args.out / 'parquet')}") from None
+        raise
+    options = options_of(args, ranks)
     files = {"train": find_files(args.inputs)} if not preset else None
     if finished := finished_manifest(args.out, options, files):
         shutil.rmtree(args.out / "work", ignore_errors=True)

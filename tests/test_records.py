@@ -24,6 +24,7 @@ from conftest import ROOT, clean_environment, only_log, train
 from scipy import special
 
 RECORDS = sorted(ROOT.glob("records/*/20*/logs/*.txt"))
+REAL_LOGS = sorted(ROOT.glob("tests/logs/*/logs/*.txt"))
 PUBLIC_LOG = """import os
 print("step:1/2 val_loss:9.9 train_time:1ms step_avg:1ms")
 {rule}
@@ -101,7 +102,7 @@ def test_a_log_is_read_as_it_was_written(log):
     assert run.ledger["total"] == pytest.approx(sum(run.ledger.values()) / 2, rel=0.01)
 
 
-@pytest.mark.parametrize("path", RECORDS, ids=lambda p: p.name)
+@pytest.mark.parametrize("path", RECORDS + REAL_LOGS, ids=lambda p: p.name)
 def test_every_checked_in_log_is_sound(path):
     assert runs.read_log(path).faults == []
 
@@ -353,6 +354,76 @@ def warnings_of(a, b) -> str:
     return " ".join(comparison.compare(comparison.Arm("a", a), comparison.Arm("b", b)).warnings)
 
 
+# ------------------------------------------------------------------------------ Real logs
+#
+# Made by repeat.py -n 10 on one CPU: the embedded track with 160 steps (its first five runs
+# interleaved with 152 steps), and with every learning rate ten times lower (3 runs, after them).
+
+REAL = ROOT / "tests/logs"
+
+
+def part_of(arm: str, folder: Path, chosen: slice) -> Path:
+    """A copy of a real attempt with some of its logs."""
+    shutil.copytree(REAL / arm / "source", folder / "source")
+    (folder / "logs").mkdir()
+    for log in sorted((REAL / arm / "logs").iterdir())[chosen]:
+        shutil.copy(log, folder / "logs")
+    return folder
+
+
+@pytest.mark.parametrize("first, second", [((0, 10, 2), (1, 10, 2)), ((0, 5, 1), (5, 10, 1))])
+def test_two_halves_of_ten_identical_runs_do_not_differ(tmp_path, first, second):
+    a = part_of("same", tmp_path / "a", slice(*first))
+    done = tool("diff", a, part_of("same", tmp_path / "b", slice(*second)))
+    assert done.returncode in (0, 5), done.stdout
+    assert re.search(r"^VERDICT   B (INCONCLUSIVE|EQUIVALENT)", done.stdout, re.M)
+
+
+def test_fewer_steps_are_faster_where_they_stand_out_of_the_noise():
+    """Times of one attempt differ by 6% from run to run on that CPU, which hides 5%."""
+    ladder = ROOT / "records/embedded"
+    modern, muon = ladder / "2026-11-22_ModernBlock-Adam", ladder / "2026-11-22_Muon"
+    done = tool("diff", modern, muon)
+    assert done.returncode == 0 and "VERDICT   B FASTER by" in done.stdout, done.stdout
+    assert "same host, interleaved" in done.stdout
+    done = tool("diff", muon, modern)
+    assert done.returncode == 1 and "VERDICT   B REGRESSION slower by" in done.stdout
+    done = tool("diff", REAL / "same", REAL / "fewer_steps")
+    assert done.returncode == 5 and "num_steps 160 -> 152" in done.stdout, done.stdout
+    assert re.search(r"^NEXT      \d+ runs an arm would show a difference", done.stdout, re.M)
+
+
+def test_learning_rates_ten_times_too_low_are_a_regression():
+    done = tool("diff", REAL / "same", REAL / "low_rate")
+    assert done.returncode == 1 and "VERDICT   B REGRESSION" in done.stdout, done.stdout
+
+
+def test_two_hardware_classes_are_not_comparable(tmp_path):
+    other = part_of("same", tmp_path / "other", slice(10))
+    for path in (other / "logs").iterdir():
+        forge(path, path, (r"^device: .*", "device: NVIDIA H200"))
+    done = tool("diff", REAL / "same", other)
+    assert done.returncode == 3 and "VERDICT   B NOT COMPARABLE" in done.stdout
+    assert "different hardware" in done.stdout and "H200" in done.stdout
+
+
+@pytest.mark.parametrize("damage", ["cut", "edited"])
+def test_damaged_logs_are_invalid_and_the_line_is_named(tmp_path, damage):
+    broken = part_of("same", tmp_path / "broken", slice(10))
+    path = sorted((broken / "logs").iterdir())[3]
+    lines = path.read_text().splitlines(keepends=True)
+    at = next(i for i, line in enumerate(lines) if line.startswith("step:80/160 val_loss"))
+    lines[at] = lines[at].replace("val_loss:1.", "val_loss:0.")
+    path.write_text("".join(lines if damage == "edited" else lines[: at + 1]))
+    done = tool("diff", REAL / "same", broken)
+    assert done.returncode == 4 and str(path) in done.stderr
+    named = re.search(r"lines (\d+) to (\d+)", done.stderr)
+    if damage == "edited":
+        assert int(named[1]) <= at + 1 <= int(named[2])
+    else:
+        assert f"{path}:{at + 2}:" in done.stderr
+
+
 # ------------------------------------------------------------------------------ Running again
 
 
@@ -454,8 +525,7 @@ def test_what_cannot_be_replayed_gets_one_clear_error(words, tmp_path, monkeypat
 
 
 def test_a_checked_in_record_is_reproduced_digit_for_digit():
-    paths = [p for p in RECORDS if "kept:" in p.open().readline()]
-    run = min((runs.read_log(p) for p in paths), key=lambda r: r.train_s)
+    run = runs.read_log(REAL_LOGS[0])
     from records.harness import Runtime, environment
 
     here = environment(on_gpu=False) | {"matmul_dtype": Runtime().matmul_dtype}

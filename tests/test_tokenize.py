@@ -296,9 +296,10 @@ def test_unusable_tokenizer_files_are_named(rank_file, tmp_path, change, message
     assert "bad.tiktoken" in str(caught.value)
 
 
-def test_without_network_the_tokenizer_to_bring_is_named(tmp_path):
+@pytest.mark.parametrize("what, more", [("-", ""), ("--preset=wikitext103", "raw-v1/*.parquet")])
+def test_without_network_the_tokenizer_to_bring_is_named(tmp_path, what, more):
     done = subprocess.run(
-        [sys.executable, ROOT / "data/tokenize_text.py", "-", f"--out={tmp_path / 'out'}"],
+        [sys.executable, ROOT / "data/tokenize_text.py", what, f"--out={tmp_path / 'out'}"],
         env={**os.environ, **NO_HUB, "TIKTOKEN_CACHE_DIR": str(tmp_path)},
         input="text",
         capture_output=True,
@@ -308,6 +309,7 @@ def test_without_network_the_tokenizer_to_bring_is_named(tmp_path):
         pytest.skip("this checkout has the tokenizer's file")
     assert done.returncode == 1 and done.stderr.count("\n") == 1
     assert "gpt2.tiktoken" in done.stderr and "--tokenizer_file" in done.stderr
+    assert more in done.stderr
 
 
 # ------------------------------------------------------------------------------ Shards
