@@ -2,8 +2,9 @@
 """Write README's tables of records, and their pictures, from the logs below records/.
 
 One table a class: track, target and hardware, which are never mixed. A record is a folder
-records/<track>/<date>_<Slug> with a README.md, whose title says what changed, and logs/. With
---check nothing is written, and the exit code is 1 if README is stale.
+records/<track>/<date>_<Slug> with a README.md, whose title says what changed, and logs/. Runs
+that other processes disturbed are kept and marked. With --check nothing is written, and the exit
+code is 1 if README is stale.
 """
 
 import argparse
@@ -28,7 +29,8 @@ class Record:
         self.arm.require_sound()
         readme = (folder / "README.md").read_text()
         self.title = readme.splitlines()[0].lstrip("# ").strip()
-        self.eligible = not any(ineligible(run) for run in self.arm.runs)
+        self.eligible = not any(set(ineligible(r)) - set(r.warnings) for r in self.arm.runs)
+        self.disturbed = sum(bool(run.warnings) for run in self.arm.runs)
 
     @property
     def place(self) -> tuple[str, str]:
@@ -51,7 +53,16 @@ def row(number: int, record: Record, previous: Record | None, base: Path) -> str
     status, p = arm.target_status()
     loss = f"{mean_and_sd(arm.losses, 4)}, n={len(arm.runs)}, p={p:.1g}"
     link = f"[{record.date}]({record.folder.relative_to(base).as_posix()}/README.md)"
-    cells = (number, mean_and_sd(arm.times, 1), gain, loss, arm.runs[0].steps, record.title, link)
+    disturbed = f" †{record.disturbed}" if record.disturbed else ""
+    cells = (
+        number,
+        mean_and_sd(arm.times, 1) + disturbed,
+        gain,
+        loss,
+        arm.runs[0].steps,
+        record.title,
+        link,
+    )
     return f"| {' | '.join(map(str, cells))} |"
 
 
@@ -78,6 +89,8 @@ def table(group: tuple, records: list[Record], base: Path) -> list[str]:
              "|---|---|---|---|---|---|---|"]  # fmt: skip
     for i, record in enumerate(records):
         lines.append(row(i + 1, record, records[i - 1] if i else None, base))
+    if any(record.disturbed for record in records):
+        lines += ["", "†n: in n of these runs other processes took part of the CPU; they are kept."]
     if len(records) > 1:
         lines += ["", f"![train times]({picture(group).relative_to(base).as_posix()})"]
     return [*lines, ""]
@@ -130,7 +143,8 @@ def main() -> int:
             from plots import plot_ladder  # matplotlib takes a second to load
 
             title = f"{group[0]}, target {group[1]:g}, {group[2]}"
-            plot_ladder(title, [r.title for r in records], [r.arm for r in records], picture(group))
+            names = [r.folder.name.partition("_")[2] for r in records]
+            plot_ladder(title, names, [r.arm for r in records], picture(group))
     return 0
 
 
