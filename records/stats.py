@@ -10,7 +10,7 @@ import numpy as np
 from scipy import stats
 
 ALPHA_DECLARED = 0.01  # significance where the number of runs was declared before the first
-ALPHA_LOOK = 0.0035  # of each look, where one may stop early; 0.004 would let 1.07% through
+ALPHA_LOOK = 0.003  # of each look, where one may stop early; 0.004 would let 1.07% through
 LOOKS = (5, 10, 20)  # runs an arm after which one may look
 FLOOR = 0.002  # a relative difference of times below this is no gain, however significant
 LOSS_MARGIN = 0.002  # nats a token: what counts as the same loss
