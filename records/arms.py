@@ -148,5 +148,5 @@ def stage(source: Path, scratch: Path) -> None:
 
 def last_words(done: subprocess.CompletedProcess) -> str:
     """What a failed run said last."""
-    lines = ((done.stderr or "") + (done.stdout or "")).strip().splitlines()
+    lines = (done.stderr.strip() or done.stdout.strip()).splitlines()
     return lines[-1] if lines else f"it exited with {done.returncode}"
