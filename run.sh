@@ -93,7 +93,7 @@ if [ "${1:-}" = test ]; then
     cd "$root"
     "$python" -m ruff check .
     "$python" -m ruff format --check .
-    exec "$python" -m pytest "${@:2}"
+    exec "$python" -m pytest -n 2 "${@:2}"
 fi
 
 set_up "$root/requirements.txt"
