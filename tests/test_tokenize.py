@@ -422,7 +422,7 @@ def interrupted(rank_file, tmp_path):
     trickle = Trickle(tmp_path / "in.jsonl", json_lines(english(0, 5000)))
     flags = [tmp_path / "in.jsonl", "--val_tokens=5000", "--shard_tokens=200000"]
     process = start([*flags, f"--out={tmp_path / 'out'}"], rank_file)
-    wait_until((tmp_path / "out/work/train/journal.json").exists, process)
+    wait_until((tmp_path / "out" / "work/train/journal.json").exists, process)
     yield flags, trickle, process
     process.kill()
     process.communicate()
@@ -438,7 +438,7 @@ def test_killed_while_tokenizing_it_goes_on_and_ends_the_same(run, interrupted, 
     wait_until(lambda: not any(map(is_alive, workers)), None)
     trickle.replace_by_file()
 
-    journal = json.loads((tmp_path / "out/work/train/journal.json").read_text())
+    journal = json.loads((tmp_path / "out" / "work/train/journal.json").read_text())
     assert journal["batches"] > 0 and not journal["complete"]
     code, _, errors = run(*flags, "--seed=5")
     assert code == 1 and "seed: 0, now 5" in errors and str(tmp_path / "out/work") in errors
@@ -464,7 +464,7 @@ def test_signals_end_it_in_one_line_and_lose_nothing(run, interrupted, tmp_path,
     trickle.replace_by_file()
 
     # A mark in what is already tokenized stands in the result: so it was not tokenized again.
-    tokens = np.memmap(tmp_path / "out/work/train/tokens", "<u2", mode="r+")
+    tokens = np.memmap(tmp_path / "out" / "work/train/tokens", "<u2", mode="r+")
     tokens[1] = 0
     tokens.flush()
     assert run(*flags)[0] == 0
