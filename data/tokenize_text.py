@@ -2,7 +2,7 @@
 """Turn any text into shards: GPT-2 tokens, documents shuffled, validation apart.
 
 First every document is tokenized, on all cores, and appended in the order of the input to one file,
-work in OUT. Then the documents are dealt into shards in an order that the seed sets: a random
+below OUT/work. Then the documents are dealt into shards in an order that the seed sets: a random
 permutation of all of them, for which memory holds some 40 bytes a document, and one shard. Both are
 the same for any number of workers.
 
