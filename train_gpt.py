@@ -4,26 +4,20 @@
     torchrun --nproc_per_node=4 train_gpt.py         four GPUs, the same global batches
     python train_gpt.py --num_steps 50 --slug try    one process, an experiment
 
-The file reads downwards: what a run is (Hyperparameters), where it runs (Runtime), its tokens
-(Data), the network (Model), the updates (Optimizer), the loop (Train). The clock and the log are
-in records/harness.py, the shard format in data/shards.py. Losses are nats a token.
+The file reads downwards: what a run is (Hyperparameters), the order of its tokens (Data), the
+network (Model), the updates (Optimizer), the loop (Train). The device, the clock and the log are in
+records/harness.py, shards and validation rows in data/. Losses are nats a token.
 """
 
 import time
 
 PROCESS_START = time.perf_counter()  # before the slow imports: the ledger counts them too
 
-import dataclasses
-import hashlib
 import math
-import queue
 import sys
-import threading
-import uuid
 from bisect import bisect_left
 from collections import Counter
-from dataclasses import dataclass
-from functools import partial
+from dataclasses import dataclass, fields
 from itertools import islice, repeat
 from pathlib import Path
 
@@ -33,30 +27,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
-from data.shards import check_tokens, find_shards, open_shard
-from records.harness import (
-    COMPILE_ERRORS,
-    Log,
-    RunError,
-    RunOptions,
-    Runtime,
-    StopRequest,
-    Stopwatch,
-    calibration,
-    compiled_graphs,
-    header_sections,
-    knob,
-    mfu,
-    parse_flags,
-    read_checkpoint,
-    time_to_target,
-    write_checkpoint,
-)
+from data.batches import Prefetcher, inputs_and_targets, project_shards, validation_batches
+from data.shards import open_shard
+from records.harness import COMPILE_ERRORS, Run, RunError, Runtime, execute, knob
 
-ROOT = Path(__file__).resolve().parent
-SOURCES = {
-    path: (ROOT / path).read_text()
-    for path in (Path(__file__).name, "data/shards.py", "records/harness.py")
+HERE = Path(__file__).resolve()
+SOURCES = {  # what a log embeds
+    path: (HERE.parent / path).read_text()
+    for path in (HERE.name, "data/batches.py", "data/shards.py", "records/harness.py")
 }
 
 
@@ -116,7 +94,7 @@ class Hyperparameters:
     momentum_warmup: int = knob(300, "steps in which Muon's momentum rises from 0.85 to 0.95")
 
     def __post_init__(self):
-        for f in dataclasses.fields(self):
+        for f in fields(self):
             value, least = getattr(self, f.name), f.metadata["least"]
             if f.type in (int, float) and not least <= value < math.inf:
                 raise RunError(f"--{f.name} {value} is out of range: give at least {least}")
@@ -256,25 +234,17 @@ def row_starts(tokens: np.ndarray, hp: Hyperparameters) -> np.ndarray:
     return np.array(starts, np.int64)
 
 
-def check_data(hp: Hyperparameters) -> list[str]:
-    """Read every shard once; return the log's lines. Raises for anything that cannot train."""
-    lines, whole, rows = [], [], 0
-    needed = hp.num_steps * hp.batch_tokens // hp.seq_len
-    for kind, pattern in (("train", hp.train_files), ("val", hp.val_files)):
-        for path in find_shards(str(ROOT / pattern)):
-            tokens, digest = check_tokens(path, hp.vocab_size)
-            lines.append(f"{kind}_shard: {path.name} tokens:{len(tokens)} sha256:{digest}")
-            whole.append(digest)
-            if kind == "train" and rows < needed:
-                rows += hp.max_epochs * len(row_starts(tokens, hp))
+def check_supply(hp: Hyperparameters) -> None:
+    """RunError unless the training shards hold a row for every row of every step."""
+    needed, rows = hp.num_steps * hp.batch_tokens // hp.seq_len, 0
+    for path in project_shards(hp.train_files):
+        if rows < needed:
+            rows += hp.max_epochs * len(row_starts(open_shard(path), hp))
     if rows < needed:
         raise RunError(
             f"{hp.train_files} holds {rows} rows of {hp.seq_len} tokens in {hp.max_epochs} passes, "
             f"{hp.num_steps} steps need {needed}; get more shards, or lower --num_steps"
         )
-    found = hashlib.sha256(" ".join(whole).encode()).hexdigest()
-    verdict = "as expected" if found == hp.data_sha256 else "DIFFERENT: losses are not comparable"
-    return [*lines, f"data_sha256: {found} ({verdict if hp.data_sha256 else 'none expected'})"]
 
 
 def training_rows(hp: Hyperparameters, seed: int, skip: int):
@@ -283,7 +253,7 @@ def training_rows(hp: Hyperparameters, seed: int, skip: int):
     The order depends on the seed alone, so every rank walks the same global stream.
     """
     for epoch in range(hp.max_epochs):
-        for index, path in enumerate(find_shards(str(ROOT / hp.train_files))):
+        for index, path in enumerate(project_shards(hp.train_files)):
             tokens = open_shard(path)
             starts = np.random.default_rng((seed, epoch, index)).permutation(row_starts(tokens, hp))
             yield from ((tokens, start) for start in starts[skip:])
@@ -302,52 +272,6 @@ def micro_batches(hp: Hyperparameters, rt: Runtime, micro_seqs: int, seed: int, 
         for at in range(rt.rank * micro_seqs, rows_a_step, rt.world_size * micro_seqs):
             chunk = [t[s : s + hp.seq_len + 1] for t, s in step_rows[at : at + micro_seqs]]
             yield inputs_and_targets(np.stack(chunk))
-
-
-def inputs_and_targets(rows: np.ndarray) -> tuple[Tensor, Tensor]:
-    """Rows of T + 1 tokens as int64 inputs and targets (B, T)."""
-    block = torch.from_numpy(rows.astype(np.int64))
-    return block[:, :-1].contiguous(), block[:, 1:].contiguous()
-
-
-class Prefetcher:
-    """Runs a generator of tensor pairs in a thread, ahead of the step that needs them."""
-
-    def __init__(self, pairs, rt: Runtime, depth: int = 4):
-        self.rt, self.ready = rt, queue.Queue(depth)
-        threading.Thread(target=self.fill, args=(pairs,), daemon=True).start()
-
-    def fill(self, pairs):
-        try:
-            for pair in pairs:
-                self.ready.put([t.pin_memory() for t in pair] if self.rt.is_gpu else pair)
-            self.ready.put(RunError("the training shards ended early; run: ./run.sh again"))
-        except Exception as error:
-            self.ready.put(error)
-
-    def __next__(self) -> list[Tensor]:
-        if isinstance(item := self.ready.get(), Exception):
-            raise item
-        return [t.to(self.rt.device, non_blocking=True) for t in item]
-
-
-def validation_batches(hp: Hyperparameters, rt: Runtime, most_seqs: int):
-    """This rank's share of the fixed validation rows, as (inputs, targets) on the host."""
-    tokens = np.concatenate([open_shard(path) for path in find_shards(str(ROOT / hp.val_files))])
-    count, last = hp.val_tokens // hp.val_seq_len, len(tokens) - hp.val_seq_len - 1
-    if (count - 1) * hp.val_seq_len > last or count % rt.world_size:
-        raise RunError(
-            f"{hp.val_files} holds {len(tokens)} tokens, from which {count} validation rows of "
-            f"{hp.val_seq_len + 1} cannot be dealt to {rt.world_size} ranks equally; get the whole "
-            "validation shard, or change --val_tokens or --nproc_per_node"
-        )
-    starts = np.arange(count) * hp.val_seq_len
-    if hp.val_spread:
-        starts = np.arange(count) * last // max(count - 1, 1)
-    starts = starts[rt.rank :: rt.world_size]
-    batch_seqs = max(n for n in range(1, most_seqs + 1) if len(starts) % n == 0)
-    rows = np.stack([tokens[s : s + hp.val_seq_len + 1] for s in starts])
-    return [inputs_and_targets(part) for part in np.split(rows, len(rows) // batch_seqs)]
 
 
 def visible_keys(rows: Tensor, hp: Hyperparameters, window: int) -> float:
@@ -725,36 +649,32 @@ def window_tokens(step: int, hp: Hyperparameters) -> int:
 
 # ------------------------------------------------------------------------------ Train
 
-DIVERGED_STEPS = 50  # so many steps in a row above the loss of a uniform guess end a run
-
 
 class Trainer:
-    """One run: a model, its optimizers and data, and the steps that join them."""
+    """A model, its optimizers and data, and the steps that join them."""
 
-    def __init__(self, hp: Hyperparameters, options: RunOptions, rt: Runtime, clock, log: Log):
-        self.hp, self.options, self.rt, self.clock, self.log = hp, options, rt, clock, log
+    def __init__(self, run: Run):
+        self.run, hp, rt = run, run.hp, run.rt
+        self.hp, self.rt = hp, rt
         if hp.seq_len % rt.seq_len_unit or hp.val_seq_len % rt.seq_len_unit:
             raise RunError(f"--seq_len and --val_seq_len must divide by {rt.seq_len_unit} here")
-        self.micro_seqs = micro_batch_rows(hp, rt, options.micro_batch_seqs)
+        check_supply(hp)
+        self.micro_seqs = micro_batch_rows(hp, rt, run.options.micro_batch_seqs)
         self.accumulation = hp.batch_tokens // hp.seq_len // (rt.world_size * self.micro_seqs)
-        problem = rt.compiler_problem() if options.compile else "--compile false"
-        log.line(f"compile: {problem or 'yes'}", show=bool(problem))
-        self.compiled = (lambda f: f) if problem else partial(torch.compile, dynamic=False)
-        torch.manual_seed(options.seed)
+        compiled = run.compiler()
+        torch.manual_seed(run.options.seed)
         self.model = GPT(hp, rt).to(rt.device)
-        self.optimizers = optimizers(self.model, hp, rt, self.compiled)
-        self.loss = self.compiled(self.model)
+        self.optimizers = optimizers(self.model, hp, rt, compiled)
+        self.loss = compiled(self.model)
         self.val = validation_batches(hp, rt, self.micro_seqs * hp.seq_len // hp.val_seq_len or 1)
-        self.step = self.first_step = self.bad_steps = self.graphs = 0
-        self.curve = []  # (train ms, validation loss)
-        self.flops = self.flops_per_token()
-        log.line(f"micro_batch_seqs: {self.micro_seqs} accumulation: {self.accumulation}")
-        log.line(f"parameters: {sum(p.numel() for p in self.model.parameters())}")
+        run.micro_batch_seqs, run.flops_per_token = self.micro_seqs, self.flops_per_token()
+        run.log.line(f"micro_batch_seqs: {self.micro_seqs} accumulation: {self.accumulation}")
+        run.log.line(f"parameters: {sum(p.numel() for p in self.model.parameters())}")
 
     def flops_per_token(self) -> float:
         """Forward and backward, the mean over the schedule: 6 a weight, 12 a key and head width."""
         hp, model = self.hp, self.model
-        rows = next(micro_batches(hp, self.rt, self.micro_seqs, self.options.seed, 0))[0]
+        rows = next(micro_batches(hp, self.rt, self.micro_seqs, self.run.options.seed, 0))[0]
         weights = model.lm_head.numel()
         weights += sum(b.attn.qkvo.numel() + b.mlp.up_down.numel() for b in model.blocks)
         kinds = [hp.window_kind(i) for i in range(hp.num_layers)]
@@ -807,7 +727,7 @@ class Trainer:
             self.run_on_dummies()
         except COMPILE_ERRORS as error:
             reason = str(error).strip().splitlines()[0]
-            self.log.line(f"compile: failed, so this run is slower ({reason})", show=True)
+            self.run.log.line(f"compile: failed, so this run is slower ({reason})", show=True)
             self.loss = self.model
             self.optimizers = optimizers(self.model, self.hp, self.rt, lambda update: update)
             self.run_on_dummies()
@@ -816,7 +736,6 @@ class Trainer:
                 tensor.copy_(before[name])
             else:  # optimizer state, which is 0 before the first step
                 tensor.zero_()
-        self.graphs = compiled_graphs()
 
     def run_on_dummies(self):
         shape = (self.micro_seqs, self.hp.seq_len)
@@ -827,159 +746,34 @@ class Trainer:
             self.update(0, repeat(dummies))
             self.validation_loss(0, [[torch.zeros_like(t) for t in self.val[0]]])
 
-    def save(self):
-        """Write a checkpoint beside the log, then rename it: a kill leaves the old or the new."""
-        with self.clock.charged_to("checkpoint"):
-            contents = {"tensors": self.state(), "step": self.step, "curve": self.curve,
-                        "train_ms": self.clock.train_ms(), "config": self.config()}  # fmt: skip
-            path = self.log.path.with_suffix(".pt")
-            self.rt.on_main(lambda: write_checkpoint(path, contents))
-            self.log.line(f"checkpoint: {path} step:{self.step}", show=True)
-
-    def config(self) -> dict:
-        return {**dataclasses.asdict(self.hp), "seed": self.options.seed}
-
-    def resume(self, path: str):
-        """Continue from a checkpoint of a run with the same configuration."""
-        saved = read_checkpoint(path)
-        if other := {k: v for k, v in saved["config"].items() if self.config().get(k) != v}:
-            flags = " ".join(f"--{name} {value}" for name, value in other.items())
-            raise RunError(f"{path} was saved by another run; to resume it, add: {flags}")
-        for name, tensor in self.state().items():
-            tensor.copy_(saved["tensors"][name])
-        self.step = self.first_step = saved["step"]
-        self.curve, self.clock.carried_ms = saved["curve"], saved["train_ms"]
-        self.log.line(f"resumed: {path} step:{self.step}", show=True)
-
     def validate(self):
-        with self.clock.charged_to("validation"):
-            loss = self.validation_loss(self.step, self.val)
-        train_ms = self.clock.train_ms()
-        self.curve.append((train_ms, loss))
-        self.log.line(
-            f"step:{self.step}/{self.hp.num_steps} val_loss:{loss:.6f} "
-            f"train_time:{train_ms:.0f}ms step_avg:{train_ms / max(self.step, 1):.2f}ms",
-            show=True,
-        )
-        self.log.check()
+        with self.run.clock.charged_to("validation"):
+            loss = self.validation_loss(self.run.step, self.val)
+        self.run.validated(loss)
 
-    def read_pulse(self, step: int, pulse: Tensor, wait) -> str:
-        """Log the step whose pulse [loss, stop request] arrives; return a status to end with."""
-        wait()
-        loss, stop = pulse.tolist()
-        train_ms, num_steps = self.clock.train_ms(), self.hp.num_steps
-        self.log.line(f"step:{step}/{num_steps} train_loss:{loss:.6f} train_time:{train_ms:.0f}ms")
-        rate = self.tokens_per_second()
-        share = mfu(self.flops * rate, self.rt.device_name, self.rt.world_size)
-        self.log.progress(step, f"loss {loss:.4f}, {rate / 1000:.1f}k tokens/s, MFU {share}")
-        self.bad_steps = self.bad_steps + 1 if loss > math.log(self.hp.vocab_size) else 0
-        if not math.isfinite(loss) or self.bad_steps > DIVERGED_STEPS:
-            return "diverged"
-        return "aborted" if stop else ""
-
-    def train(self, stop: StopRequest) -> str:
-        """Run the steps that are left; return the status."""
-        hp, rt, options, pending, status = self.hp, self.rt, self.options, [], ""
-        batches = micro_batches(hp, rt, self.micro_seqs, options.seed, self.step)
-        batches = Prefetcher(batches, rt)
-        stop.deferred = True
-        self.clock.switch("train")
-        while self.step < hp.num_steps and not status:
-            if self.step % hp.val_every == 0:
+    def train(self):
+        """Take the steps that are left."""
+        hp, run = self.hp, self.run
+        batches = micro_batches(hp, self.rt, self.micro_seqs, run.options.seed, run.step)
+        batches = Prefetcher(batches, self.rt)
+        run.start()
+        while run.step < hp.num_steps and not run.status:
+            if run.step % hp.val_every == 0:
                 self.validate()
-            loss = self.update(self.step, batches)
-            pulse = torch.stack([loss, torch.full_like(loss, stop.signal > 0)])
-            rt.average([pulse])
-            self.step += 1
-            pending.append((self.step, *rt.to_host(pulse)))
-            # Losses are read while later steps run, so that the device never waits for the host.
-            while len(pending) > rt.steps_in_flight * (self.step < hp.num_steps):
-                status = self.read_pulse(*pending.pop(0)) or status
-            if status == "aborted" or options.save_every and self.step % options.save_every == 0:
-                self.save()
-        if not status:
+            run.end_step(self.update(run.step, batches), hp.batch_tokens)
+            if run.checkpoint_is_due():
+                run.save(self.state())
+        if not run.status:
             self.validate()
-            status = "success" if self.curve[-1][1] <= hp.target_val_loss else "missed"
-        self.clock.switch("end")
-        return status
-
-    def tokens_per_second(self) -> float:
-        seconds = max(self.clock.train_ms() - self.clock.carried_ms, 1) / 1000
-        return (self.step - self.first_step) * self.hp.batch_tokens / seconds
-
-    def result(self, status: str, overrides: list[str]) -> str:
-        hp, clock, rate = self.hp, self.clock, self.tokens_per_second()
-        return (
-            f"status:{status} val_loss:{self.curve[-1][1] if self.curve else math.nan:.6f} "
-            f"target:{hp.target_val_loss} train_time:{clock.train_ms():.0f}ms "
-            f"time_to_target:{time_to_target(self.curve, hp.target_val_loss)} steps:{self.step} "
-            f"tokens:{self.step * hp.batch_tokens} tokens_per_s:{rate:.0f} "
-            f"flops_per_token:{self.flops:.4g} "
-            f"mfu:{mfu(self.flops * rate, self.rt.device_name, self.rt.world_size)} "
-            f"peak_memory:{self.rt.peak_memory_mib()}MiB cpu_share:{clock.cpu_share():.2f} "
-            f"recompiled:{compiled_graphs() - self.graphs} "
-            f"seed:{self.options.seed} overrides:{len(overrides)} resumed_from:{self.first_step}"
-        )
+        run.finish()
 
 
 # ------------------------------------------------------------------------------ Main
 
 
-def run(track, hp, options, overrides, rt: Runtime, stop: StopRequest) -> int:
-    """Carry out one run and write its log; return the exit code."""
-    clock = Stopwatch(PROCESS_START, rt.synchronize)
-    stamp = time.strftime("%Y-%m-%dT%H%M%SZ", time.gmtime())
-    name = rt.on_main(lambda: f"{stamp}_{track}_{options.slug}_{uuid.uuid4().hex[:8]}")
-    log = Log(options.log_dir, name, hp.num_steps)
-    rt.on_main(log.open)
-    trainer, status = None, "aborted"
-    try:
-        config = {"run": name, "track": track, "overrides": " ".join(overrides) or "none",
-                  **dataclasses.asdict(hp), **dataclasses.asdict(options)}  # fmt: skip
-        device = {"device": rt.device_name, "world_size": rt.world_size,
-                  "matmul_dtype": rt.matmul_dtype, "stream_dtype": rt.stream_dtype}  # fmt: skip
-        rt.on_main(lambda: header_sections(log, SOURCES, options.source_dir, config, device))
-        log.section("data", rt.on_main(lambda: check_data(hp)))
-        log.section("run")
-        log.line(calibration(rt.device, rt.matmul_dtype, rt.synchronize))
-        trainer = Trainer(hp, options, rt, clock, log)
-        with clock.charged_to("compile"):
-            trainer.warm_up()
-        if options.resume:
-            trainer.resume(options.resume)
-        status = trainer.train(stop)
-        log.line(calibration(rt.device, rt.matmul_dtype, rt.synchronize))
-        if warning := rt.contention(clock.cpu_share()):
-            log.line(f"warning: {warning}", show=True)
-        rt.close()
-    except torch.OutOfMemoryError:
-        rows = trainer.micro_seqs if trainer else 1
-        raise RunError(
-            f"out of memory on {rt.device_name} with {rows} rows a forward pass; "
-            f"add --micro_batch_seqs {max(1, rows // 2)}, or lower --seq_len"
-        ) from None
-    finally:
-        log.line(clock.ledger(), show=True)
-        log.close(trainer.result(status, overrides) if trainer else f"status:{status}")
-    return {"success": 0, "missed": 0, "diverged": 1}.get(status, 128 + stop.signal)
-
-
 def main() -> int:
-    stop, rt = StopRequest(), None
-    try:
-        default_track = "fineweb" if torch.cuda.is_available() else "embedded"
-        track, hp, options, overrides = parse_flags(
-            sys.argv[1:], TRACKS, default_track, __doc__.splitlines()[0]
-        )
-        rt = Runtime(options.fp32)
-        return run(track, hp, options, overrides, rt, stop)
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 128 + stop.signal
-    except (RunError, OSError) as error:
-        if getattr(error, "told", True):
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return 1
+    default_track = "fineweb" if torch.cuda.is_available() else "embedded"
+    return execute(Trainer, TRACKS, default_track, SOURCES, PROCESS_START)
 
 
 if __name__ == "__main__":

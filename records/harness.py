@@ -1,4 +1,8 @@
-"""Flags, device, clock, log and checkpoint files: the parts of a trainer no experiment changes.
+"""Flags, device, clock, log and checkpoints: the parts of a trainer that no experiment changes.
+
+A trainer hands its dataclass of hyperparameters and its class to `execute`, which parses flags,
+opens the log, builds the trainer with a `Run` and trains. The Run has the device, the clock and the
+log, and writes the lines that every run has.
 
 Every hyperparameter is a dataclass field and a flag. The clock charges every moment of the process
 to one account, so that timed and untimed seconds add up to its wall time. The log is one text file
@@ -10,6 +14,7 @@ names its number of lines, so that a parser can step over it.
 """
 
 import argparse
+import ast
 import dataclasses
 import hashlib
 import json
@@ -26,6 +31,7 @@ import time
 import uuid
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -38,11 +44,14 @@ from torch._dynamo.exc import TorchDynamoException
 from torch._inductor.exc import InductorError
 from tqdm import tqdm
 
+from data.batches import check_shards
+
 SCHEMA = 1
 ROOT = Path(__file__).resolve().parent.parent
 PEAK_BF16_TFLOPS = {  # dense, from the makers' data sheets
     "A100": 312, "H100": 989, "H200": 989, "GH200": 989, "B200": 2250, "L40S": 362, "4090": 165,
 }  # fmt: skip
+DIVERGED_STEPS = 50  # so many steps in a row above the loss of a uniform guess end a run
 COMPILE_ERRORS = (TorchDynamoException, InductorError)
 LOGGED_VARIABLES = ("CUDA_", "NCCL_", "TORCH", "PYTORCH_", "OMP_", "GOMP_", "KMP_", "MKL_")
 
@@ -370,6 +379,204 @@ class Log:
                     self.line(f"result {result} sha256:{self.hash.hexdigest()}", show=True)
             finally:
                 self.file.close()
+
+
+class Run:
+    """One run: its settings, device, clock and log, and every line that it writes while it trains.
+
+    hp: a dataclass with at least num_steps, vocab_size and target_val_loss. The trainer sets
+    flops_per_token (forward and backward) and micro_batch_seqs, and calls, in the loop, end_step
+    and validated.
+    """
+
+    def __init__(self, track: str, hp, options: RunOptions, overrides, rt: Runtime, stop, started):
+        self.track, self.hp, self.options, self.overrides = track, hp, options, overrides
+        self.rt, self.stop, self.clock = rt, stop, Stopwatch(started, rt.synchronize)
+        stamp = time.strftime("%Y-%m-%dT%H%M%SZ", time.gmtime())
+        name = f"{stamp}_{track}_{options.slug}_{uuid.uuid4().hex[:8]}"
+        self.name = rt.on_main(lambda: name)
+        self.log = Log(options.log_dir, self.name, hp.num_steps)
+        self.status, self.step, self.tokens, self.curve = "", 0, 0, []  # curve: (train ms, loss)
+        self.first_step = self.first_tokens = self.bad_steps = self.graphs = 0
+        self.pending = []  # steps whose loss has not been read
+        self.flops_per_token, self.micro_batch_seqs = math.nan, 1
+
+    def config(self) -> dict:
+        """What a checkpoint belongs to: it cannot be resumed with any other."""
+        return {**dataclasses.asdict(self.hp), "seed": self.options.seed}
+
+    def header(self, sources: dict[str, str]) -> None:
+        """Write everything that stands above the data: sources, config, environment, git state."""
+        rt, overrides = self.rt, " ".join(self.overrides) or "none"
+        config = {"run": self.name, "track": self.track, "overrides": overrides,
+                  **dataclasses.asdict(self.hp), **dataclasses.asdict(self.options)}  # fmt: skip
+        device = {"device": rt.device_name, "world_size": rt.world_size,
+                  "matmul_dtype": rt.matmul_dtype, "stream_dtype": rt.stream_dtype}  # fmt: skip
+        header_sections(self.log, sources, self.options.source_dir, config, device)
+
+    def compiler(self):
+        """torch.compile for this run, or a function that returns what it gets; logged."""
+        problem = self.rt.compiler_problem() if self.options.compile else "--compile false"
+        self.log.line(f"compile: {problem or 'yes'}", show=bool(problem))
+        return (lambda f: f) if problem else partial(torch.compile, dynamic=False)
+
+    def start(self) -> None:
+        """Begin the timed part; from here on the first signal asks for a clean end."""
+        self.stop.deferred = True
+        self.clock.switch("train")
+
+    def end_step(self, loss: Tensor, tokens: int) -> None:
+        """Count an optimizer step of so many tokens over all ranks; loss: this rank's mean, 0-D.
+
+        Losses are read while later steps run, so that the device never waits for the host.
+        """
+        pulse = torch.stack([loss, torch.full_like(loss, self.stop.signal > 0)])
+        self.rt.average([pulse])
+        self.step, self.tokens = self.step + 1, self.tokens + tokens
+        self.pending.append((self.step, *self.rt.to_host(pulse)))
+        while len(self.pending) > self.rt.steps_in_flight * (self.step < self.hp.num_steps):
+            self.read_pulse(*self.pending.pop(0))
+
+    def read_pulse(self, step: int, pulse: Tensor, wait) -> None:
+        """Log the step whose pulse [loss, stop request] arrives; end the run if it must end."""
+        wait()
+        loss, stop = pulse.tolist()
+        train_ms, num_steps = self.clock.train_ms(), self.hp.num_steps
+        self.log.line(f"step:{step}/{num_steps} train_loss:{loss:.6f} train_time:{train_ms:.0f}ms")
+        rate = self.tokens_per_second() / 1000
+        self.log.progress(step, f"loss {loss:.4f}, {rate:.1f}k tokens/s, MFU {self.mfu()}")
+        self.bad_steps = self.bad_steps + 1 if loss > math.log(self.hp.vocab_size) else 0
+        if not math.isfinite(loss) or self.bad_steps > DIVERGED_STEPS:
+            self.status = "diverged"
+        elif stop:
+            self.status = self.status or "aborted"
+
+    def validated(self, loss: float) -> None:
+        """Log a validation loss, nats a token; call it outside of the account of validation."""
+        train_ms = self.clock.train_ms()
+        self.curve.append((train_ms, loss))
+        self.log.line(
+            f"step:{self.step}/{self.hp.num_steps} val_loss:{loss:.6f} "
+            f"train_time:{train_ms:.0f}ms step_avg:{train_ms / max(self.step, 1):.2f}ms",
+            show=True,
+        )
+        self.log.check()
+
+    def finish(self) -> None:
+        """End the timed part; a run that came to its last validation has its status from that."""
+        reached = self.curve and self.curve[-1][1] <= self.hp.target_val_loss
+        self.status = self.status or ("success" if reached else "missed")
+        self.clock.switch("end")
+
+    def checkpoint_is_due(self) -> bool:
+        every = self.options.save_every
+        return self.status == "aborted" or bool(every) and self.step % every == 0
+
+    def save(self, tensors: dict[str, Tensor]) -> None:
+        """Write a checkpoint beside the log, then rename it: a kill leaves the old or the new."""
+        with self.clock.charged_to("checkpoint"):
+            contents = {"tensors": tensors, "step": self.step, "tokens": self.tokens,
+                        "curve": self.curve, "train_ms": self.clock.train_ms(),
+                        "config": self.config()}  # fmt: skip
+            path = self.log.path.with_suffix(".pt")
+            self.rt.on_main(lambda: write_checkpoint(path, contents))
+            self.log.line(f"checkpoint: {path} step:{self.step}", show=True)
+
+    def resume(self, tensors: dict[str, Tensor]) -> None:
+        """Fill tensors from the checkpoint --resume of a run with the same configuration."""
+        path = self.options.resume
+        saved = read_checkpoint(path)
+        if other := {k: v for k, v in saved["config"].items() if self.config().get(k) != v}:
+            flags = " ".join(f"--{name} {value}" for name, value in other.items())
+            raise RunError(f"{path} was saved by another run; to resume it, add: {flags}")
+        for name, tensor in tensors.items():
+            tensor.copy_(saved["tensors"][name])
+        self.step = self.first_step = saved["step"]
+        self.tokens = self.first_tokens = saved["tokens"]
+        self.curve, self.clock.carried_ms = saved["curve"], saved["train_ms"]
+        self.log.line(f"resumed: {path} step:{self.step}", show=True)
+
+    def tokens_per_second(self) -> float:
+        """Of this process, over all ranks, in timed seconds."""
+        seconds = max(self.clock.train_ms() - self.clock.carried_ms, 1) / 1000
+        return (self.tokens - self.first_tokens) / seconds
+
+    def mfu(self) -> str:
+        rate = self.flops_per_token * self.tokens_per_second()
+        return mfu(rate, self.rt.device_name, self.rt.world_size)
+
+    def result(self) -> str:
+        """The result line's fields, without the hash."""
+        hp, clock = self.hp, self.clock
+        return (
+            f"status:{self.status or 'aborted'} "
+            f"val_loss:{self.curve[-1][1] if self.curve else math.nan:.6f} "
+            f"target:{hp.target_val_loss} train_time:{clock.train_ms():.0f}ms "
+            f"time_to_target:{time_to_target(self.curve, hp.target_val_loss)} steps:{self.step} "
+            f"tokens:{self.tokens} tokens_per_s:{self.tokens_per_second():.0f} "
+            f"flops_per_token:{self.flops_per_token:.4g} mfu:{self.mfu()} "
+            f"peak_memory:{self.rt.peak_memory_mib()}MiB cpu_share:{clock.cpu_share():.2f} "
+            f"recompiled:{compiled_graphs() - self.graphs} "
+            f"seed:{self.options.seed} overrides:{len(self.overrides)} "
+            f"resumed_from:{self.first_step}"
+        )
+
+
+def execute(
+    make_trainer, tracks: dict, default_track: str, sources: dict[str, str], started: float
+) -> int:
+    """Carry out the run that this process's flags describe; return its exit code.
+
+    make_trainer(run) returns an object with warm_up(), which compiles and leaves no trace; state(),
+    every tensor that training changes, by name; and train(). tracks: hyperparameters by name.
+    sources: what the log embeds, the entry file first. started: perf_counter at first import.
+    """
+    stop = StopRequest()
+    try:
+        description = ast.get_docstring(ast.parse(next(iter(sources.values())))).splitlines()[0]
+        parsed = parse_flags(sys.argv[1:], tracks, default_track, description)
+        track, hp, options, overrides = parsed
+        run = Run(track, hp, options, overrides, Runtime(options.fp32), stop, started)
+        carry_out(run, make_trainer, sources)
+        return {"success": 0, "missed": 0, "diverged": 1}.get(run.status, 128 + stop.signal)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 128 + stop.signal
+    except (RunError, OSError) as error:
+        if getattr(error, "told", True):
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        return 1
+
+
+def carry_out(run: Run, make_trainer, sources: dict[str, str]) -> None:
+    """Open the run's log, build the trainer and train; the log gets its last line in any case."""
+    rt, log = run.rt, run.log
+    rt.on_main(log.open)
+    try:
+        rt.on_main(lambda: run.header(sources))
+        log.section("data", rt.on_main(lambda: check_shards(run.hp)))
+        log.section("run")
+        log.line(calibration(rt.device, rt.matmul_dtype, rt.synchronize))
+        trainer = make_trainer(run)
+        with run.clock.charged_to("compile"):
+            trainer.warm_up()
+        run.graphs = compiled_graphs()
+        if run.options.resume:
+            run.resume(trainer.state())
+        trainer.train()
+        log.line(calibration(rt.device, rt.matmul_dtype, rt.synchronize))
+        if warning := rt.contention(run.clock.cpu_share()):
+            log.line(f"warning: {warning}", show=True)
+        rt.close()
+    except torch.OutOfMemoryError:
+        rows = run.micro_batch_seqs
+        raise RunError(
+            f"out of memory on {rt.device_name} with {rows} rows a forward pass; "
+            f"add --micro_batch_seqs {max(1, rows // 2)}, or lower --seq_len"
+        ) from None
+    finally:
+        log.line(run.clock.ledger(), show=True)
+        log.close(run.result())
 
 
 def header_sections(

@@ -7,18 +7,17 @@ import pytest
 import torch
 from conftest import START, documents
 
+from data.batches import Prefetcher, check_shards, validation_batches
 from data.shards import ShardError, check_tokens, open_shard, write_shard
 from train_gpt import (
     TRACKS,
-    Prefetcher,
     RunError,
     bytes_per_token,
-    check_data,
+    check_supply,
     fixed_bytes,
     micro_batch_rows,
     micro_batches,
     row_starts,
-    validation_batches,
     visible_keys,
 )
 
@@ -177,23 +176,23 @@ def test_validation_covers_fixed_rows_once_over_ranks(tiny_hp, shards, spread):
 
 def test_validation_that_cannot_be_had_is_refused(tiny_hp):
     too_much = dataclasses.replace(tiny_hp, val_tokens=64 * 10_000)
-    with pytest.raises(RunError, match="validation"):
+    with pytest.raises(ShardError, match="validation"):
         validation_batches(too_much, rank(0, 1), 1)
-    with pytest.raises(RunError, match="3 ranks"):
+    with pytest.raises(ShardError, match="3 ranks"):
         validation_batches(tiny_hp, rank(0, 3), 1)
 
 
 def test_too_few_tokens_are_named_before_training(tiny_hp):
     with pytest.raises(RunError, match="steps need"):
-        check_data(dataclasses.replace(tiny_hp, num_steps=10_000))
+        check_supply(dataclasses.replace(tiny_hp, num_steps=10_000))
 
 
 def test_data_hash_is_compared(tiny_hp):
-    last = check_data(tiny_hp)[-1]
+    last = check_shards(tiny_hp)[-1]
     found = last.split()[1]
     assert "none expected" in last
-    assert "as expected" in check_data(dataclasses.replace(tiny_hp, data_sha256=found))[-1]
-    assert "DIFFERENT" in check_data(dataclasses.replace(tiny_hp, data_sha256="0" * 64))[-1]
+    assert "as expected" in check_shards(dataclasses.replace(tiny_hp, data_sha256=found))[-1]
+    assert "DIFFERENT" in check_shards(dataclasses.replace(tiny_hp, data_sha256="0" * 64))[-1]
 
 
 def test_visible_keys_by_brute_force(tiny_hp):

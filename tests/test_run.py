@@ -16,8 +16,8 @@ import torch
 from conftest import ROOT, clean_environment, command, losses, only_log, run_section, train
 
 from data.shards import write_shard
-from records.harness import Runtime, StopRequest, Stopwatch, parse_flags, time_to_target
-from train_gpt import PROCESS_START, TRACKS, Hyperparameters, Trainer
+from records.harness import Run, Runtime, StopRequest, Stopwatch, parse_flags, time_to_target
+from train_gpt import PROCESS_START, TRACKS, Hyperparameters, Trainer, micro_batches
 
 
 def start(flags, ranks=1, **changes) -> subprocess.Popen:
@@ -89,21 +89,14 @@ def test_timed_and_untimed_seconds_add_up_to_the_wall_time(flags, tmp_path):
 
 
 def test_warm_up_leaves_no_trace(tiny_hp):
-    class NoLog:
-        def line(self, *args, **kwargs):
-            pass
-
     def trainer(warm: bool):
-        rt = Runtime()
         options = parse_flags(["--compile=false"], TRACKS, "embedded", "")[2]
-        made = Trainer(tiny_hp, options, rt, Stopwatch(PROCESS_START, rt.synchronize), NoLog())
+        made = Trainer(Run("embedded", tiny_hp, options, [], Runtime(), None, PROCESS_START))
         if warm:
             made.warm_up()
         return made
 
     warm, cold = trainer(True), trainer(False)
-    from train_gpt import micro_batches
-
     batches = [micro_batches(tiny_hp, cold.rt, cold.micro_seqs, 0, 0) for _ in range(2)]
     for step in range(3):
         assert torch.equal(warm.update(step, batches[0]), cold.update(step, batches[1]))
