@@ -215,9 +215,9 @@ class Runtime:
         """Turn the failure of a collective into an error that says what to look for."""
         try:
             yield
-        except torch.OutOfMemoryError:
-            raise
         except RuntimeError as error:
+            if self.world_size == 1 or isinstance(error, torch.OutOfMemoryError):
+                raise
             raise RunError(
                 f"rank {self.rank} lost contact with another rank ({str(error).splitlines()[0]}); "
                 "look above for why that one ended, then start again, with --resume if it saved"
