@@ -6,10 +6,11 @@ hp is a Hyperparameters of train_gpt2.py. Activations are those that eager mode 
 graphs keep fewer. Sizes are bytes.
 """
 
+import os
 import sys
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
-from records.harness import PEAK_BF16_TFLOPS, RunError, knob, parse_flags
+from records.harness import PEAK_BF16_TFLOPS, RunError, Runtime, knob, parse_flags
 
 MEMORY_GB = {  # of one GPU, from the makers' data sheets
     "A100": 80, "H100": 80, "H200": 141, "GH200": 96, "B200": 180, "L40S": 48, "4090": 24,
@@ -109,26 +110,45 @@ def memory(hp, layout: Layout, micro_seqs: int) -> Memory:
     return Memory(here, here, 2 * here, copies, activations, host)
 
 
-def micro_batch_rows(hp, layout: Layout, capacity: float, asked: int) -> int:
-    """Rows a forward pass: what was asked for, or the most that divides and fits in capacity.
+def capacity(rt: Runtime) -> float:
+    """Memory for this rank: its GPU's, or its share of the host's."""
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return rt.memory_bytes if rt.is_gpu else host / rt.world_size
+
+
+def micro_batch_rows(hp, layout: Layout, available: float, asked: int) -> int:
+    """Rows a forward pass: what was asked for, or the most that divides and fits in available.
 
     RunError where rows cannot be dealt to the ranks, or not even one fits.
     """
-    rows = hp.batch_tokens // hp.seq_len
-    share = rows // layout.ranks
-    if rows % layout.ranks or asked and share % asked:
-        raise RunError(
-            f"{rows} rows a step cannot be dealt to {layout.ranks} ranks in equal forward passes "
-            f"of {asked or 1}; change the number of GPUs or --micro_batch_seqs"
-        )
+    if problem := dealing_problem(hp, layout, asked):
+        raise RunError(problem)
+    share = hp.batch_tokens // hp.seq_len // layout.ranks
     divisors = [n for n in range(share, 0, -1) if share % n == 0]
     for micro_seqs in [asked] if asked else divisors:
-        if memory(hp, layout, micro_seqs).total <= USABLE * capacity:
+        if memory(hp, layout, micro_seqs).total <= USABLE * available:
             return micro_seqs
-    raise RunError(shortage(hp, layout, micro_seqs, capacity))
+    raise RunError(shortage(hp, layout, micro_seqs, available))
 
 
-def shortage(hp, layout: Layout, micro_seqs: int, capacity: float) -> str:
+def dealing_problem(hp, layout: Layout, asked: int) -> str:
+    """Why a step's rows cannot be dealt in equal forward passes; empty where they can."""
+    rows, unit = hp.batch_tokens // hp.seq_len, layout.ranks * (asked or 1)
+    if rows % unit == 0:
+        return ""
+    return (
+        f"{rows} rows a step cannot be dealt to {layout.ranks} ranks in equal forward passes of "
+        f"{asked or 1}; change the number of GPUs or --micro_batch_seqs, or take a batch that "
+        f"can: --batch_tokens {next_batch_tokens(hp, unit)}"
+    )
+
+
+def next_batch_tokens(hp, rows_unit: int) -> int:
+    rows = hp.batch_tokens // hp.seq_len
+    return -(-rows // rows_unit) * rows_unit * hp.seq_len
+
+
+def shortage(hp, layout: Layout, micro_seqs: int, available: float) -> str:
     """Why it does not fit, with the numbers, and what to change."""
     needed = memory(hp, layout, micro_seqs)
     ways = ["fewer --micro_batch_seqs"] if micro_seqs > 1 else []
@@ -137,7 +157,7 @@ def shortage(hp, layout: Layout, micro_seqs: int, capacity: float) -> str:
     return (
         f"{parameters(hp):,} parameters do not fit: {layout.ranks} x {needed.total / GIB:.1f} GiB "
         f"are needed with {micro_seqs} rows a forward pass ({needed.parts()}), and "
-        f"{USABLE * capacity / GIB:.1f} of {capacity / GIB:.1f} GiB are to be had on each; "
+        f"{USABLE * available / GIB:.1f} of {available / GIB:.1f} GiB are to be had on each; "
         f"take more GPUs{''.join(', ' + way for way in ways)}; to compare: --plan"
     )
 
@@ -160,11 +180,14 @@ class PlanOptions:
 def report(track: str, hp, options: PlanOptions) -> list[str]:
     """The plan's lines; it need not fit."""
     layout = Layout(options.gpus, options.checkpoint_blocks, options.cpu_offload)
-    capacity, problem = 1e9 * MEMORY_GB[options.gpu], ""
+    available, verdict, note = 1e9 * MEMORY_GB[options.gpu], "fits: yes", []
+    if problem := dealing_problem(hp, layout, options.micro_batch_seqs):
+        unit = layout.ranks * (options.micro_batch_seqs or 1)
+        hp, note = replace(hp, batch_tokens=next_batch_tokens(hp, unit)), [f"planned so: {problem}"]
     try:
-        micro_seqs = micro_batch_rows(hp, layout, capacity, options.micro_batch_seqs)
+        micro_seqs = micro_batch_rows(hp, layout, available, options.micro_batch_seqs)
     except RunError as error:
-        problem, micro_seqs = str(error), options.micro_batch_seqs or 1
+        verdict, micro_seqs = f"fits: no: {error}", options.micro_batch_seqs or 1
     needed = memory(hp, layout, micro_seqs)
     rate = options.gpus * 1e12 * PEAK_BF16_TFLOPS[options.gpu] * options.mfu / flops_per_token(hp)
     budget = hp.num_steps * hp.batch_tokens
@@ -173,13 +196,14 @@ def report(track: str, hp, options: PlanOptions) -> list[str]:
         f"on {options.gpus} x {options.gpu}, {micro_seqs} rows of {hp.seq_len} a forward pass, "
         "GiB a GPU:",
         *(f"  {name:<12}{getattr(needed, name) / GIB:10.2f}" for name in MEMORY_PARTS),
-        f"  {'total':<12}{needed.total / GIB:10.2f}  of {capacity / GIB:.2f}, "
+        f"  {'total':<12}{needed.total / GIB:10.2f}  of {available / GIB:.2f}, "
         f"of which {USABLE:.0%} are to be had",
         f"  {'host memory':<12}{needed.host / GIB:10.2f}",
         f"flops_per_token: {flops_per_token(hp):.4g}    at an MFU of {options.mfu:g}:",
         f"  {rate:,.0f} tokens a second, {86400 * rate:.4g} a day; "
         f"the run's {budget:.4g} take {budget / rate / 86400:,.2f} days",
-        f"fits: no: {problem}" if problem else "fits: yes",
+        *note,
+        verdict,
     ]
 
 

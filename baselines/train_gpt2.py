@@ -16,7 +16,6 @@ import time
 PROCESS_START = time.perf_counter()  # before the slow imports: the ledger counts them too
 
 import math
-import os
 import sys
 from dataclasses import dataclass, fields, replace
 from itertools import islice, repeat
@@ -24,37 +23,26 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import (
-    CPUOffloadPolicy,
-    MixedPrecisionPolicy,
-    OffloadPolicy,
-    fully_shard,
-    register_fsdp_forward_method,
-)
-from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils.checkpoint import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from baselines.checkpoints import Folders, fill, verified_facts
-from baselines.plan import Layout, flops_per_token, micro_batch_rows, parameters, planned
+from baselines.plan import Layout, capacity, flops_per_token, micro_batch_rows, parameters, planned
+from baselines.sharding import materialize, shard
 from data.batches import Prefetcher, inputs_and_targets, project_shards, validation_batches
 from data.shards import open_shard
 from records.harness import COMPILE_ERRORS, Run, RunError, RunOptions, Runtime, execute, knob
 
-PARTS = ("train_gpt2.py", "plan.py", "checkpoints.py")
 SOURCES = {  # what a log embeds
     path: (ROOT / path).read_text()
-    for path in (
-        *(f"baselines/{part}" for part in PARTS),
-        *("data/batches.py", "data/shards.py", "records/harness.py"),
-    )
-}
+    for path in ("baselines/train_gpt2.py", "baselines/plan.py", "baselines/sharding.py",
+                 "baselines/checkpoints.py", "data/batches.py", "data/shards.py",
+                 "records/harness.py")
+}  # fmt: skip
 
 
 # ------------------------------------------------------------------------------ Hyperparameters
@@ -78,7 +66,6 @@ class Hyperparameters:
     num_steps: int = knob(19_073, "optimizer steps", 1)
     batch_tokens: int = knob(524_288, "tokens a step, over all ranks", 1)
     seq_len: int = knob(1024, "tokens a training row, and positions of the model", 2)
-    max_epochs: int = knob(1, "passes over the training shards that are allowed", 1)
     val_every: int = knob(250, "steps between validations", 1)
     # Model.
     num_layers: int = knob(12, "blocks", 1)
@@ -98,17 +85,11 @@ class Hyperparameters:
             value, least = getattr(self, f.name), f.metadata["least"]
             if f.type in (int, float) and not least <= value < math.inf:
                 raise RunError(f"--{f.name} {value} is out of range: give at least {least}")
-        for whole, part in (
-            ("batch_tokens", "seq_len"),
-            ("val_tokens", "val_seq_len"),
-            ("val_seq_len", "seq_len"),
-            ("model_dim", "num_heads"),
-        ):
-            if getattr(self, whole) % getattr(self, part):
-                raise RunError(
-                    f"--{whole} {getattr(self, whole)} is not a multiple of "
-                    f"--{part} {getattr(self, part)}"
-                )
+        for whole, part in (("batch_tokens", "seq_len"), ("val_tokens", "val_seq_len"),
+                            ("val_seq_len", "seq_len"), ("model_dim", "num_heads")):  # fmt: skip
+            values = getattr(self, whole), getattr(self, part)
+            if values[0] % values[1]:
+                raise RunError(f"--{whole} {values[0]} is not a multiple of --{part} {values[1]}")
 
 
 @dataclass(frozen=True)
@@ -167,23 +148,22 @@ def rows_of(tokens: np.ndarray, hp: Hyperparameters) -> int:
 def check_supply(hp: Hyperparameters) -> None:
     """RunError unless the training shards hold a row for every row of every step."""
     needed = hp.num_steps * hp.batch_tokens // hp.seq_len
-    rows = hp.max_epochs * sum(rows_of(open_shard(p), hp) for p in project_shards(hp.train_files))
+    rows = sum(rows_of(open_shard(path), hp) for path in project_shards(hp.train_files))
     if rows < needed:
         raise RunError(
-            f"{hp.train_files} holds {rows} rows of {hp.seq_len} tokens in {hp.max_epochs} passes, "
-            f"{hp.num_steps} steps need {needed}; get more shards, or lower --num_steps"
+            f"{hp.train_files} holds {rows} rows of {hp.seq_len} tokens, {hp.num_steps} steps "
+            f"need {needed}; get more shards, or lower --num_steps"
         )
 
 
 def training_rows(hp: Hyperparameters, seed: int, skip: int):
     """Yield each row after the first skip, (seq_len + 1,), shuffled in each shard by the seed."""
-    for epoch in range(hp.max_epochs):
-        for index, path in enumerate(project_shards(hp.train_files)):
-            tokens = open_shard(path)
-            order = np.random.default_rng((seed, epoch, index)).permutation(rows_of(tokens, hp))
-            for start in hp.seq_len * order[skip:]:
-                yield tokens[start : start + hp.seq_len + 1]
-            skip = max(0, skip - len(order))
+    for index, path in enumerate(project_shards(hp.train_files)):
+        tokens = open_shard(path)
+        order = np.random.default_rng((seed, index)).permutation(rows_of(tokens, hp))
+        for start in hp.seq_len * order[skip:]:
+            yield tokens[start : start + hp.seq_len + 1]
+        skip = max(0, skip - len(order))
 
 
 def micro_batches(hp: Hyperparameters, rt: Runtime, micro_seqs: int, seed: int, first_step: int):
@@ -288,58 +268,26 @@ class GPT2(nn.Module):
         """Mean cross-entropy, nats a token, fp32."""
         return self.mean_loss(self.stream(inputs_BT), targets_BT)
 
-
-@torch.no_grad()
-def initialize(model: GPT2, seed: int, device: torch.device) -> None:
-    """GPT-2's initial weights: matrices that add to the stream start smaller, positions at half.
-
-    Each rank draws every parameter whole from the same generator and keeps its shard, so that the
-    weights are the same for any number of ranks, and no rank holds more than one of them whole.
-    """
-    std, layers = model.hp.init_std, model.hp.num_layers
-    scale = {"out.weight": (2 * layers) ** -0.5, "down.weight": (2 * layers) ** -0.5,
-             "positions": 0.5}  # fmt: skip
-    generator = torch.Generator(device).manual_seed(seed)
-    for name, p in model.named_parameters():
-        whole = torch.full(p.shape, float(name.endswith("weight")), device=device)  # gain, bias
-        if p.ndim > 1:
-            factor = next((f for suffix, f in scale.items() if name.endswith(suffix)), 1.0)
-            whole.normal_(0, std * factor, generator=generator)
-        shard = p
-        if isinstance(p, DTensor):
-            whole = distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None)
-            whole, shard = whole.to_local(), p.to_local()
-        shard.copy_(whole)
-
-
-def shard(model: GPT2, rt: Runtime, cpu_offload: bool) -> None:
-    """Cut every parameter of a model on the meta device over the ranks (FSDP: arXiv 2304.11277).
-
-    A block's parameters are gathered when it runs, in the matmul's dtype; gradients are added up in
-    fp32. Which gives the same as one rank with whole parameters.
-    """
-    if not dist.is_initialized():  # one GPU, whose parameters lie in host memory
-        dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
-    precision = MixedPrecisionPolicy(rt.matmul_dtype, torch.float32, cast_forward_inputs=False)
-    offload = CPUOffloadPolicy(pin_memory=rt.is_gpu) if cpu_offload else OffloadPolicy()
-    mesh = init_device_mesh(rt.device.type, (rt.world_size,))
-    for module in (*model.blocks, model):
-        # True for the model, too: else validation would leave its parameters gathered, and stale.
-        fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=precision,
-                    offload_policy=offload)  # fmt: skip
-    register_fsdp_forward_method(model, "loss")
+    def draw(self, name: str, values: Tensor, generator: torch.Generator) -> None:
+        """Fill values with a parameter's initial ones; matrices that add to the stream get less."""
+        if values.ndim < 2:
+            values.fill_(float(name.endswith("weight")))  # gains 1, biases 0
+            return
+        factor = 0.5 if name == "positions" else 1.0
+        if name.endswith(("out.weight", "down.weight")):
+            factor = (2 * self.hp.num_layers) ** -0.5
+        values.normal_(0, self.hp.init_std * factor, generator=generator)
 
 
 def build(hp: Hyperparameters, rt: Runtime, options: Options, layout: Layout) -> GPT2:
-    """The model with initial weights; none is ever whole in one place if it is sharded."""
+    """The model with initial weights; if it is sharded, it never is whole in one place."""
     with torch.device("meta"):
         model = GPT2(hp, rt.stream_dtype)
     for block in model.blocks:
         block.recompute = options.checkpoint_blocks
     if layout.sharded:
         shard(model, rt, options.cpu_offload)
-    model.to_empty(device="cpu" if options.cpu_offload else rt.device)
-    initialize(model, options.seed, rt.device)
+    materialize(model, rt, options.seed, options.cpu_offload)
     return model
 
 
@@ -381,12 +329,6 @@ def learning_rate(step: int, hp: Hyperparameters) -> float:
 # ------------------------------------------------------------------------------ Train
 
 
-def device_bytes(rt: Runtime) -> float:
-    """Memory for this rank: its GPU's, or its share of the host's."""
-    pages = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return rt.memory_bytes if rt.is_gpu else pages / rt.world_size
-
-
 class Trainer:
     """A model, its optimizer and data, and the steps that join them."""
 
@@ -394,19 +336,18 @@ class Trainer:
         self.run, hp, rt, options = run, run.hp, run.rt, run.options
         self.hp, self.rt, run.checkpoints = hp, rt, Folders()
         check_supply(hp)
-        self.layout = Layout(rt.world_size, options.checkpoint_blocks, options.cpu_offload,
-                             rt.matmul_dtype.itemsize)  # fmt: skip
-        micro_seqs = micro_batch_rows(hp, self.layout, device_bytes(rt), options.micro_batch_seqs)
+        layout = Layout(rt.world_size, options.checkpoint_blocks, options.cpu_offload,
+                        rt.matmul_dtype.itemsize)  # fmt: skip
+        micro_seqs = micro_batch_rows(hp, layout, capacity(rt), options.micro_batch_seqs)
         self.micro_seqs = run.micro_batch_seqs = micro_seqs
         self.accumulation = hp.batch_tokens // hp.seq_len // (rt.world_size * micro_seqs)
         run.flops_per_token = flops_per_token(hp)
-        compiled = run.compiler()
-        self.model = build(hp, rt, options, self.layout)
+        self.model = build(hp, rt, options, layout)
         self.optimizer = adamw(self.model, hp)
-        self.compile(compiled)
+        self.compile(run.compiler())
         self.val = validation_batches(hp, rt, micro_seqs * hp.seq_len // hp.val_seq_len or 1)
         run.log.line(f"micro_batch_seqs: {micro_seqs} accumulation: {self.accumulation}")
-        run.log.line(f"parameters: {parameters(hp)} sharded: {self.layout.sharded}")
+        run.log.line(f"parameters: {parameters(hp)} sharded: {layout.sharded}")
 
     def compile(self, compiled) -> None:
         """Compile what stands between the hooks of FSDP: each block, and the head with the loss."""
@@ -415,8 +356,8 @@ class Trainer:
         self.model.mean_loss = compiled(self.model.mean_loss)
 
     def loss(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        kind, mixed = self.rt.device.type, self.rt.matmul_dtype == torch.bfloat16
-        with torch.autocast(kind, torch.bfloat16, enabled=mixed):
+        dtype = self.rt.matmul_dtype
+        with torch.autocast(self.rt.device.type, dtype, enabled=dtype != torch.float32):
             return self.model.loss(inputs_BT, targets_BT)
 
     def update(self, rate: float, batches) -> Tensor:
@@ -483,13 +424,15 @@ class Trainer:
     def train(self):
         """Take the steps that are left."""
         hp, run = self.hp, self.run
-        batches = micro_batches(hp, self.rt, self.micro_seqs, run.options.seed, run.step)
-        batches = Prefetcher(batches, self.rt)
+        pairs = micro_batches(hp, self.rt, self.micro_seqs, run.options.seed, run.step)
+        batches = Prefetcher(pairs, self.rt)
         run.start()
         while run.step < hp.num_steps and not run.status:
             if run.step % hp.val_every == 0:
                 self.validate()
-            run.end_step(self.update(learning_rate(run.step, hp), batches), hp.batch_tokens)
+            with self.rt.contact():
+                loss = self.update(learning_rate(run.step, hp), batches)
+            run.end_step(loss, hp.batch_tokens)
             if run.checkpoint_is_due():
                 run.save(self.state())
         if not run.status:
