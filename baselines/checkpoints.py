@@ -7,8 +7,9 @@ last, of this text itself. Ranks must see one file system. It loads at any numbe
 
 import hashlib
 import json
-import logging
 import shutil
+import warnings
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch.distributed as dist
@@ -44,7 +45,8 @@ def write_folder(folder: Path, tensors: dict[str, Tensor], facts: dict, rt: Runt
     part = folder.with_name(folder.name + ".part")
     rt.on_main(lambda: shutil.rmtree(part, ignore_errors=True))
     try:
-        dcp.save(tensors, checkpoint_id=part, no_dist=rt.world_size == 1)
+        with no_warnings():
+            dcp.save(tensors, checkpoint_id=part, no_dist=rt.world_size == 1)
         files = file_digests(part, rt.rank, rt.world_size)
         rt.on_main(lambda: write_config(part, {"trainer": TRAINER, **facts, "files": files}))
         rt.on_main(lambda: part.replace(folder))
@@ -53,6 +55,14 @@ def write_folder(folder: Path, tensors: dict[str, Tensor], facts: dict, rt: Runt
         reason = str(error).strip().splitlines()[-1]
         raise RunError(f"cannot save {folder}: {reason}; free some space or give --log_dir",
                        rt.is_main) from None  # fmt: skip
+
+
+@contextmanager
+def no_warnings():
+    """Without the one that says that there is a single process."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        yield
 
 
 def write_config(folder: Path, config: dict) -> None:
@@ -101,9 +111,9 @@ def verified_facts(folder: Path, rank: int = 0, ranks: int = 1) -> dict:
 
 def fill(folder: Path, tensors: dict[str, Tensor]) -> None:
     """Load tensors by name, in place; sharded ones get their shard."""
-    logging.getLogger("torch.distributed.checkpoint").setLevel(logging.ERROR)
     try:
-        dcp.load(tensors, checkpoint_id=folder, no_dist=not dist.is_initialized())
+        with no_warnings():
+            dcp.load(tensors, checkpoint_id=folder, no_dist=not dist.is_initialized())
     except dcp.CheckpointException as error:
         reason = str(error).strip().splitlines()[-1]
         raise RunError(

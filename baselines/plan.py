@@ -79,18 +79,20 @@ def flops_per_token(hp) -> float:
 
 
 def activation_bytes(hp, layout: Layout) -> float:
-    """A token's activations at their peak, which is when the backward pass begins.
+    """A token's activations at their peak, when the backward pass is in the head or a last block.
 
-    In a block: the fp32 inputs of two LayerNorms with mean and deviation, the inputs of four
-    matrices, q, k, v and the input of GELU, and the softmax's denominators. At the head: the fp32
-    logits and their gradient, and once more the logits in the matmul's type if that is bf16.
+    A block keeps the fp32 inputs of two LayerNorms with mean and deviation, the inputs of four
+    matrices, q, k, v and the input of GELU, and the softmax's denominators; on its way back, two
+    gradients as wide as the MLP. The head has the fp32 logits and their gradient, and once more the
+    logits in the matmul's type if that is bf16.
     """
     D, M, width = hp.model_dim, hp.mlp_dim, layout.matmul_bytes
     block = 8 * D + 16 + width * (6 * D + 2 * M) + 4 * hp.num_heads
+    gradients = 2 * width * M
     head = 4 * D + 8 + width * D + (8 + (width if width < 4 else 0)) * hp.vocab_size
     if layout.checkpoint_blocks:
-        return hp.num_layers * width * D + max(block, head)
-    return hp.num_layers * block + head
+        return hp.num_layers * width * D + max(block + gradients, head)
+    return hp.num_layers * block + max(gradients, head)
 
 
 def memory(hp, layout: Layout, micro_seqs: int) -> Memory:

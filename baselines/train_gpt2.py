@@ -4,11 +4,11 @@
     torchrun --nproc_per_node=8 baselines/train_gpt2.py --track 124M
     python baselines/train_gpt2.py --track 13B --plan --gpus 64 --gpu H100    what it would need
 
-The same command serves any number of GPUs and, with torchrun's --nnodes, machines: above one GPU
-the model lies in shards. Data, log, clock and flags are those of train_gpt.py.
+The same command serves any number of GPUs and, with --nnodes, machines: above one GPU the model is
+sharded. Data, log, clock and flags are those of train_gpt.py.
 
 Lines of code, blanks and comments not counted, by their authors: nanoGPT 639, gigaGPT 565. Here,
-counted likewise but with docstrings: this file LINES, with plan.py and checkpoints.py LINES.
+with docstrings: this file 346, with plan.py, sharding.py and checkpoints.py 669.
 """
 
 import time
@@ -100,11 +100,12 @@ class Options(RunOptions):
     cpu_offload: bool = knob(False, "keep weights, gradients and state in host memory")
 
 
-def size(layers: int, width: int, heads: int, lr: float, seq_len: int, batch_seqs: int, **other):
+def size(layers, width, heads, lr, seq_len, batch_seqs, num_steps=19_073, warmup_steps=700, **more):
     """A model of this shape on FineWeb-10B, its MLP four times as wide as its stream."""
     return Hyperparameters(num_layers=layers, model_dim=width, num_heads=heads, mlp_dim=4 * width,
                            peak_lr=lr, seq_len=seq_len, val_seq_len=seq_len,
-                           batch_tokens=batch_seqs * seq_len, **other)  # fmt: skip
+                           batch_tokens=batch_seqs * seq_len, num_steps=num_steps,
+                           warmup_steps=warmup_steps, **more)  # fmt: skip
 
 
 # Shapes and rates of 124M: GPT-2 as nanoGPT and llm.c train it, for 10 billion tokens. 350M to
@@ -114,16 +115,13 @@ TRACKS = {
     "124M": size(12, 768, 12, 6e-4, 1024, 512),
     "350M": size(24, 1024, 16, 3e-4, 1024, 512, target_val_loss=2.92),
     "774M": size(36, 1280, 20, 2.5e-4, 1024, 512),
-    "1558M": size(48, 1600, 25, 2e-4, 1024, 1024, num_steps=9536),
-    "111M": size(10, 768, 12, 6e-4, 2048, 120, num_steps=9037, warmup_steps=1500),
-    "13B": size(40, 5120, 40, 1.2e-4, 2048, 1080,
-                num_steps=116_223, warmup_steps=581, init_std=0.014),
-    "70B": size(80, 8192, 64, 1e-6, 2048, 1472,
-                num_steps=663_425, warmup_steps=1500, init_std=0.01),
-    "175B": size(96, 12288, 96, 5e-6, 2048, 1472,
-                 num_steps=663_425, warmup_steps=1500, init_std=0.005),
+    "1558M": size(48, 1600, 25, 2e-4, 1024, 1024, 9536),
+    "111M": size(10, 768, 12, 6e-4, 2048, 120, 9037, 1500),
+    "13B": size(40, 5120, 40, 1.2e-4, 2048, 1080, 116_223, 581, init_std=0.014),
+    "70B": size(80, 8192, 64, 1e-6, 2048, 1472, 663_425, 1500, init_std=0.01),
+    "175B": size(96, 12288, 96, 5e-6, 2048, 1472, 663_425, 1500, init_std=0.005),
     "embedded": replace(
-        size(2, 128, 4, 6e-3, 128, 16, num_steps=2700, warmup_steps=135, target_val_loss=1.34),
+        size(2, 128, 4, 6e-3, 128, 16, 2700, 135, target_val_loss=1.34),
         train_files="data/embedded/embedded_train.bin",
         val_files="data/embedded/embedded_val.bin",
         data_sha256="46ee993abd300d89907f21f46b034c6dad65e35e87b50afcdc9668e0617695f9",
@@ -134,7 +132,7 @@ TRACKS = {
         val_spread=True,
         val_every=540,
     ),
-}  # fmt: skip
+}
 
 
 # ------------------------------------------------------------------------------ Data
@@ -221,9 +219,8 @@ class Block(nn.Module):
             pairs = zip(cached, (k, v), strict=True) if cached else ()
             cached[:] = [torch.cat(pair, dim=2) for pair in pairs] or [k, v]
             k, v = cached
-        S, mask = k.size(2), None
-        if S > T:
-            mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T)
+        S = k.size(2)
+        mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T) if S > T else None
         y_BHTK = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=S == T)
         return self.out(y_BHTK.transpose(1, 2).reshape(B, T, D))
 
@@ -241,13 +238,13 @@ class GPT2(nn.Module):
 
     def stream(self, tokens_BT: Tensor, cache: list | None = None) -> Tensor:
         """What leaves the last block, (B, T, D)."""
-        if cache is not None and not cache:
+        start = cache[0][0].size(2) if cache else 0
+        if cache == []:
             cache += [[] for _ in self.blocks]
-        start = cache[0][0].size(2) if cache and cache[0] else 0
         positions = self.positions[start : start + tokens_BT.size(1)]
         x = (self.embed[tokens_BT] + positions).to(self.stream_dtype)
-        for i, block in enumerate(self.blocks):
-            x = block(x, cache[i]) if cache else block(x)
+        for block, cached in zip(self.blocks, cache or repeat(None), strict=False):
+            x = block(x, cached)
         return x
 
     def logits(self, x: Tensor) -> Tensor:
@@ -293,8 +290,8 @@ def build(hp: Hyperparameters, rt: Runtime, options: Options, layout: Layout) ->
 
 def load_gpt2(path: str | Path) -> GPT2:
     """The model of a checkpoint folder, fp32 on the CPU; RunError for anything else."""
-    names, facts = {f.name for f in fields(Hyperparameters)}, verified_facts(Path(path))
-    hp = Hyperparameters(**{k: v for k, v in facts["config"].items() if k in names})
+    config = verified_facts(Path(path))["config"]
+    hp = Hyperparameters(**{f.name: config[f.name] for f in fields(Hyperparameters)})
     with torch.device("meta"):
         model = GPT2(hp)
     model.to_empty(device="cpu")
@@ -338,15 +335,14 @@ class Trainer:
         check_supply(hp)
         layout = Layout(rt.world_size, options.checkpoint_blocks, options.cpu_offload,
                         rt.matmul_dtype.itemsize)  # fmt: skip
-        micro_seqs = micro_batch_rows(hp, layout, capacity(rt), options.micro_batch_seqs)
-        self.micro_seqs = run.micro_batch_seqs = micro_seqs
-        self.accumulation = hp.batch_tokens // hp.seq_len // (rt.world_size * micro_seqs)
-        run.flops_per_token = flops_per_token(hp)
+        self.micro_seqs = micro_batch_rows(hp, layout, capacity(rt), options.micro_batch_seqs)
+        self.accumulation = hp.batch_tokens // hp.seq_len // (rt.world_size * self.micro_seqs)
+        run.micro_batch_seqs, run.flops_per_token = self.micro_seqs, flops_per_token(hp)
         self.model = build(hp, rt, options, layout)
         self.optimizer = adamw(self.model, hp)
         self.compile(run.compiler())
-        self.val = validation_batches(hp, rt, micro_seqs * hp.seq_len // hp.val_seq_len or 1)
-        run.log.line(f"micro_batch_seqs: {micro_seqs} accumulation: {self.accumulation}")
+        self.val = validation_batches(hp, rt, self.micro_seqs * hp.seq_len // hp.val_seq_len or 1)
+        run.log.line(f"micro_batch_seqs: {self.micro_seqs} accumulation: {self.accumulation}")
         run.log.line(f"parameters: {parameters(hp)} sharded: {layout.sharded}")
 
     def compile(self, compiled) -> None:
@@ -409,8 +405,8 @@ class Trainer:
                 tensor.zero_()
 
     def run_on_dummies(self):
-        shape = (self.micro_seqs, self.hp.seq_len)
-        dummies = [torch.zeros(shape, dtype=torch.int64, device=self.rt.device) for _ in range(2)]
+        row = torch.zeros(self.micro_seqs, self.hp.seq_len, dtype=torch.int64)
+        dummies = [row.to(self.rt.device, copy=True) for _ in range(2)]
         self.model.zero_grad(set_to_none=True)
         for _ in range(2):
             self.update(0.0, repeat(dummies))
