@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import tokenize
+from contextlib import redirect_stderr
 from types import SimpleNamespace
 
 import numpy as np
@@ -76,12 +77,16 @@ def hp(shards):
 
 
 @pytest.fixture
-def gpt2_flags(shards, tmp_path):
+def flags(shards, tmp_path) -> list[str]:
+    return tiny_flags(shards, tmp_path)
+
+
+def tiny_flags(shards, log_dir) -> list[str]:
     return [
         "--track=embedded",
         f"--train_files={shards}/train_*.bin",
         f"--val_files={shards}/val.bin",
-        f"--log_dir={tmp_path}",
+        f"--log_dir={log_dir}",
         "--compile=false",
         "--fp32=true",
         *(f"--{name}={value}" for name, value in TINY.items()),
@@ -104,18 +109,17 @@ def refused(code: int, stderr: str, *messages):
         assert re.search(message, stderr), stderr
 
 
-@pytest.fixture
-def outcome(monkeypatch, capsys):
-    """outcome(module, *words): (exit code, standard error) of its main, in this process."""
+def outcome(module, *words) -> tuple[int, str]:
+    """(exit code, standard error) of a module's main, in this process."""
     handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
-
-    def call(module, *words) -> tuple[int, str]:
-        monkeypatch.setattr(sys, "argv", ["program", *map(str, words)])
-        return module.main(), capsys.readouterr().err
-
-    yield call
-    for number, handler in handlers.items():
-        signal.signal(number, handler)
+    argv, sys.argv = sys.argv, ["program", *map(str, words)]
+    try:
+        with redirect_stderr(io.StringIO()) as stderr:
+            return module.main(), stderr.getvalue()
+    finally:
+        sys.argv = argv
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
 
 def randomized(hp, seed=0) -> GPT2:
@@ -364,6 +368,8 @@ def test_more_ranks_and_offload_need_less_memory():
     assert away.weights + away.optimizer == 0 and away.host == 16 * parameters(hp) / 8
     with pytest.raises(RunError, match=r"do not fit: 8 x \d+\.\d GiB .*optimizer \d+\.\d"):
         micro_batch_rows(hp, Layout(8), 24e9, 0)
+    with pytest.raises(RunError, match=r"512 rows a step cannot be dealt to 3 ranks .*525312"):
+        micro_batch_rows(TRACKS["124M"], Layout(3), 80e9, 0)
     small = micro_batch_rows(TRACKS["124M"], Layout(), 24e9, 0)
     large = micro_batch_rows(TRACKS["124M"], Layout(), 80e9, 0)
     assert 1 <= small < large and memory(TRACKS["124M"], Layout(), large).total < 80e9
@@ -386,15 +392,15 @@ def test_plan_prints_what_is_needed_and_whether_it_fits():
         (["--mfu=2"], "--mfu above 0 and at most 1"),
     ],
 )
-def test_a_plan_of_nonsense_is_refused(outcome, words, message):
+def test_a_plan_of_nonsense_is_refused(words, message):
     refused(*outcome(train_gpt2, "--track=13B", "--plan", *words), message)
 
 
 # ------------------------------------------------------------------------------ Runs, bad input
 
 
-def test_a_run_learns_saves_and_resumes_to_the_same_digits(gpt2_flags, tmp_path, outcome):
-    done = run("train_gpt2.py", *gpt2_flags, "--save_every=12")
+def test_a_run_learns_saves_and_resumes_to_the_same_digits(flags, tmp_path):
+    done = run("train_gpt2.py", *flags, "--save_every=12")
     assert done.returncode == 0, done.stderr
     log = only_log(tmp_path)
     assert not read_log(log).faults
@@ -403,16 +409,16 @@ def test_a_run_learns_saves_and_resumes_to_the_same_digits(gpt2_flags, tmp_path,
     (folder,) = tmp_path.glob("*_step*")
     facts = json.loads((folder / "config.json").read_text())
     assert (facts["trainer"], facts["step"]) == ("train_gpt2", 12)
-    code, err = outcome(train_gpt2, *gpt2_flags, f"--log_dir={tmp_path}/b", f"--resume={folder}")
+    code, err = outcome(train_gpt2, *flags, f"--log_dir={tmp_path}/b", f"--resume={folder}")
     assert code == 0, err
     again = losses(only_log(tmp_path / "b"))
     assert len(again) == 9 and again == {key: first[key] for key in again}
-    other = outcome(train_gpt2, *gpt2_flags, "--num_steps=30", f"--resume={folder}")
+    other = outcome(train_gpt2, *flags, "--num_steps=30", f"--resume={folder}")
     refused(*other, "to resume it, add: --num_steps 20")
 
 
-def test_a_size_that_cannot_fit_is_refused_with_the_numbers(gpt2_flags, outcome):
-    done = outcome(train_gpt2, *gpt2_flags, "--model_dim=1048576", "--mlp_dim=4194304")
+def test_a_size_that_cannot_fit_is_refused_with_the_numbers(flags):
+    done = outcome(train_gpt2, *flags, "--model_dim=1048576", "--mlp_dim=4194304")
     refused(*done, r"26,3\d\d,\d{3},\d{3},\d{3} parameters do not fit: 1 x \d+\.\d GiB are needed",
             "--checkpoint_blocks true, --cpu_offload true")  # fmt: skip
 
@@ -426,8 +432,8 @@ def test_a_size_that_cannot_fit_is_refused_with_the_numbers(gpt2_flags, outcome)
         ("--resume=/nowhere", r"/nowhere is no checkpoint of train_gpt2\.py"),
     ],
 )
-def test_bad_flags_get_one_clear_error(gpt2_flags, outcome, flag, message):
-    refused(*outcome(train_gpt2, *gpt2_flags, flag), message)
+def test_bad_flags_get_one_clear_error(flags, flag, message):
+    refused(*outcome(train_gpt2, *flags, flag), message)
 
 
 def damage(folder, how: str):
@@ -471,7 +477,7 @@ def test_a_damaged_checkpoint_is_refused(hp, tmp_path, how, message):
         load_gpt2(folder)
 
 
-def test_export_says_in_one_line_what_is_wrong(hp, tmp_path, outcome):
+def test_export_says_in_one_line_what_is_wrong(hp, tmp_path):
     pt = tmp_path / "a.pt"
     torch.save({"tensors": {}}, pt)
     refused(*outcome(export_hf, pt, tmp_path / "out"), r"a\.pt is no checkpoint of train_gpt2\.py")
