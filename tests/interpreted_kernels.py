@@ -1,6 +1,8 @@
 """Triton's interpreter against fp64 autograd; test_kernels.py runs this file as its own process.
 
 The interpreter is chosen when Triton is imported, so that it cannot share a process with the rest.
+It rounds to bf16 and fp8 without the carry (1.99 becomes 1.0), and cannot multiply bf16: where
+rounding counts, fp16 stands for them, and tests/gpu has them.
 """
 
 from types import SimpleNamespace
@@ -81,16 +83,15 @@ def test_loss_holds_for_logits_far_beyond_the_cap():
     assert torch.allclose(found.double(), exact_loss(logits, targets, weights, cap), rtol=1e-5)
 
 
-def test_bf16_logits_give_the_fp8_gradient_and_its_transpose():
+def test_bf16_logits_give_a_gradient_of_another_type_and_its_transpose():
     logits, targets, weights = example(37, 300, 3)
     logits, scale = logits.bfloat16(), 448 / 0.75
-    grad = torch.empty(37, 300, dtype=torch.float8_e5m2)
-    transposed = torch.empty(300, 37, dtype=torch.float8_e5m2)
-    loss_by_kernel(logits, targets, weights, CAP, grad, transposed, scale)
+    grad, transposed = torch.empty(37, 300).half(), torch.empty(300, 37).half()
+    loss = loss_by_kernel(logits, targets, weights, CAP, grad, transposed, scale)
     expected = scale * exact_gradient(logits, targets, weights)
-    # e5m2 has 2 bits after the first, down to 2**-16; the interpreter truncates to them.
-    assert torch.allclose(grad.double(), expected, rtol=2**-2, atol=2**-16)
-    assert torch.equal(transposed.T.float(), grad.float())
+    assert torch.allclose(loss.double(), exact_loss(logits, targets, weights), atol=1e-5)
+    assert torch.allclose(grad.double(), expected, rtol=1e-3, atol=1e-6)
+    assert torch.equal(transposed.T, grad)
 
 
 def sparse(tmp_path, name: str, size: int, dtype) -> torch.Tensor:
@@ -100,25 +101,25 @@ def sparse(tmp_path, name: str, size: int, dtype) -> torch.Tensor:
 
 def test_logits_past_32_bits_are_reached(tmp_path):
     far, V = 2**30, 40  # row 2 begins past the end of 32 bits
-    wide = sparse(tmp_path, "logits", 3 * far + V, torch.bfloat16).as_strided((4, V), (far, 1))
+    wide = sparse(tmp_path, "logits", 3 * far + V, torch.float16).as_strided((4, V), (far, 1))
     logits, targets, weights = example(4, V, 2)
     wide.copy_(logits)
     loss, gradient = exact_loss(wide, targets, weights), exact_gradient(wide, targets, weights)
     found = loss_by_kernel(wide, targets, weights, CAP, grad_NV=wide)
-    assert torch.allclose(found.double(), loss, rtol=1e-4)
-    assert torch.allclose(wide.double(), gradient, rtol=2**-7, atol=1e-6)
+    assert torch.allclose(found.double(), loss, rtol=1e-5)
+    assert torch.allclose(wide.double(), gradient, rtol=1e-3, atol=1e-6)
 
 
 def test_transposed_gradient_past_32_bits_is_reached(tmp_path):
     N, V = 2**30, 5  # the program of the first 32 of so many rows
     logits, targets, weights = example(32, V, 1)
-    transposed = sparse(tmp_path, "transposed", V * N, torch.float8_e5m2).view(V, N)
-    grad = torch.empty(32, V, dtype=torch.float8_e5m2)
+    transposed = sparse(tmp_path, "transposed", V * N, torch.float16).view(V, N)
+    grad = torch.empty(32, V).half()
     kernels.softcapped_loss_kernel[(1,)](
         logits, targets, weights, torch.empty(32), grad, transposed, N, V, V, *CAP, 64.0,
         J=1, ROWS=32, COLS=8,
     )  # fmt: skip
-    assert torch.equal(transposed[:, :32].T.float(), grad.float()) and grad.float().any()
+    assert torch.equal(transposed[:, :32].T, grad) and grad.any()
 
 
 @pytest.mark.parametrize("N, J", [(1, 1), (70, 2)])

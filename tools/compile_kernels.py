@@ -126,7 +126,7 @@ def main() -> int:
         bad += row[3] > 0 or row[4] > SHARED_BYTES[arch]
     if bad:
         print(
-            f"error: {bad} kernels spill or do not fit; make their tile in kernels.py smaller",
+            f"error: {bad} of the kernels spill or do not fit; make their tiles smaller, run again",
             file=sys.stderr,
         )
     return min(bad, 1)
