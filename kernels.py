@@ -150,7 +150,7 @@ def head_loss_and_gradients(
     loss = x_ND.new_zeros((), dtype=torch.float32)
     dx_ND, dW_VD = torch.empty_like(x_ND), torch.zeros_like(weight_VD)
     x_unit, W_unit, grad_unit = FP8_UNITS if fp8 else (1, 1, N)
-    top = torch.finfo(number).max  # beyond which e4m3 has only NaN
+    top = torch.finfo(number).max  # beyond it some versions of torch cast to NaN
     W_VD = (weight_VD / W_unit).clamp(-top, top).to(number)
     W_DV = W_VD.T.contiguous()
     for start in range(0, N, HEAD_CHUNK_ROWS):
