@@ -99,14 +99,15 @@ def memory(hp, layout: Layout, micro_seqs: int) -> Memory:
     """What one GPU holds when micro_seqs rows pass through it at a time.
 
     Weights, gradients and AdamW's two moments are fp32. copies: weights in the matmul's type. In
-    shards those are the outer ones and of two blocks, one in use and one on its way, with the
-    gradients of as many on their way to fp32 shards (FSDP: arXiv 2304.11277).
+    shards those are of two blocks, one in use and one on its way, with as many gradients on their
+    way to fp32 shards, and the outer weights and gradients, whole in fp32.
     """
     share, width = 4 * parameters(hp) / layout.ranks, layout.matmul_bytes
     block, outer = block_parameters(hp), outer_parameters(hp)
     copies = 2 * parameters(hp) if width == 2 else 0
     if layout.sharded:
-        copies = 2 * width * (outer + block) + max(2 * (width + 4) * block, 4 * outer)
+        cast = 2 * outer if width == 2 else 0
+        copies = 2 * width * block + 8 * outer + cast + max(2 * (width + 4) * block, 4 * outer)
     here, host = (0, 4 * share) if layout.cpu_offload else (share, 0)
     activations = micro_seqs * hp.seq_len * activation_bytes(hp, layout)
     return Memory(here, here, 2 * here, copies, activations, host)

@@ -19,15 +19,18 @@ from records.harness import Runtime
 def shard(model: nn.Module, rt: Runtime, cpu_offload: bool) -> None:
     """Cut every parameter of a model on the meta device over the ranks (FSDP: arXiv 2304.11277).
 
-    The parameters of each of model.blocks are gathered while it runs, in the matmul's dtype;
-    gradients are averaged over the ranks in fp32. model.loss is the method that will be called.
+    The parameters of each of model.blocks are gathered while it runs, in the matmul's dtype, the
+    others while the model does, in fp32: gradients of a token embedding are sums of many terms, for
+    which bf16 is too coarse. All are averaged over the ranks in fp32. model.loss is the method that
+    will be called.
     """
     if not dist.is_initialized():  # one GPU, whose parameters lie in host memory
         dist.init_process_group(store=dist.HashStore(), rank=0, world_size=1)
-    precision = MixedPrecisionPolicy(rt.matmul_dtype, torch.float32, cast_forward_inputs=False)
-    offload = CPUOffloadPolicy(pin_memory=rt.is_gpu) if cpu_offload else OffloadPolicy()
     mesh = init_device_mesh(rt.device.type, (rt.world_size,))
+    offload = CPUOffloadPolicy(pin_memory=rt.is_gpu) if cpu_offload else OffloadPolicy()
     for module in (*model.blocks, model):
+        dtype = torch.float32 if module is model else rt.matmul_dtype
+        precision = MixedPrecisionPolicy(dtype, torch.float32, cast_forward_inputs=False)
         # True for the model, too: else validation would leave its parameters gathered, and stale.
         fully_shard(module, mesh=mesh, reshard_after_forward=True, mp_policy=precision,
                     offload_policy=offload)  # fmt: skip
