@@ -15,6 +15,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from attempts import ENTRIES, project_files
 from conftest import ROOT, START, VOCAB, clean_environment, losses, only_log
 from torch.distributed._tools import MemTracker
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -95,7 +96,7 @@ def tiny_flags(shards, log_dir) -> list[str]:
 
 def run(script: str, *words) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, str(ROOT / "baselines" / script), *map(str, words)],
+        [sys.executable, str(ROOT / script), *map(str, words)],
         env=clean_environment(),
         capture_output=True,
         text=True,
@@ -375,13 +376,14 @@ def test_more_ranks_and_offload_need_less_memory():
     assert 1 <= small < large and memory(TRACKS["124M"], Layout(), large).total < 80e9
 
 
-def test_plan_prints_what_is_needed_and_whether_it_fits():
-    done = run("train_gpt2.py", "--track=13B", "--plan", "--gpus=64", "--gpu=H100", "--mfu=0.4")
-    assert done.returncode == 0, done.stderr
-    assert "parameters: 12,853,386,240" in done.stdout and "--batch_tokens 2228224" in done.stdout
+def test_plan_prints_what_is_needed_and_whether_it_fits(capsys):
+    words = ["--track=13B", "--plan", "--gpus=64", "--gpu=H100", "--mfu=0.4"]
+    assert outcome(train_gpt2, *words) == (0, "")
+    printed = capsys.readouterr().out
+    assert "parameters: 12,853,386,240" in printed and "--batch_tokens 2228224" in printed
     rate = 64 * 989e12 * 0.4 / flops_per_token(TRACKS["13B"])
-    assert f"{rate:,.0f} tokens a second, {86400 * rate:.4g} a day" in done.stdout
-    assert done.stdout.rstrip().endswith("fits: yes")
+    assert f"{rate:,.0f} tokens a second, {86400 * rate:.4g} a day" in printed
+    assert printed.rstrip().endswith("fits: yes")
 
 
 @pytest.mark.parametrize(
@@ -400,8 +402,8 @@ def test_a_plan_of_nonsense_is_refused(words, message):
 
 
 def test_a_run_learns_saves_and_resumes_to_the_same_digits(flags, tmp_path):
-    done = run("train_gpt2.py", *flags, "--save_every=12")
-    assert done.returncode == 0, done.stderr
+    code, err = outcome(train_gpt2, *flags, "--save_every=12")
+    assert code == 0, err
     log = only_log(tmp_path)
     assert not read_log(log).faults
     first = losses(log)
@@ -415,6 +417,15 @@ def test_a_run_learns_saves_and_resumes_to_the_same_digits(flags, tmp_path):
     assert len(again) == 9 and again == {key: first[key] for key in again}
     other = outcome(train_gpt2, *flags, "--num_steps=30", f"--resume={folder}")
     refused(*other, "to resume it, add: --num_steps 20")
+
+
+def test_repeat_freezes_and_runs_the_baseline(flags, tmp_path):
+    attempt = tmp_path / "2026-01-01_GPT2"
+    done = run("records/repeat.py", "-n", 1, "--entry", ENTRIES[1], attempt, *flags)
+    assert "GPT2 seed 0: result status:missed" in done.stdout + done.stderr, done.stderr
+    made = read_log(only_log(attempt / "logs"))
+    kept = {str(p.relative_to(attempt / "source")) for p in attempt.glob("source/**/*.py")}
+    assert not made.faults and kept == set(made.sources) == set(project_files(ROOT, ENTRIES[1]))
 
 
 def test_a_size_that_cannot_fit_is_refused_with_the_numbers(flags):
@@ -482,7 +493,7 @@ def test_export_says_in_one_line_what_is_wrong(hp, tmp_path):
     torch.save({"tensors": {}}, pt)
     refused(*outcome(export_hf, pt, tmp_path / "out"), r"a\.pt is no checkpoint of train_gpt2\.py")
     folder = saved(build(hp, RT, Options(), Layout()), tmp_path / "checkpoint")
-    done = run("export_hf.py", folder, tmp_path / "hf")
+    done = run("baselines/export_hf.py", folder, tmp_path / "hf")
     assert done.returncode == 0 and done.stdout.strip() == str(tmp_path / "hf"), done.stderr
     refused(*outcome(export_hf, folder, tmp_path / "hf"), "holds a model already")
 

@@ -8,13 +8,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from conftest import ROOT, clean_environment, losses, only_log, run_section
-from test_gpt2 import outcome, tiny_flags
+from test_gpt2 import RT, hp, outcome, tiny_flags  # noqa: F401
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from baselines import train_gpt2
 from baselines.plan import Layout, memory
 from baselines.sharding import shard
-from baselines.train_gpt2 import GPT2, TRACKS
+from baselines.train_gpt2 import GPT2, TRACKS, Options, build
 
 
 @pytest.fixture
@@ -77,6 +77,21 @@ def test_four_ranks_give_the_losses_of_one_and_resume_on_two_and_on_one(trained,
         resumed = trained(f"resumed_on_{ranks}", ranks, f"--resume={saved}")
         same(resumed, whole, 9)
         assert min(step for _, step in resumed) == 13
+
+
+def test_in_bf16_a_token_that_is_everywhere_gets_the_gradient_of_a_whole_model(hp):  # noqa: F811
+    """Its embedding's gradient is a sum of as many terms as there are tokens."""
+    found, x = [], torch.full((16, hp.seq_len), 5)
+    rt = SimpleNamespace(**{**vars(RT), "matmul_dtype": torch.bfloat16})
+    for cpu_offload in (False, True):
+        layout = Layout(cpu_offload=cpu_offload)
+        model = build(hp, rt, Options(cpu_offload=cpu_offload), layout)
+        with torch.autocast("cpu", torch.bfloat16):
+            model.loss(x, torch.arange(16 * hp.seq_len).view_as(x) % 64).backward()
+        gradient = model.embed.grad
+        found.append(gradient.full_tensor() if cpu_offload else gradient)
+    dist.destroy_process_group()
+    assert (found[0] - found[1]).norm() < 0.01 * found[0].norm()
 
 
 @pytest.fixture
