@@ -8,7 +8,7 @@ The same command serves any number of GPUs and, with --nnodes, machines: above o
 sharded. Data, log, clock and flags are those of train_gpt.py.
 
 Lines of code, blanks and comments not counted, by their authors: nanoGPT 639, gigaGPT 565. Here,
-with docstrings: this file 346, with plan.py, sharding.py and checkpoints.py 669.
+with docstrings: this file 346, with plan.py, sharding.py and checkpoints.py 673.
 """
 
 import time
