@@ -6,9 +6,8 @@
 
 The same command serves any number of GPUs and, with --nnodes, machines: above one GPU the model is
 sharded. Data, log, clock and flags are those of train_gpt.py.
-
 Lines of code, blanks and comments not counted, by their authors: nanoGPT 639, gigaGPT 565. Here,
-with docstrings: this file 346, with plan.py, sharding.py and checkpoints.py 673.
+with docstrings: this file 347, with plan.py, sharding.py and checkpoints.py 674.
 """
 
 import time
@@ -214,14 +213,16 @@ class Block(nn.Module):
 
     def attention(self, x: Tensor, cached: list[Tensor] | None) -> Tensor:
         B, T, D = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
+        qkv = self.qkv(x).type_as(x)
+        q, k, v = qkv.view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
         if cached is not None:
             pairs = zip(cached, (k, v), strict=True) if cached else ()
             cached[:] = [torch.cat(pair, dim=2) for pair in pairs] or [k, v]
             k, v = cached
         S = k.size(2)
         mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T) if S > T else None
-        y_BHTK = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=S == T)
+        with torch.autocast(x.device.type, enabled=False):  # CPUs are slow at attention in bf16
+            y_BHTK = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=S == T)
         return self.out(y_BHTK.transpose(1, 2).reshape(B, T, D))
 
 
@@ -270,9 +271,8 @@ class GPT2(nn.Module):
         if values.ndim < 2:
             values.fill_(float(name.endswith("weight")))  # gains 1, biases 0
             return
-        factor = 0.5 if name == "positions" else 1.0
-        if name.endswith(("out.weight", "down.weight")):
-            factor = (2 * self.hp.num_layers) ** -0.5
+        adds = name.endswith(("out.weight", "down.weight"))
+        factor = (2 * self.hp.num_layers) ** -0.5 if adds else 0.5 if name == "positions" else 1.0
         values.normal_(0, self.hp.init_std * factor, generator=generator)
 
 
@@ -340,16 +340,17 @@ class Trainer:
         run.micro_batch_seqs, run.flops_per_token = self.micro_seqs, flops_per_token(hp)
         self.model = build(hp, rt, options, layout)
         self.optimizer = adamw(self.model, hp)
-        self.compile(run.compiler())
+        self.compile(run.compiler(), layout.sharded)
         self.val = validation_batches(hp, rt, self.micro_seqs * hp.seq_len // hp.val_seq_len or 1)
         run.log.line(f"micro_batch_seqs: {self.micro_seqs} accumulation: {self.accumulation}")
         run.log.line(f"parameters: {parameters(hp)} sharded: {layout.sharded}")
 
-    def compile(self, compiled) -> None:
-        """Compile what stands between the hooks of FSDP: each block, and the head with the loss."""
-        for block in self.model.blocks:
-            block.forward = compiled(block.forward)
-        self.model.mean_loss = compiled(self.model.mean_loss)
+    def compile(self, compiled, sharded: bool) -> None:
+        """Compile the whole loss, or what stands between the hooks of shards: blocks and head."""
+        parts = [*((block, "forward") for block in self.model.blocks), (self.model, "mean_loss")]
+        self.parts = parts if sharded else [(self.model, "loss")]
+        for module, name in self.parts:
+            setattr(module, name, compiled(getattr(module, name)))
 
     def loss(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
         dtype = self.rt.matmul_dtype
@@ -396,9 +397,8 @@ class Trainer:
         except COMPILE_ERRORS as error:
             reason = str(error).strip().splitlines()[0]
             self.run.log.line(f"compile: failed, so this run is slower ({reason})", show=True)
-            for block in self.model.blocks:
-                del block.forward
-            del self.model.mean_loss
+            for module, name in self.parts:
+                delattr(module, name)
             self.run_on_dummies()
         for moments in self.optimizer.state.values():
             for tensor in moments.values():
