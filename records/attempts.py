@@ -20,7 +20,7 @@ from runs import Run, find_logs, read_log
 from tool import Terminated, ToolError
 
 ROOT = Path(__file__).resolve().parent.parent
-ENTRY = "train_gpt.py"
+ENTRIES = ("train_gpt.py", "baselines/train_gpt2.py")  # the first is what a checkout is run for
 
 
 @dataclass
@@ -39,6 +39,11 @@ class Attempt:
     def logs(self) -> Path:
         return self.folder / "logs"
 
+    @property
+    def entry(self) -> str | None:
+        """The trainer in source/; None if there is none."""
+        return entry_of(self.source)
+
     def freeze(self, texts: dict[str, str]) -> None:
         """Write the trainer's files, by path, into source/."""
         for path, text in texts.items():
@@ -46,9 +51,13 @@ class Attempt:
             (self.source / path).write_text(text)
 
 
-def project_files(folder: Path) -> list[str]:
+def entry_of(folder: Path) -> str | None:
+    return next((entry for entry in ENTRIES if (folder / entry).exists()), None)
+
+
+def project_files(folder: Path, entry: str) -> list[str]:
     """The entry file and every module of the project that it imports, as relative paths."""
-    found, waiting = [], [ENTRY]
+    found, waiting = [], [entry]
     while waiting:
         path = waiting.pop()
         found.append(path)
@@ -60,10 +69,10 @@ def project_files(folder: Path) -> list[str]:
     return sorted(found)
 
 
-def source_texts(folder: Path) -> dict[str, str]:
+def source_texts(folder: Path, entry: str) -> dict[str, str]:
     """The project's files in a checkout or a source/, by path."""
     try:
-        return {path: (folder / path).read_text() for path in project_files(folder)}
+        return {path: (folder / path).read_text() for path in project_files(folder, entry)}
     except (SyntaxError, UnicodeDecodeError) as error:
         raise ToolError(f"{folder} holds a source that is no Python: {error}") from None
 
@@ -73,13 +82,14 @@ def read_origin(origin: Path) -> tuple[dict[str, str], Run | None]:
 
     An attempt's is the first sound one. A checkout has none: its logs may be of anything.
     """
-    if (origin / ENTRY).exists():
-        return source_texts(origin), None
+    if entry := entry_of(origin):
+        return source_texts(origin, entry), None
     runs = [read_log(path) for path in find_logs([origin])]
-    if not runs and (origin / "source" / ENTRY).exists():
-        return source_texts(origin / "source"), None
+    if not runs and (entry := entry_of(origin / "source")):
+        return source_texts(origin / "source", entry), None
     if not runs:
-        raise ToolError(f"{origin} is neither a log, nor a folder with {ENTRY}, source/ or logs")
+        trainers = " or ".join(ENTRIES)
+        raise ToolError(f"{origin} is neither a log, nor a folder with {trainers}, source/ or logs")
     run = next((run for run in runs if not run.faults), runs[0])
     if run.is_public or run.faults:
         why = "it is of the public speedrun" if run.is_public else run.faults[0][1]
@@ -119,9 +129,9 @@ def start(attempt: Attempt, seed: int, slug: str, declared: int) -> subprocess.C
         if attempt.processes > 1:
             command += ["-m", "torch.distributed.run", "--standalone"]
             command += [f"--nproc_per_node={attempt.processes}"]
-        command += [str(Path(scratch, ENTRY)), *attempt.flags, "--seed", str(seed), "--slug", slug,
-                    "--log_dir", str(attempt.logs), "--declared_runs", str(declared),
-                    "--source_dir", str(attempt.source)]  # fmt: skip
+        command += [str(Path(scratch, attempt.entry)), *attempt.flags, "--seed", str(seed),
+                    "--slug", slug, "--log_dir", str(attempt.logs), "--declared_runs",
+                    str(declared), "--source_dir", str(attempt.source)]  # fmt: skip
         process = subprocess.Popen(command, env=os.environ | git_places(scratch), text=True,
                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
         try:

@@ -285,7 +285,7 @@ def code_difference(c: Comparison) -> list[str]:
 
 def data_pipeline(run: Run) -> str:
     """The source between the banners Data and Model, and the shard reader."""
-    entry = run.sources.get("train_gpt.py")
+    entry = next(iter(run.sources.values()), None)
     section = re.search(r"^# -+ Data$.*?^# -+ Model$", entry.text if entry else "", re.M | re.S)
     reader = run.sources.get("data/shards.py")
     return (section[0] if section else "") + (reader.text if reader else "")

@@ -11,23 +11,23 @@ import sys
 from pathlib import Path
 
 import stats
-from attempts import ENTRY, ROOT, Attempt, interleaved, last_words, source_texts, start
+from attempts import ENTRIES, ROOT, Attempt, interleaved, last_words, source_texts, start
 from comparison import Arm
 from runs import find_logs, read_log
 from tool import ToolError, finish
 from tqdm import tqdm
 
 
-def attempts(paths: list[Path], flags: list[str], processes: int) -> list[Attempt]:
-    """The attempts to run; a new one gets the source of this checkout."""
+def attempts(paths: list[Path], flags: list[str], processes: int, entry: str) -> list[Attempt]:
+    """The attempts to run; a new one gets this checkout's source of the trainer entry."""
     found = [Attempt(path, tuple(flags), processes) for path in paths]
     for attempt in found:
         if attempt.folder.is_file():
             raise ToolError(f"{attempt.folder} is a file; name a folder")
-        if not (attempt.source / ENTRY).exists():
+        if not attempt.entry:
             if attempt.folder.is_dir() and find_logs([attempt.folder]):
                 raise ToolError(f"{attempt.folder} has logs but no source/; name a new folder")
-            attempt.freeze(source_texts(ROOT))
+            attempt.freeze(source_texts(ROOT, entry))
         attempt.logs.mkdir(parents=True, exist_ok=True)
     return found
 
@@ -74,7 +74,7 @@ def summary(arm: Arm) -> str:
 
 
 def main() -> int:
-    usage = "%(prog)s [-n N] [--nproc_per_node K] ATTEMPT... [--FLAG VALUE of train_gpt.py]..."
+    usage = "%(prog)s [-n N] [--nproc_per_node K] ATTEMPT... [--FLAG VALUE of the trainer]..."
     parser = argparse.ArgumentParser(
         description=__doc__, usage=usage, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -82,11 +82,13 @@ def main() -> int:
     parser.add_argument("-n", type=int, default=10, help="runs an attempt, declared in each log "
                         "(default: %(default)s; at least 5 for a record)")  # fmt: skip
     parser.add_argument("--nproc_per_node", type=int, default=1, help="GPUs (default: 1)")
+    parser.add_argument("--entry", choices=ENTRIES, default=ENTRIES[0],
+                        help="trainer of new attempts (default: %(default)s)")  # fmt: skip
     args, flags = parser.parse_known_args()
     if args.n < 1 or args.nproc_per_node < 1:
         parser.error("-n and --nproc_per_node must be at least 1")
     try:
-        run_all(attempts(args.attempts, flags, args.nproc_per_node), args.n)
+        run_all(attempts(args.attempts, flags, args.nproc_per_node, args.entry), args.n)
     except KeyboardInterrupt:
         print("interrupted: the run that was going counts; the same command goes on after it",
               file=sys.stderr)  # fmt: skip

@@ -1,0 +1,149 @@
+#!/usr/bin/env python3
+"""Write a checkpoint of train_gpt2.py in the form of transformers' GPT2LMHeadModel, or read one.
+
+    python baselines/export_hf.py CHECKPOINT OUT             OUT: config.json, model.safetensors
+    python baselines/export_hf.py --import HF_FOLDER CHECKPOINT
+
+An imported checkpoint has weights and no optimizer state: sample or evaluate it.
+"""
+
+import argparse
+import json
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from baselines.checkpoints import write_folder
+from baselines.train_gpt2 import GPT2, TRACKS, Hyperparameters, load_gpt2, weights
+from records.harness import RunError, Runtime
+
+THEIRS = {  # their names by ours
+    "embed": "wte.weight", "positions": "wpe.weight", "blocks": "h", "norm": "ln_f",
+    "norm1": "ln_1", "qkv": "attn.c_attn", "out": "attn.c_proj",
+    "norm2": "ln_2", "up": "mlp.c_fc", "down": "mlp.c_proj",
+}  # fmt: skip
+SIZES = {"vocab_size": "vocab_size", "n_positions": "seq_len", "n_embd": "model_dim",
+         "n_layer": "num_layers", "n_head": "num_heads"}  # fmt: skip
+PUBLISHED = {  # settings that GPT-2 was published with; every other model is another one
+    "model_type": "gpt2",
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "tie_word_embeddings": True,
+    "add_cross_attention": False,
+}
+
+
+def their_name(name: str) -> str:
+    """model.blocks.3.qkv.weight is h.3.attn.c_attn.weight there."""
+    words = name.removeprefix("model.").split(".")
+    return ".".join(THEIRS.get(word, word) for word in words)
+
+
+def turned(name: str, tensor: Tensor) -> Tensor:
+    """Their matrices of a block are stored (in, out), ours (out, in)."""
+    return tensor.T.contiguous() if "blocks" in name and tensor.ndim == 2 else tensor
+
+
+def export(source: Path, out: Path) -> None:
+    """Write the checkpoint at source to the folder out, its configuration last."""
+    model = load_gpt2(source)
+    if (out / "config.json").exists():
+        raise RunError(f"{out} holds a model already; name a new folder")
+    hp = model.hp
+    tensors = {f"transformer.{their_name(n)}": turned(n, t) for n, t in weights(model).items()}
+    config = {
+        "architectures": ["GPT2LMHeadModel"],
+        **PUBLISHED,
+        **{there: getattr(hp, ours) for there, ours in SIZES.items()},
+        "n_inner": hp.mlp_dim,
+        "bos_token_id": hp.document_start,
+        "eos_token_id": hp.document_start,
+        **{f"{place}_pdrop": 0.0 for place in ("attn", "embd", "resid")},
+        "dtype": "float32",
+    }
+    out.mkdir(parents=True, exist_ok=True)
+    save_file(tensors, out / "model.safetensors", {"format": "pt"})
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+
+
+def read_config(folder: Path) -> Hyperparameters:
+    """The shape of a GPT-2 of transformers; the rest is as in the track 124M."""
+    try:
+        config = json.loads((folder / "config.json").read_text())
+        shape = {ours: int(config[there]) for there, ours in SIZES.items()}
+    except (OSError, ValueError, TypeError, KeyError):
+        raise RunError(f"{folder} has no config.json of a GPT-2 model; give a folder that "
+                       "GPT2LMHeadModel.save_pretrained wrote") from None  # fmt: skip
+    other = [key for key, value in PUBLISHED.items() if config.get(key, value) != value]
+    if other:
+        raise RunError(f"{folder} is no GPT-2 as published: its {other[0]} is "
+                       f"{config[other[0]]!r}, not {PUBLISHED[other[0]]!r}; "
+                       "import another model")  # fmt: skip
+    seq_len = shape["seq_len"]
+    return replace(TRACKS["124M"], **shape, mlp_dim=config.get("n_inner") or 4 * shape["model_dim"],
+                   document_start=config.get("bos_token_id", TRACKS["124M"].document_start),
+                   val_seq_len=seq_len, batch_tokens=512 * seq_len,
+                   val_tokens=10240 * seq_len)  # fmt: skip
+
+
+def read_tensors(folder: Path, hp: Hyperparameters) -> dict[str, Tensor]:
+    """Our tensors by name, fp32, from model.safetensors, with or without the names' prefix."""
+    path = folder / "model.safetensors"
+    try:
+        found = {name.removeprefix("transformer."): t for name, t in load_file(path).items()}
+    except (OSError, SafetensorError) as error:
+        raise RunError(f"{path} cannot be read ({error}); copy the model again, as one "
+                       "file model.safetensors") from None  # fmt: skip
+    with torch.device("meta"):
+        wanted = weights(GPT2(hp))
+    tensors = {n: turned(n, found[their_name(n)].float()) for n in wanted if their_name(n) in found}
+    for name, like in wanted.items():
+        if name not in tensors or tensors[name].shape != like.shape:
+            shape = list(tensors[name].shape) if name in tensors else "not there"
+            raise RunError(f"{path} does not fit its config.json: {their_name(name)} is {shape}, "
+                           f"not {list(like.shape)}; copy the model again")  # fmt: skip
+    return tensors
+
+
+def import_hf(source: Path, out: Path) -> None:
+    """Write the model in the folder source, of transformers, as a checkpoint of step 0."""
+    hp = read_config(source)
+    tensors = read_tensors(source, hp)
+    if out.exists():
+        raise RunError(f"{out} is there already; name a new folder")
+    facts = {"step": 0, "tokens": 0, "curve": [], "train_ms": 0.0, "config": asdict(hp)}
+    write_folder(out, tensors, facts, Runtime())
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("source", type=Path, metavar="SOURCE", help="folder to read")
+    parser.add_argument("out", type=Path, metavar="OUT", help="folder to write")
+    parser.add_argument("--import", dest="importing", action="store_true",
+                        help="from transformers to a checkpoint")  # fmt: skip
+    args = parser.parse_args()
+    try:
+        (import_hf if args.importing else export)(args.source, args.out)
+    except (RunError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    print(args.out)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,557 @@
+"""The GPT-2 baseline in one process: model, export, plan, checkpoints and bad input."""
+
+import ast
+import dataclasses
+import io
+import json
+import re
+import signal
+import subprocess
+import sys
+import tokenize
+from contextlib import redirect_stderr
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from attempts import ENTRIES, project_files
+from conftest import ROOT, START, VOCAB, clean_environment, losses, only_log
+from torch.distributed._tools import MemTracker
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from baselines import export_hf, train_gpt2
+from baselines.checkpoints import digest, write_folder
+from baselines.plan import Layout, flops_per_token, memory, micro_batch_rows, parameters
+from baselines.train_gpt2 import (
+    GPT2,
+    TRACKS,
+    Options,
+    Trainer,
+    adamw,
+    build,
+    learning_rate,
+    load_gpt2,
+    micro_batches,
+    weights,
+)
+from data.shards import open_shard
+from records.harness import Run, RunError, Runtime, parse_flags
+from records.runs import read_log
+
+TINY = dict(
+    vocab_size=VOCAB,
+    document_start=START,
+    val_tokens=2048,
+    val_seq_len=64,
+    target_val_loss=1.0,
+    num_steps=20,
+    batch_tokens=512,
+    seq_len=32,
+    val_every=10,
+    num_layers=2,
+    num_heads=2,
+    model_dim=32,
+    mlp_dim=128,
+    warmup_steps=5,
+)
+PUBLISHED = {  # parameters by the model cards of OpenAI's GPT-2
+    "124M": 124_439_808, "350M": 354_823_168, "774M": 774_030_080, "1558M": 1_557_611_200,
+}  # fmt: skip
+RT = SimpleNamespace(rank=0, world_size=1, device=torch.device("cpu"), is_gpu=False, is_main=True,
+                     stream_dtype=torch.float32, matmul_dtype=torch.float32,
+                     on_main=lambda work: work())  # fmt: skip
+FACTS = {"step": 3, "tokens": 0, "curve": [], "train_ms": 0.0}
+
+
+@pytest.fixture
+def hp(shards):
+    return dataclasses.replace(
+        TRACKS["embedded"],
+        **TINY,
+        data_sha256="",
+        train_files=str(shards / "train_*.bin"),
+        val_files=str(shards / "val.bin"),
+    )
+
+
+@pytest.fixture
+def flags(shards, tmp_path) -> list[str]:
+    return tiny_flags(shards, tmp_path)
+
+
+def tiny_flags(shards, log_dir) -> list[str]:
+    return [
+        "--track=embedded",
+        f"--train_files={shards}/train_*.bin",
+        f"--val_files={shards}/val.bin",
+        f"--log_dir={log_dir}",
+        "--compile=false",
+        "--fp32=true",
+        *(f"--{name}={value}" for name, value in TINY.items()),
+    ]
+
+
+def run(script: str, *words) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, str(ROOT / script), *map(str, words)],
+        env=clean_environment(),
+        capture_output=True,
+        text=True,
+        timeout=180,
+    )
+
+
+def refused(code: int, stderr: str, *messages):
+    assert code == 1 and stderr.count("error: ") == 1 and "Traceback" not in stderr, stderr
+    for message in messages:
+        assert re.search(message, stderr), stderr
+
+
+def outcome(module, *words) -> tuple[int, str]:
+    """(exit code, standard error) of a module's main, in this process."""
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
+    argv, sys.argv = sys.argv, ["program", *map(str, words)]
+    try:
+        with redirect_stderr(io.StringIO()) as stderr:
+            return module.main(), stderr.getvalue()
+    finally:
+        sys.argv = argv
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+
+
+def randomized(hp, seed=0) -> GPT2:
+    """A model in which no bias is 0 and no gain 1."""
+    torch.manual_seed(seed)
+    model = build(hp, RT, Options(), Layout())
+    for p in model.parameters():
+        p.data.add_(0.1 * torch.randn_like(p))
+    return model.eval()
+
+
+def saved(model: GPT2, folder):
+    write_folder(folder, weights(model), {**FACTS, "config": dataclasses.asdict(model.hp)}, RT)
+    return folder
+
+
+def tokens(rows: int, length: int) -> torch.Tensor:
+    return torch.randint(0, VOCAB, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+# ------------------------------------------------------------------------------ Model
+
+
+def test_logits_equal_transformers_after_export_and_import(hp, tmp_path):
+    ours = randomized(hp)
+    export_hf.export(saved(ours, tmp_path / "checkpoint"), tmp_path / "hf")
+    theirs = GPT2LMHeadModel.from_pretrained(tmp_path / "hf").eval()
+    x = tokens(3, hp.seq_len)
+    with torch.no_grad():
+        assert (ours(x) - theirs(x).logits).abs().max() < 1e-4
+        assert ours(x).abs().max() > 1
+
+
+def test_logits_equal_transformers_after_import(hp, tmp_path):
+    torch.manual_seed(2)
+    config = GPT2Config(vocab_size=97, n_positions=24, n_embd=48, n_layer=3, n_head=4,
+                        bos_token_id=96, eos_token_id=96)  # fmt: skip
+    theirs = GPT2LMHeadModel(config).eval()
+    for p in theirs.parameters():
+        p.data.add_(0.1 * torch.randn_like(p))
+    theirs.save_pretrained(tmp_path / "hf")
+    export_hf.import_hf(tmp_path / "hf", tmp_path / "checkpoint")
+    ours, x = load_gpt2(tmp_path / "checkpoint"), tokens(2, 24)
+    with torch.no_grad():
+        assert (ours(x) - theirs(x).logits).abs().max() < 1e-4
+    assert ours.hp.document_start == 96
+
+
+@pytest.mark.parametrize("track", [name for name in TRACKS if name != "embedded"])
+def test_parameter_counts_are_the_published_ones(track):
+    hp = TRACKS[track]
+    with torch.device("meta"):
+        ours = sum(p.numel() for p in GPT2(hp).parameters())
+        theirs = GPT2LMHeadModel(
+            GPT2Config(
+                vocab_size=hp.vocab_size,
+                n_positions=hp.seq_len,
+                n_embd=hp.model_dim,
+                n_layer=hp.num_layers,
+                n_head=hp.num_heads,
+            )
+        ).num_parameters()
+    assert ours == theirs == parameters(hp) == PUBLISHED.get(track, ours)
+
+
+@pytest.mark.parametrize("track, share", [("111M", 0.01), ("13B", 0.012), ("175B", 0.01)])
+def test_sizes_are_worth_their_names(track, share):
+    named = float(track[:-1]) * {"M": 1e6, "B": 1e9}[track[-1]]
+    assert abs(parameters(TRACKS[track]) / named - 1) < share
+
+
+@pytest.mark.parametrize("cuts", [(1,) * 12, (5, 7), (5, 1, 6)])
+def test_the_cache_gives_the_logits_of_the_whole_row(hp, cuts):
+    model, x, cache = randomized(hp), tokens(2, 12), []
+    with torch.no_grad():
+        parts = [model(part, cache) for part in x.split(cuts, dim=1)]
+        assert (torch.cat(parts, 1) - model(x)).abs().max() < 1e-4
+    assert len(cache) == hp.num_layers and cache[0][0].shape == (2, 2, 12, 16)
+
+
+def test_initial_weights_are_gpt2s(hp):
+    hp = dataclasses.replace(hp, model_dim=128, mlp_dim=512, num_layers=8, vocab_size=512,
+                             seq_len=64, batch_tokens=512)  # fmt: skip
+    for name, p in build(hp, RT, Options(), Layout()).named_parameters():
+        expected = {"positions": 0.01}.get(name, 0.02)
+        if name.endswith(("out.weight", "down.weight")):
+            expected = 0.005  # 0.02 over the root of 2 x 8
+        if p.ndim == 1:
+            assert (p == name.endswith("weight")).all(), name
+        else:
+            assert p.std().item() == pytest.approx(expected, rel=0.05), name
+            assert abs(p.mean().item()) < 0.1 * expected, name
+
+
+def test_checkpointed_blocks_give_the_same_loss_and_gradients(hp):
+    x, found = tokens(2, hp.seq_len), []
+    for recompute in (False, True):
+        model = build(hp, RT, Options(checkpoint_blocks=recompute), Layout())
+        assert all(block.recompute == recompute for block in model.blocks)
+        loss = model.loss(x, x.roll(-1, 1))
+        found.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+    assert all(torch.allclose(a, b, atol=1e-6) for a, b in zip(*found, strict=True))
+
+
+# ------------------------------------------------------------------------------ Training
+
+
+def trainer(hp) -> Trainer:
+    options = parse_flags(["--compile=false", "--fp32=true"], TRACKS, "embedded", "", Options())[2]
+    return Trainer(Run("embedded", hp, options, [], Runtime(fp32=True), None, 0.0))
+
+
+def test_training_equals_a_plain_loop_over_transformers(hp, tmp_path):
+    made = trainer(dataclasses.replace(hp, max_grad_norm=0.5))
+    export_hf.export(saved(made.model, tmp_path / "a"), tmp_path / "hf")
+    theirs = GPT2LMHeadModel.from_pretrained(tmp_path / "hf").train()
+    matrix = [p for n, p in theirs.named_parameters() if "ln_" not in n and "bias" not in n]
+    others = [p for n, p in theirs.named_parameters() if "ln_" in n or "bias" in n]
+    adam = torch.optim.AdamW([{"params": matrix, "weight_decay": 0.1},
+                              {"params": others, "weight_decay": 0.0}],
+                             lr=0.006, betas=(0.9, 0.95), fused=False, foreach=False)  # fmt: skip
+    batches = [micro_batches(hp, made.rt, made.micro_seqs, 0, 0) for _ in range(2)]
+    made.warm_up()
+    for step in range(8):
+        x, y = next(batches[1])
+        loss = torch.nn.functional.cross_entropy(theirs(x).logits.flatten(0, 1), y.flatten())
+        loss.backward()
+        norm = torch.stack([p.grad.norm() for p in theirs.parameters()]).norm().item()
+        for p in theirs.parameters():
+            p.grad.mul_(min(1.0, 0.5 / norm))
+        for group in adam.param_groups:
+            group["lr"] = 0.006 * (step + 1) / 5 if step < 5 else None
+            if step >= 5:
+                group["lr"] = 0.006 * (0.55 + 0.45 * np.cos(np.pi * (step - 5) / 15))
+        adam.step()
+        adam.zero_grad()
+        rate = learning_rate(step, hp)
+        assert abs(made.update(rate, batches[0]).item() - loss.item()) < 1e-4, step
+    assert norm > 0.5  # so clipping was at work
+
+
+def test_warm_up_leaves_no_trace(hp):
+    warm, cold = trainer(hp), trainer(hp)
+    warm.warm_up()
+    batches = [micro_batches(hp, cold.rt, cold.micro_seqs, 0, 0) for _ in range(2)]
+    for step in range(3):
+        rate = learning_rate(step, hp)
+        assert torch.equal(warm.update(rate, batches[0]), cold.update(rate, batches[1]))
+    for name, tensor in cold.state().items():
+        assert torch.equal(tensor, warm.state()[name]), name
+
+
+def test_a_step_has_the_same_rows_for_any_number_of_ranks(hp):
+    def rows(ranks: int, micro_seqs: int, first_step: int) -> list:
+        found = set()
+        for rank in range(ranks):
+            rt = SimpleNamespace(rank=rank, world_size=ranks)
+            batches = micro_batches(hp, rt, micro_seqs, 7, first_step)
+            for _ in range(16 // (ranks * micro_seqs)):
+                x, y = next(batches)
+                assert torch.equal(x[:, 1:], y[:, :-1])
+                found |= {tuple(row.tolist()) for row in torch.cat([x, y[:, -1:]], 1)}
+        return found
+
+    whole = rows(1, 16, 2)
+    assert len(whole) == 16 and rows(1, 16, 3).isdisjoint(whole)
+    assert rows(2, 4, 2) == rows(4, 4, 2) == rows(1, 2, 2) == whole
+
+
+def test_an_epoch_has_each_piece_of_the_stream_once(hp, shards):
+    rt, total = SimpleNamespace(rank=0, world_size=1), 0
+    hp = dataclasses.replace(hp, batch_tokens=hp.seq_len)
+    seen = [tuple(x[0].tolist()) for x, _ in micro_batches(hp, rt, 1, 0, 0)]
+    expected = []
+    for path in sorted(shards.glob("train_*.bin")):
+        stream = open_shard(path).astype(int)
+        total = (len(stream) - 1) // 32
+        expected += [tuple(stream[32 * i : 32 * i + 32].tolist()) for i in range(total)]
+    assert sorted(seen) == sorted(expected) and seen != expected
+
+
+def test_learning_rate_rises_then_falls_to_its_last_fraction():
+    hp = TRACKS["124M"]
+    rates = [learning_rate(step, hp) for step in range(hp.num_steps)]
+    assert rates[0] == pytest.approx(6e-4 / 700) and rates[699] == pytest.approx(6e-4)
+    assert max(rates) == pytest.approx(6e-4)
+    assert rates[(700 + 19_073) // 2] == pytest.approx(0.55 * 6e-4, rel=1e-3)
+    assert rates[-1] == pytest.approx(6e-5, rel=1e-4)
+
+
+# ------------------------------------------------------------------------------ Plan
+
+
+def plan_sizes(dtype: torch.dtype, recompute: bool):
+    hp = dataclasses.replace(TRACKS["embedded"], num_layers=5, model_dim=96, mlp_dim=384,
+                             vocab_size=300, num_heads=3)  # fmt: skip
+    rt = SimpleNamespace(**{**vars(RT), "stream_dtype": dtype, "matmul_dtype": dtype})
+    layout = Layout(checkpoint_blocks=recompute, matmul_bytes=dtype.itemsize)
+    model = build(hp, rt, Options(checkpoint_blocks=recompute), layout)
+    return hp, layout, model, memory(hp, layout, 4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_the_plan_equals_real_allocations(dtype, recompute):
+    """MemTracker is torch's own count of what every operator allocates and frees."""
+    hp, _, model, planned = plan_sizes(dtype, recompute)
+    adam, x = adamw(model, hp), torch.randint(0, 256, (4, hp.seq_len))
+    for p in model.parameters():
+        p.grad = torch.zeros_like(p)
+    adam.step()
+    tracker = MemTracker()
+    tracker.track_external(model, adam, x)
+    with tracker:
+        with torch.autocast("cpu", torch.bfloat16, enabled=dtype != torch.float32):
+            loss = model.loss(x, x)
+        loss.backward()
+        adam.step()
+
+    def size(tensors):
+        return sum(t.untyped_storage().nbytes() for t in tensors)
+
+    moments = [t for s in adam.state.values() for t in s.values() if t.ndim]
+    assert size(model.parameters()) == planned.weights
+    assert size(p.grad for p in model.parameters()) == planned.gradients
+    assert size(moments) == planned.optimizer
+    peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
+    assert 0.97 * peak < planned.total < 1.08 * peak
+
+
+def test_planned_flops_equal_counted_ones():
+    hp, _, model, _ = plan_sizes(torch.float32, False)
+    x = torch.randint(0, 256, (4, hp.seq_len))
+    with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
+        model.loss(x, x).backward()
+    masked = 6 * hp.num_layers * hp.model_dim * hp.seq_len  # counted in full, needed by half
+    counted = counter.get_total_flops() / x.numel()
+    assert counted == pytest.approx(flops_per_token(hp) + masked, rel=1e-6)
+
+
+def test_more_ranks_and_offload_need_less_memory():
+    hp = TRACKS["13B"]
+    one, many = memory(hp, Layout(8), 1), memory(hp, Layout(64), 1)
+    assert one.weights == 8 * many.weights == 4 * parameters(hp) / 8
+    away = memory(hp, Layout(8, cpu_offload=True), 1)
+    assert away.weights + away.optimizer == 0 and away.host == 16 * parameters(hp) / 8
+    with pytest.raises(RunError, match=r"do not fit: 8 x \d+\.\d GiB .*optimizer \d+\.\d"):
+        micro_batch_rows(hp, Layout(8), 24e9, 0)
+    with pytest.raises(RunError, match=r"512 rows a step cannot be dealt to 3 ranks .*525312"):
+        micro_batch_rows(TRACKS["124M"], Layout(3), 80e9, 0)
+    small = micro_batch_rows(TRACKS["124M"], Layout(), 24e9, 0)
+    large = micro_batch_rows(TRACKS["124M"], Layout(), 80e9, 0)
+    assert 1 <= small < large and memory(TRACKS["124M"], Layout(), large).total < 80e9
+
+
+def test_plan_prints_what_is_needed_and_whether_it_fits(capsys):
+    words = ["--track=13B", "--plan", "--gpus=64", "--gpu=H100", "--mfu=0.4"]
+    assert outcome(train_gpt2, *words) == (0, "")
+    printed = capsys.readouterr().out
+    assert "parameters: 12,853,386,240" in printed and "--batch_tokens 2228224" in printed
+    rate = 64 * 989e12 * 0.4 / flops_per_token(TRACKS["13B"])
+    assert f"{rate:,.0f} tokens a second, {86400 * rate:.4g} a day" in printed
+    assert printed.rstrip().endswith("fits: yes")
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--gpu=Z80"], "--gpu Z80 is not known"),
+        (["--gpus=0"], "--gpus must be at least 1"),
+        (["--mfu=2"], "--mfu above 0 and at most 1"),
+    ],
+)
+def test_a_plan_of_nonsense_is_refused(words, message):
+    refused(*outcome(train_gpt2, "--track=13B", "--plan", *words), message)
+
+
+# ------------------------------------------------------------------------------ Runs, bad input
+
+
+def test_a_run_learns_saves_and_resumes_to_the_same_digits(flags, tmp_path):
+    code, err = outcome(train_gpt2, *flags, "--save_every=12")
+    assert code == 0, err
+    log = only_log(tmp_path)
+    assert not read_log(log).faults
+    first = losses(log)
+    assert float(first["val", 20]) < float(first["val", 0]) - 0.5
+    (folder,) = tmp_path.glob("*_step*")
+    facts = json.loads((folder / "config.json").read_text())
+    assert (facts["trainer"], facts["step"]) == ("train_gpt2", 12)
+    code, err = outcome(train_gpt2, *flags, f"--log_dir={tmp_path}/b", f"--resume={folder}")
+    assert code == 0, err
+    again = losses(only_log(tmp_path / "b"))
+    assert len(again) == 9 and again == {key: first[key] for key in again}
+    other = outcome(train_gpt2, *flags, "--num_steps=30", f"--resume={folder}")
+    refused(*other, "to resume it, add: --num_steps 20")
+
+
+def test_repeat_freezes_and_runs_the_baseline(flags, tmp_path):
+    attempt = tmp_path / "2026-01-01_GPT2"
+    done = run("records/repeat.py", "-n", 1, "--entry", ENTRIES[1], attempt, *flags)
+    assert "GPT2 seed 0: result status:missed" in done.stdout + done.stderr, done.stderr
+    made = read_log(only_log(attempt / "logs"))
+    kept = {str(p.relative_to(attempt / "source")) for p in attempt.glob("source/**/*.py")}
+    assert not made.faults and kept == set(made.sources) == set(project_files(ROOT, ENTRIES[1]))
+
+
+def test_a_size_that_cannot_fit_is_refused_with_the_numbers(flags):
+    done = outcome(train_gpt2, *flags, "--model_dim=1048576", "--mlp_dim=4194304")
+    refused(*done, r"26,3\d\d,\d{3},\d{3},\d{3} parameters do not fit: 1 x \d+\.\d GiB are needed",
+            "--checkpoint_blocks true, --cpu_offload true")  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "flag, message",
+    [
+        ("--num_heads=3", r"--model_dim 32 is not a multiple of --num_heads 3"),
+        ("--micro_batch_seqs=5", r"16 rows .* of 5; .*--batch_tokens 640"),
+        ("--num_steps=99999", r"steps need \d+; get more shards"),
+        ("--resume=/nowhere", r"/nowhere is no checkpoint of train_gpt2\.py"),
+    ],
+)
+def test_bad_flags_get_one_clear_error(flags, flag, message):
+    refused(*outcome(train_gpt2, *flags, flag), message)
+
+
+def damage(folder, how: str):
+    config, (shard,) = folder / "config.json", folder.glob("*.distcp")
+    facts = json.loads(config.read_text())
+    if how == "truncated":
+        shard.write_bytes(shard.read_bytes()[:-100])
+    elif how == "tampered":
+        raw = bytearray(shard.read_bytes())
+        raw[len(raw) // 2] ^= 1
+        shard.write_bytes(raw)
+    elif how == "missing":
+        shard.unlink()
+    elif how == "edited":
+        facts["config"]["num_heads"] = 4
+        config.write_text(json.dumps(facts))
+    elif how == "other trainer":
+        facts["trainer"] = "train_gpt"
+        facts["sha256"] = digest({k: v for k, v in facts.items() if k != "sha256"})
+        config.write_text(json.dumps(facts))
+    elif how == "not json":
+        config.write_text("{")
+
+
+@pytest.mark.parametrize(
+    "how, message",
+    [
+        ("truncated", r"__0_0\.distcp is missing, truncated or was changed"),
+        ("tampered", r"__0_0\.distcp is missing, truncated or was changed"),
+        ("missing", r"__0_0\.distcp is missing, truncated or was changed"),
+        ("edited", r"config\.json is missing, truncated or was changed"),
+        ("other trainer", r"is a checkpoint of train_gpt, not of train_gpt2"),
+        ("not json", r"is no checkpoint of train_gpt2\.py, which is a folder"),
+    ],
+)
+def test_a_damaged_checkpoint_is_refused(hp, tmp_path, how, message):
+    folder = saved(build(hp, RT, Options(), Layout()), tmp_path / "checkpoint")
+    load_gpt2(folder)
+    damage(folder, how)
+    with pytest.raises(RunError, match=message):
+        load_gpt2(folder)
+
+
+def test_export_says_in_one_line_what_is_wrong(hp, tmp_path):
+    pt = tmp_path / "a.pt"
+    torch.save({"tensors": {}}, pt)
+    refused(*outcome(export_hf, pt, tmp_path / "out"), r"a\.pt is no checkpoint of train_gpt2\.py")
+    folder = saved(build(hp, RT, Options(), Layout()), tmp_path / "checkpoint")
+    done = run("baselines/export_hf.py", folder, tmp_path / "hf")
+    assert done.returncode == 0 and done.stdout.strip() == str(tmp_path / "hf"), done.stderr
+    refused(*outcome(export_hf, folder, tmp_path / "hf"), "holds a model already")
+
+
+@pytest.mark.parametrize(
+    "how, message",
+    [
+        ("truncated", r"model\.safetensors cannot be read"),
+        ("no file", r"model\.safetensors cannot be read"),
+        ("llama", r"its model_type is 'llama', not 'gpt2'"),
+        ("relu", r"its activation_function is 'relu', not 'gelu_new'"),
+        ("wider", r"does not fit its config\.json: wte\.weight is \[64, 32\], not \[64, 48\]"),
+        ("deeper", r"h\.2\.ln_1\.weight is not there"),
+        ("no config", r"has no config\.json of a GPT-2"),
+    ],
+)
+def test_a_wrong_model_of_transformers_is_refused(hp, tmp_path, how, message):
+    hf = tmp_path / "hf"
+    export_hf.export(saved(build(hp, RT, Options(), Layout()), tmp_path / "checkpoint"), hf)
+    config, file = json.loads((hf / "config.json").read_text()), hf / "model.safetensors"
+    config |= {"llama": {"model_type": "llama"}, "relu": {"activation_function": "relu"},
+               "wider": {"n_embd": 48}, "deeper": {"n_layer": 3}}.get(how, {})  # fmt: skip
+    (hf / "config.json").write_text(json.dumps({} if how == "no config" else config))
+    if how == "truncated":
+        file.write_bytes(file.read_bytes()[:-100])
+    elif how == "no file":
+        file.unlink()
+    with pytest.raises(RunError, match=message):
+        export_hf.import_hf(hf, tmp_path / "back")
+    assert not (tmp_path / "back").exists()
+
+
+# ------------------------------------------------------------------------------ The file
+
+
+def code_lines(path) -> int:
+    """Lines that hold code or a docstring: neither blank nor comment alone."""
+    skipped = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
+               tokenize.ENDMARKER}  # fmt: skip
+    lines, text = set(), path.read_text()
+    blank = {i for i, line in enumerate(text.splitlines(), 1) if not line.strip()}
+    for token in tokenize.generate_tokens(io.StringIO(text).readline):
+        if token.type not in skipped:
+            lines |= set(range(token.start[0], token.end[0] + 1))
+    return len(lines - blank)
+
+
+def test_the_header_counts_the_lines_and_no_function_is_long():
+    folder = ROOT / "baselines"
+    entry = folder / "train_gpt2.py"
+    helpers = [folder / name for name in ("plan.py", "sharding.py", "checkpoints.py")]
+    header = ast.get_docstring(ast.parse(entry.read_text()))
+    own, whole = code_lines(entry), sum(code_lines(p) for p in (entry, *helpers))
+    header = " ".join(header.split())
+    assert f"this file {own}, with plan.py, sharding.py and checkpoints.py {whole}." in header
+    assert "nanoGPT 639, gigaGPT 565" in header
+    assert len(entry.read_text().splitlines()) <= 450
+    for path in folder.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef):
+                assert node.end_lineno - node.lineno < 60, (path, node.name)
