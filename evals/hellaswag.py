@@ -184,7 +184,7 @@ def accuracy(scores_NE: Tensor, labels_N: Tensor) -> float:
     """Share of examples whose right ending scores best; among k equal ones it counts 1/k."""
     best_NE = scores_NE == scores_NE.max(1, keepdim=True).values
     right_N = best_NE.gather(1, labels_N[:, None])[:, 0]
-    return (right_N / best_NE.sum(1)).mean().item()
+    return (right_N.double() / best_NE.sum(1)).mean().item()
 
 
 def evaluate(model: LanguageModel, examples: list[Example], progress=lambda done, text: None):
