@@ -98,18 +98,20 @@ def flag_type(kind: type):
     return boolean
 
 
-def parse_flags(argv: list[str], tracks: dict, default_track: str, description: str):
-    """Return (track's name, its hyperparameters, RunOptions, names of overridden hyperparameters).
+def parse_flags(argv: list[str], tracks: dict, default_track: str, description: str, options=None):
+    """Return (track's name, its hyperparameters, options, names of overridden hyperparameters).
 
-    tracks: a dataclass instance of knobs by name, whose fields are flags like those of RunOptions.
+    tracks: a dataclass instance of knobs by name, whose fields are flags like those of options,
+    RunOptions() or what a trainer has in its place.
     """
+    options = options or RunOptions()
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--track", default=default_track)
     track = first.parse_known_args(argv)[0].track
     usage = "%(prog)s [--track NAME] [--FLAG VALUE]...    (all flags: --help)"
     parser = argparse.ArgumentParser(usage=usage, description=description, allow_abbrev=False)
     parser.add_argument("--track", choices=tracks, help=f"sets the defaults below; now: {track}")
-    for defaults in (tracks.get(track) or next(iter(tracks.values())), RunOptions()):
+    for defaults in (tracks.get(track) or next(iter(tracks.values())), options):
         group = parser.add_argument_group(type(defaults).__name__, type(defaults).__doc__)
         for f in dataclasses.fields(defaults):
             text = f"{f.metadata['help']} (default: {getattr(defaults, f.name)!r})"
@@ -121,8 +123,8 @@ def parse_flags(argv: list[str], tracks: dict, default_track: str, description: 
     given.pop("track")
     for name in ("train_files", "val_files"):
         given |= {name: os.path.abspath(given[name])} if name in given else {}
-    option_names = {f.name for f in dataclasses.fields(RunOptions)}
-    options = RunOptions(**{k: v for k, v in given.items() if k in option_names})
+    option_names = {f.name for f in dataclasses.fields(options)}
+    options = dataclasses.replace(options, **{k: given[k] for k in option_names & given.keys()})
     overrides = {k: v for k, v in given.items() if k not in option_names}
     return track, dataclasses.replace(tracks[track], **overrides), options, sorted(overrides)
 
@@ -214,6 +216,8 @@ class Runtime:
         try:
             yield
         except RuntimeError as error:
+            if self.world_size == 1 or isinstance(error, torch.OutOfMemoryError):
+                raise
             raise RunError(
                 f"rank {self.rank} lost contact with another rank ({str(error).splitlines()[0]}); "
                 "look above for why that one ended, then start again, with --resume if it saved"
@@ -386,10 +390,11 @@ class Run:
 
     hp: a dataclass with at least num_steps, vocab_size and target_val_loss. The trainer sets
     flops_per_token (forward and backward) and micro_batch_seqs, and calls, in the loop, end_step
-    and validated.
+    and validated. It may set checkpoints, a format with the methods of OneFile.
     """
 
     def __init__(self, track: str, hp, options: RunOptions, overrides, rt: Runtime, stop, started):
+        self.checkpoints = OneFile()
         self.track, self.hp, self.options, self.overrides = track, hp, options, overrides
         self.rt, self.stop, self.clock = rt, stop, Stopwatch(started, rt.synchronize)
         stamp = time.strftime("%Y-%m-%dT%H%M%SZ", time.gmtime())
@@ -473,24 +478,21 @@ class Run:
         return self.status == "aborted" or bool(every) and self.step % every == 0
 
     def save(self, tensors: dict[str, Tensor]) -> None:
-        """Write a checkpoint beside the log, then rename it: a kill leaves the old or the new."""
+        """Write a checkpoint beside the log; a kill leaves the one before or this one, whole."""
         with self.clock.charged_to("checkpoint"):
-            contents = {"tensors": tensors, "step": self.step, "tokens": self.tokens,
-                        "curve": self.curve, "train_ms": self.clock.train_ms(),
-                        "config": self.config()}  # fmt: skip
-            path = self.log.path.with_suffix(".pt")
-            self.rt.on_main(lambda: write_checkpoint(path, contents))
+            facts = {"step": self.step, "tokens": self.tokens, "curve": self.curve,
+                     "train_ms": self.clock.train_ms(), "config": self.config()}  # fmt: skip
+            path = self.checkpoints.save(self.rt, self.log.path, tensors, facts)
             self.log.line(f"checkpoint: {path} step:{self.step}", show=True)
 
     def resume(self, tensors: dict[str, Tensor]) -> None:
         """Fill tensors from the checkpoint --resume of a run with the same configuration."""
         path = self.options.resume
-        saved = read_checkpoint(path)
+        saved, fill = self.checkpoints.open(self.rt, path)
         if other := {k: v for k, v in saved["config"].items() if self.config().get(k) != v}:
             flags = " ".join(f"--{name} {value}" for name, value in other.items())
             raise RunError(f"{path} was saved by another run; to resume it, add: {flags}")
-        for name, tensor in tensors.items():
-            tensor.copy_(saved["tensors"][name])
+        fill(tensors)
         self.step = self.first_step = saved["step"]
         self.tokens = self.first_tokens = saved["tokens"]
         self.curve, self.clock.carried_ms = saved["curve"], saved["train_ms"]
@@ -523,18 +525,24 @@ class Run:
 
 
 def execute(
-    make_trainer, tracks: dict, default_track: str, sources: dict[str, str], started: float
+    make_trainer,
+    tracks: dict,
+    default_track: str,
+    sources: dict[str, str],
+    started: float,
+    options: RunOptions | None = None,
 ) -> int:
     """Carry out the run that this process's flags describe; return its exit code.
 
     make_trainer(run) returns an object with warm_up(), which compiles and leaves no trace; state(),
     every tensor that training changes, by name; and train(). tracks: hyperparameters by name.
     sources: what the log embeds, the entry file first. started: perf_counter at first import.
+    options: defaults, where a trainer has more of them.
     """
     stop = StopRequest()
     try:
         description = ast.get_docstring(ast.parse(next(iter(sources.values())))).splitlines()[0]
-        parsed = parse_flags(sys.argv[1:], tracks, default_track, description)
+        parsed = parse_flags(sys.argv[1:], tracks, default_track, description, options)
         track, hp, options, overrides = parsed
         run = Run(track, hp, options, overrides, Runtime(options.fp32), stop, started)
         carry_out(run, make_trainer, sources)
@@ -703,6 +711,26 @@ def time_to_target(curve: list, target: float) -> str:
         if loss0 > target >= loss1:
             return f"{ms0 + (ms1 - ms0) * (loss0 - target) / (loss0 - loss1):.0f}ms"
     return "none"
+
+
+class OneFile:
+    """Checkpoints of one file, written by rank 0, which holds every tensor whole."""
+
+    def save(self, rt: Runtime, log_path: Path, tensors: dict[str, Tensor], facts: dict) -> Path:
+        """Write tensors and facts, both by name, beside the log; return where."""
+        path = log_path.with_suffix(".pt")
+        rt.on_main(lambda: write_checkpoint(path, {"tensors": tensors, **facts}))
+        return path
+
+    def open(self, rt: Runtime, path: str):
+        """Return (facts, function that fills tensors by name); RunError for anything else."""
+        saved = read_checkpoint(path)
+
+        def fill(tensors: dict[str, Tensor]) -> None:
+            for name, tensor in tensors.items():
+                tensor.copy_(saved["tensors"][name])
+
+        return saved, fill
 
 
 def write_checkpoint(path: Path, contents: dict):
