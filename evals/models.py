@@ -118,16 +118,17 @@ class GPT2Model(LanguageModel):
 
     trainer = "train_gpt2"
 
-    def __init__(self, folder: Path, config: dict, rt: Runtime):
+    def __init__(self, folder: Path, rt: Runtime):
         from baselines.train_gpt2 import load_gpt2
 
-        self.rt, self.step, self.context = rt, config["step"], config["seq_len"]
-        self.tokenizer = tokenizer_of(config["document_start"])
-        self.model = load_gpt2(str(folder)).to(rt.device)
+        self.rt, self.model = rt, load_gpt2(folder).to(rt.device)
+        self.step = json.loads((folder / "config.json").read_text())["step"]
+        self.context = self.model.hp.seq_len
+        self.tokenizer = tokenizer_of(self.model.hp.document_start)
 
     @torch.no_grad()
     def logits(self, tokens_BT: Tensor) -> Tensor:
-        return self.model(tokens_BT.to(self.rt.device)).float()
+        return self.model(tokens_BT.to(self.rt.device))
 
     def reader(self) -> Callable[[list[int]], Tensor]:
         cache = []
@@ -135,7 +136,7 @@ class GPT2Model(LanguageModel):
         @torch.no_grad()
         def read(tokens: list[int]) -> Tensor:
             tokens_BT = torch.tensor([tokens], device=self.rt.device)
-            return self.model(tokens_BT, cache)[0, -1].float()
+            return self.model(tokens_BT, cache)[0, -1]
 
         return read
 
@@ -145,7 +146,7 @@ def load_model(path: str | Path) -> LanguageModel:
     path = Path(path)
     if not path.exists():
         raise RunError(f"there is no checkpoint {path}; a run writes one with --save_every STEPS")
-    return load_folder(path) if path.is_dir() else load_file(path)
+    return GPT2Model(path, Runtime(fp32=True)) if path.is_dir() else load_file(path)
 
 
 def load_file(path: Path) -> SpeedrunModel:
@@ -166,18 +167,3 @@ def load_file(path: Path) -> SpeedrunModel:
             f"{path} does not fit this train_gpt.py ({reason}); "
             "use the checkout that trained it: its log has the commit and the source"
         ) from None
-
-
-def load_folder(path: Path) -> GPT2Model:
-    """A checkpoint of baselines/train_gpt2.py."""
-    try:
-        config = json.loads((path / "config.json").read_text())
-        trainer = config["trainer"]
-    except (OSError, ValueError, LookupError, TypeError):
-        raise RunError(
-            f"{path} is no checkpoint (no config.json that names its trainer); "
-            "give a folder of baselines/train_gpt2.py, or the .pt file of a run of train_gpt.py"
-        ) from None
-    if trainer != GPT2Model.trainer:
-        raise RunError(f"{path} was written by {trainer!r}, not by baselines/train_gpt2.py")
-    return GPT2Model(path, config, Runtime(fp32=True))
