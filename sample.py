@@ -30,8 +30,7 @@ def token_probabilities(logits_V: Tensor, temperature: float, top_k: int, top_p:
     all but the fewest of them that together have a probability of at least top_p (nucleus
     sampling, arXiv 1904.09751). Of equal tokens the lower comes first.
     """
-    logits_V = logits_V.double().cpu()
-    logits_V = (logits_V - logits_V.max()) / temperature  # no overflow at small temperatures
+    logits_V = logits_V.double().cpu() / temperature
     sorted_V, tokens_V = logits_V.sort(descending=True, stable=True)
     kept = sorted_V[: top_k or None].softmax(0)
     before = kept.cumsum(0) - kept  # probability of those that are more probable
@@ -120,8 +119,8 @@ def parse() -> argparse.Namespace:
     for name, least in (("max_tokens", 1), ("top_k", 0), ("seed", 0), ("num_samples", 1)):
         if not least <= getattr(args, name) < LARGE:
             parser.error(f"--{name} must be at least {least} and below 2**62")
-    if not 0 < args.temperature < math.inf:
-        parser.error("--temperature must be above 0; the most probable token: --top_k 1")
+    if not 1e-3 <= args.temperature < math.inf:
+        parser.error("--temperature must be at least 0.001; the most probable token: --top_k 1")
     if not 0 < args.top_p <= 1:
         parser.error("--top_p must be above 0 and at most 1")
     if args.prompt == "":

@@ -23,7 +23,6 @@ import json
 import math
 import sys
 import time
-import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -239,8 +238,8 @@ def run(checkpoint: Path, data: Path | None, limit: int | None) -> None:
 def open_log(checkpoint: Path, about: dict, data: str, count: int) -> Log:
     """A log in a folder of its own, so that the folder of runs' logs holds nothing else."""
     stamp = time.strftime("%Y-%m-%dT%H%M%SZ", time.gmtime())
-    name = f"{stamp}_{checkpoint.stem}_{uuid.uuid4().hex[:8]}"
-    log = Log(str(checkpoint.absolute().parent / "hellaswag"), name, ENDINGS * count)
+    folder = checkpoint.absolute().parent / "hellaswag"
+    log = Log(str(folder), f"{checkpoint.stem}_{stamp}", ENDINGS * count)
     log.open()
     sources = {path: (ROOT / path).read_text() for path in SOURCES}
     header_sections(log, sources, "", about, {"matmul_dtype": "torch.float32"})

@@ -119,7 +119,9 @@ def test_a_context_that_is_too_long_loses_its_beginning():
     model = KnownModel(lambda seen: logits_from(repr(seen)), context=40)
     record = made_up(1)[0] | {"ctx": "much more than fits " * 5, "endings": ["x", "yy", "z z", "w"]}
     rows = hellaswag.rows_of(hellaswag.example_of(record), model)
-    assert [len(tokens) for tokens, _ in rows] == [41] * 4  # the last is only ever a target
+    for (tokens, _), ending in zip(rows, record["endings"], strict=True):
+        whole = (record["ctx"] + " " + ending).encode()
+        assert tokens == list(whole[-41:])  # the last is only ever a target
     for (tokens, count), found in zip(rows, batched(model, [record])[0], strict=True):
         follows = [log_softmax(model.logits_of(tokens[:t]))[tokens[t]] for t in range(1, 41)]
         assert found == pytest.approx(sum(follows[-count:]), rel=1e-5)
@@ -287,6 +289,7 @@ def test_the_set_comes_from_the_hub_once_and_whole(tmp_path):
         last = hellaswag.example_of(records[-1])
         assert fetched(tmp_path, hub.endpoint) == f"10042 {last}\n"
         assert len(hub.transfers(name)) == 1
+        assert len([r for r in hub.requests if r.path.startswith("/api/")]) == 1
     (tmp_path / name).unlink()
     assert re.search(
         "^error: cannot list .* cannot be reached .*bring hellaswag_val.jsonl .*--data$",
@@ -327,7 +330,7 @@ def test_the_result_is_printed_and_closes_a_log(checkpoint, tmp_path):
         f"result hellaswag acc_norm:{acc_norm:.4f} stderr:{stderr:.4f} acc:{acc:.4f} n:10 "
         f"checkpoint:tiny.pt trainer:train_gpt step:20 data_sha256:{digest} sha256:"
     )
-    (log,) = (checkpoint.parent / "hellaswag").glob("*_tiny_*.txt")
+    (log,) = (checkpoint.parent / "hellaswag").glob("tiny_*.txt")
     text = log.read_text()
     above, _, last = text.rpartition("result ")
     assert f"result {last}" == done.stdout
