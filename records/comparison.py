@@ -1,6 +1,6 @@
 """What two sets of runs say about each other: the verdict, its reasons and its warnings.
 
-harness.md's rules, in one place: raw seconds are compared on one host only, in interleaved order;
+The rules, in one place: raw seconds are compared on one host only, in interleaved order;
 a run that did not finish counts; the target is a test, not a minimum; thresholds are in stats.py.
 """
 
@@ -16,7 +16,6 @@ from runs import InvalidLog, Run, config_changes, environment_changes, read_arm,
 
 EXIT_CODES = {"FASTER": 0, "EQUIVALENT": 0, "REGRESSION": 1, "NOT COMPARABLE": 3,
               "INCONCLUSIVE": 5}  # fmt: skip
-EXIT_MISUSE, EXIT_INVALID = 2, 4
 VOLATILE = {"temperature.gpu", "clocks.sm", "clocks.mem", "gpu_processes"}
 SLOWDOWN = 0.10  # change of a calibration within a run that is worth a warning
 
@@ -85,11 +84,11 @@ class Comparison:
 
     a: Arm
     b: Arm
+    trust: bool = False  # that both ran on one host, interleaved, though the logs do not say so
     verdict: str = "INCONCLUSIVE"
     reason: str = ""
     time: stats.Difference = stats.NO_DIFFERENCE
     loss: stats.Difference = stats.NO_DIFFERENCE
-    order: str = ""  # such as ABBA; empty where the logs do not tell
     warnings: list[str] = field(default_factory=list)
     next_steps: list[str] = field(default_factory=list)
 
@@ -101,28 +100,32 @@ class Comparison:
     def times_comparable(self) -> bool:
         return self.verdict != "NOT COMPARABLE"
 
+    @property
+    def in_order(self) -> list[tuple[str, Run]]:
+        """(A or B, run) of every run, in the order in which they began."""
+        runs = [(letter, run) for letter, arm in (("A", self.a), ("B", self.b)) for run in arm.runs]
+        return sorted(runs, key=lambda pair: pair[1].started)
+
+    @property
+    def order(self) -> str:
+        """Such as ABBA; empty where the logs do not tell."""
+        return "".join(letter for letter, run in self.in_order if "utc" in run.config)
+
+    @property
+    def interleaved(self) -> bool:
+        return self.trust or stats.is_interleaved(self.order)
+
 
 def compare(a: Arm, b: Arm, trust: bool = False) -> Comparison:
     """trust: take it as given that both arms ran on one host, interleaved."""
-    result = Comparison(a, b, order=run_order(a, b))
-    result.loss = stats.absolute(a.losses, b.losses)
-    obstacles = what_forbids_comparing(a, b, trust)
-    if obstacles:
+    result = Comparison(a, b, trust, loss=stats.absolute(a.losses, b.losses))
+    if obstacles := what_forbids_comparing(a, b, trust):
         result.verdict, result.reason = "NOT COMPARABLE", "; ".join(obstacles)
     else:
         result.time = stats.relative(a.times, b.times)
-        interleaved = trust or stats.is_interleaved(result.order)
-        result.verdict, result.reason = judge(result, interleaved)
-    result.warnings = warnings(result, trust)
-    result.next_steps = next_steps(result, trust)
+        result.verdict, result.reason = judge(result)
+    result.warnings, result.next_steps = warnings(result), next_steps(result)
     return result
-
-
-def run_order(a: Arm, b: Arm) -> str:
-    """The arms in the order in which their runs began."""
-    started = [(r.config["utc"], r.path.name, "A") for r in a.runs if "utc" in r.config]
-    started += [(r.config["utc"], r.path.name, "B") for r in b.runs if "utc" in r.config]
-    return "".join(arm for *_, arm in sorted(started))
 
 
 def what_forbids_comparing(a: Arm, b: Arm, trust: bool) -> list[str]:
@@ -148,7 +151,7 @@ def what_forbids_comparing(a: Arm, b: Arm, trust: bool) -> list[str]:
     return reasons
 
 
-def judge(c: Comparison, interleaved: bool) -> tuple[str, str]:
+def judge(c: Comparison) -> tuple[str, str]:
     """(verdict, its reason) of two comparable arms."""
     a_target, b_target = c.a.target_status()[0], c.b.target_status()[0]
     level = stats.alpha(len(c.a.runs), len(c.b.runs), c.a.declared and c.b.declared)
@@ -162,7 +165,7 @@ def judge(c: Comparison, interleaved: bool) -> tuple[str, str]:
         return "REGRESSION", f"the loss is higher by {c.loss.change:.4f}"
     if c.a.unfinished or c.b.unfinished:
         return "INCONCLUSIVE", "runs that did not finish count, and have no time"
-    if speed in ("faster", "slower") and not interleaved:
+    if speed in ("faster", "slower") and not c.interleaved:
         return "INCONCLUSIVE", f"{speed} by {percent}, but A and B ran in blocks: it may be drift"
     if speed == "slower":
         return "REGRESSION", f"slower by {percent}"
@@ -174,7 +177,7 @@ def judge(c: Comparison, interleaved: bool) -> tuple[str, str]:
         return "EQUIVALENT", f"times differ by less than {stats.FLOOR:.1%}"
     if len(c.a.finished) < 2 or len(c.b.finished) < 2:
         return "INCONCLUSIVE", "one run an arm shows no spread"
-    return "INCONCLUSIVE", f"{c.time.change:+.2%} {interval(c.time)} may be noise"
+    return "INCONCLUSIVE", f"{signed(c.time, 2)} may be noise"
 
 
 def interval(d: stats.Difference) -> str:
@@ -183,9 +186,14 @@ def interval(d: stats.Difference) -> str:
     return f"[{100 * low:.2f}, {100 * high:.2f}]"
 
 
-def warnings(c: Comparison, trust: bool) -> list[str]:
+def signed(d: stats.Difference, digits: int) -> str:
+    """A relative difference with its 95% interval, in percent."""
+    return f"{d.change:+.{digits}%} [{100 * d.low:+.{digits}f}, {100 * d.high:+.{digits}f}]"
+
+
+def warnings(c: Comparison) -> list[str]:
     found = []
-    if c.order and not trust and not stats.is_interleaved(c.order):
+    if c.order and not c.interleaved:
         found.append(f"order {c.order} is not interleaved: a drift of the host looks like a gain")
     for letter, arm in (("A", c.a), ("B", c.b)):
         for status, count in arm.unfinished.items():
@@ -204,9 +212,9 @@ def warnings(c: Comparison, trust: bool) -> list[str]:
             found.append(f"{letter}: seed {', '.join(repeated)} ran more than once")
         troubles = Counter(what for run in arm.runs for what in [*run.warnings, *slowdown(run)])
         found += [f"{letter}: {what} ({n} of {len(arm.runs)} runs)" for what, n in troubles.items()]
-    everything = sorted((r.config.get("utc", ""), arm is c.b, r.train_s / arm.times.mean())
-                        for arm in (c.a, c.b) for r in arm.finished)  # fmt: skip
-    if c.order and (p := stats.drift(np.array([x[2] for x in everything]))) < stats.DRIFT_P:
+    means = {letter: arm.times.mean() for letter, arm in (("A", c.a), ("B", c.b)) if arm.finished}
+    times = [run.train_s / means[letter] for letter, run in c.in_order if run.finished]
+    if c.order and (p := stats.drift(np.array(times))) < stats.DRIFT_P:
         found.append(f"train time drifts with the order of the runs (p={p:.2g})")
     return found
 
@@ -215,17 +223,17 @@ def slowdown(run: Run) -> list[str]:
     """A host or GPU that was slower, or faster, after the run than before it."""
     if len(run.calibrations) < 2:
         return []
-    before, after = (float(c["matmul_tflops"]) for c in (run.calibrations[0], run.calibrations[-1]))
-    if abs(after / before - 1) < SLOWDOWN:
+    before, after = run.calibrations[0], run.calibrations[-1]
+    if abs(after - before) < SLOWDOWN * before:
         return []
     return [f"its matmul rate changed by over {SLOWDOWN:.0%} within a run: throttled or shared"]
 
 
-def next_steps(c: Comparison, trust: bool) -> list[str]:
+def next_steps(c: Comparison) -> list[str]:
     steps = []
     if not c.times_comparable:
         return ["run both on one host: python records/replay.py B --against A -n 10"]
-    if c.order and not trust and not stats.is_interleaved(c.order):
+    if c.order and not c.interleaved:
         steps.append("interleave them: python records/replay.py B --against A -n 10")
     n = min(len(c.a.finished), len(c.b.finished))
     if n < 2:
@@ -233,17 +241,13 @@ def next_steps(c: Comparison, trust: bool) -> list[str]:
     if c.verdict == "INCONCLUSIVE":
         logs = (np.log(c.a.times), np.log(c.b.times))
         for what in (abs(c.time.change), 0.01):
-            need = stats.runs_needed(pooled_sd(*logs), what)
+            need = stats.runs_needed(stats.pooled_sd(*logs), what)
             if need > n:
                 steps.append(f"{need} runs an arm would show a difference of {what:.2%} in time")
-    need = stats.runs_needed(pooled_sd(c.a.losses, c.b.losses), stats.LOSS_MARGIN)
+    need = stats.runs_needed(stats.pooled_sd(c.a.losses, c.b.losses), stats.LOSS_MARGIN)
     if need > n:
         steps.append(f"{need} runs an arm would show |loss difference| < {stats.LOSS_MARGIN}")
     return steps
-
-
-def pooled_sd(a: np.ndarray, b: np.ndarray) -> float:
-    return math.sqrt((a.var(ddof=1) + b.var(ddof=1)) / 2)
 
 
 def environment_difference(c: Comparison) -> tuple[list[str], list[str]]:

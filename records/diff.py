@@ -13,15 +13,9 @@ import sys
 from pathlib import Path
 
 import stats
-from comparison import (
-    EXIT_INVALID,
-    Arm,
-    Comparison,
-    code_difference,
-    compare,
-    environment_difference,
-)
-from runs import InvalidLog, Run, config_changes, source_diff
+from comparison import Arm, Comparison, code_difference, compare, environment_difference
+from runs import config_changes, source_diff
+from tool import EXIT_MISUSE, finish
 
 COLUMNS = ("", "A", "B", "B vs A", "95% CI", "p", "rank p")
 NAMED_CHANGES = 6  # differences that a line of the report spells out
@@ -41,50 +35,48 @@ def relative_row(label: str, c: Comparison, figure, digits: int) -> tuple[str, .
     return label, f"{a:.{digits}f}", f"{b:.{digits}f}", change, "", "", ""
 
 
-def time_to_target(run: Run) -> float:
-    return run.number("time_to_target") / 1000
+def time_row(c: Comparison) -> tuple[str, ...] | None:
+    row, d = relative_row("train_time s", c, lambda run: run.train_s, 3), c.time
+    if not math.isfinite(d.low):
+        return row
+    ci = f"[{100 * d.low:+.2f},{100 * d.high:+.2f}]%"
+    return *row[:3], f"{d.change:+.2%}", ci, *p_values(d, c.a.times, c.b.times)
 
 
-def rank(a, b) -> str:
-    return f"{stats.rank_p(a, b):.2g}"
+def loss_row(c: Comparison) -> tuple[str, ...]:
+    (a, b), d = (mean(arm, lambda run: run.val_loss) for arm in (c.a, c.b)), c.loss
+    row = "val_loss", f"{a:.5f}", f"{b:.5f}"
+    if not math.isfinite(d.low):
+        return *row, f"{b - a:+.5f}", "", "", ""
+    ci = f"[{d.low:+.5f},{d.high:+.5f}]"
+    return *row, f"{d.change:+.5f}", ci, *p_values(d, c.a.losses, c.b.losses)
+
+
+def p_values(d: stats.Difference, a, b) -> tuple[str, str]:
+    return f"{d.p:.2g}", f"{stats.rank_p(a, b):.2g}"
 
 
 def rows(c: Comparison) -> list[tuple[str, ...]]:
     """The table, as text, under COLUMNS."""
-    seconds, times, losses = (lambda run: run.train_s), c.time, c.loss
-    table = [relative_row("train_time s", c, seconds, 3)]
-    if math.isfinite(times.low):
-        ci = f"[{100 * times.low:+.2f},{100 * times.high:+.2f}]%"
-        table[0] = (
-            *table[0][:3],
-            f"{times.change:+.2%}",
-            ci,
-            f"{times.p:.2g}",
-            rank(c.a.times, c.b.times),
-        )
-    loss = ("val_loss", *(f"{mean(arm, lambda run: run.val_loss):.5f}" for arm in (c.a, c.b)))
-    if math.isfinite(losses.low):
-        ci = f"[{losses.low:+.5f},{losses.high:+.5f}]"
-        loss = (*loss, f"{losses.change:+.5f}", ci, f"{losses.p:.2g}", rank(c.a.losses, c.b.losses))
-    else:
-        loss = (*loss, f"{float(loss[2]) - float(loss[1]):+.5f}", "", "", "")
-    table += [
-        loss,
+    table = [
+        time_row(c),
+        loss_row(c),
         relative_row("step_avg ms", c, lambda run: 1000 * run.train_s / max(run.steps, 1), 2),
         relative_row("steps", c, lambda run: run.steps, 0),
         relative_row("tokens/s", c, lambda run: run.number("tokens_per_s"), 0),
         relative_row("MFU", c, lambda run: run.number("mfu"), 4),
         relative_row("peak memory MiB", c, lambda run: run.number("peak_memory"), 0),
-        censored_row(c),
+        time_to_target_row(c),
     ]
     return [row for row in table if row]
 
 
-def censored_row(c: Comparison) -> tuple[str, ...] | None:
+def time_to_target_row(c: Comparison) -> tuple[str, ...] | None:
     """Mean time to target of the runs that crossed it, and how many of all did."""
     cells = []
     for arm in (c.a, c.b):
-        crossed = [t for t in map(time_to_target, arm.runs) if not math.isnan(t)]
+        seconds = [run.number("time_to_target") / 1000 for run in arm.runs]
+        crossed = [s for s in seconds if not math.isnan(s)]
         average = sum(crossed) / len(crossed) if crossed else math.nan
         cells.append(f"{average:.2f} ({len(crossed)}/{len(arm.runs)})")
     if all(cell.startswith("nan") for cell in cells):
@@ -112,12 +104,12 @@ def loss_text(c: Comparison) -> str:
     return "not shown to be neutral"
 
 
-def order_text(c: Comparison, trust: bool) -> str:
-    if trust:
+def order_text(c: Comparison) -> str:
+    if c.trust:
         return "same host and order as said by the user"
     if not c.times_comparable:
         return ""
-    return f"same host, {'interleaved' if stats.is_interleaved(c.order) else 'in blocks'}"
+    return f"same host, {'interleaved' if c.interleaved else 'in blocks'}"
 
 
 def summary(changes: list[str]) -> str:
@@ -132,10 +124,10 @@ def code_line(c: Comparison) -> str:
     return f"{summary(sources)}    config: {summary(named) or 'same'}    {pipeline}"
 
 
-def text_report(c: Comparison, trust: bool) -> str:
+def text_report(c: Comparison) -> str:
     a, b = (f"{arm.name}  n={len(arm.runs)}" for arm in (c.a, c.b))
     lines = [
-        f"A  {a}      B  {b}      {order_text(c, trust)}".rstrip(),
+        f"A  {a}      B  {b}      {order_text(c)}".rstrip(),
         f"VERDICT   B {c.verdict} {c.reason}",
         f"TARGET    {c.b.target:g}: A {target_text(c.a)}, B {target_text(c.b)}"
         f"    LOSS  {loss_text(c)}",
@@ -207,18 +199,16 @@ def main() -> int:
     trust = "both ran on one host, interleaved, though the logs do not say so"
     parser.add_argument("--same_host", action="store_true", help=trust)
     args = parser.parse_args()
-    try:
-        a, b = (Arm.read(path, args.target) for path in (args.a, args.b))
-        a.require_sound()
-        b.require_sound()
-    except (InvalidLog, OSError) as error:
-        print(f"INVALID   {error}", file=sys.stderr)
-        return EXIT_INVALID
+    if args.plot and args.plot.suffix != ".png":
+        parser.error(f"--plot {args.plot}: the name of a picture ends with .png")
+    a, b = (Arm.read(path, args.target) for path in (args.a, args.b))
+    a.require_sound()
+    b.require_sound()
     c = compare(a, b, args.same_host)
     if args.json:
         print(json_report(c))
     else:
-        print(markdown_report(c) if args.markdown else text_report(c, args.same_host))
+        print(markdown_report(c) if args.markdown else text_report(c))
     if args.source:
         print(source_report(c, sys.stdout.isatty()))
     if args.plot:
@@ -229,4 +219,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    finish(main, failed=EXIT_MISUSE)  # 1 is a regression

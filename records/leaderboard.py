@@ -8,12 +8,13 @@ code is 1 if README is stale.
 """
 
 import argparse
-import math
 import sys
 from pathlib import Path
 
-from comparison import Arm, compare
-from runs import InvalidLog, ineligible
+import stats
+from comparison import Arm, compare, signed
+from runs import ineligible
+from tool import ToolError, finish
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = ROOT / "records"
@@ -33,9 +34,9 @@ class Record:
         self.disturbed = sum(bool(run.warnings) for run in self.arm.runs)
 
     @property
-    def place(self) -> tuple[str, str]:
+    def place(self) -> tuple[str, ...]:
         """Records stand in the order of their dates, on one day in that of their first runs."""
-        return self.date, self.arm.runs[0].config.get("utc", "")
+        return self.date, *self.arm.runs[0].started
 
     @property
     def group(self) -> tuple[str, float, str]:
@@ -43,8 +44,7 @@ class Record:
 
 
 def mean_and_sd(values, digits: int) -> str:
-    sd = values.std(ddof=1) if len(values) > 1 else math.nan
-    return f"{values.mean():.{digits}f} ({sd:.{digits}f})"
+    return f"{values.mean():.{digits}f} ({stats.sd(values):.{digits}f})"
 
 
 def row(number: int, record: Record, previous: Record | None, base: Path) -> str:
@@ -71,7 +71,7 @@ def gain_over(previous: Record, record: Record) -> str:
     c = compare(previous.arm, record.arm)
     if not c.times_comparable:
         return "-"
-    text = f"{c.time.change:+.1%} [{100 * c.time.low:+.1f}, {100 * c.time.high:+.1f}]"
+    text = signed(c.time, 1)
     return text if c.exit_code == 0 else f"{text}, {c.verdict.lower()}"
 
 
@@ -122,13 +122,8 @@ def main() -> int:
     readme = ROOT / "README.md"
     old = readme.read_text()
     if BEGIN not in old or END not in old:
-        print(f"error: {readme} lacks the lines {BEGIN} and {END}", file=sys.stderr)
-        return 1
-    try:
-        ranked = groups(read_records())
-    except (InvalidLog, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        raise ToolError(f"{readme} lacks the lines {BEGIN} and {END}")
+    ranked = groups(read_records())
     lines = [line for group, records in ranked.items() for line in table(group, records, ROOT)]
     before, after = old.partition(BEGIN)[0], old.partition(END)[2]
     new = "\n".join([before + BEGIN, "", *lines, END]) + after
@@ -149,4 +144,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    finish(main)

@@ -9,19 +9,19 @@ from comparison import Arm, Comparison
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402
 
-COLOURS = ("tab:blue", "tab:orange")
+COLOURS = {"A": "tab:blue", "B": "tab:orange"}
 
 
 def plot_comparison(c: Comparison, path: Path) -> None:
     """Loss against time and step, step times, and final loss and time by the order of the runs."""
     figure, axes = plt.subplots(2, 3, figsize=(16, 8.5), layout="constrained")
     figure.suptitle(f"B {c.verdict} {c.reason}")
-    for arm, letter, colour in ((c.a, "A", COLOURS[0]), (c.b, "B", COLOURS[1])):
+    for arm, (letter, colour) in zip((c.a, c.b), COLOURS.items(), strict=True):
         label = f"{letter}  {arm.name}  n={len(arm.runs)}"
         draw_losses(axes[0, 0], arm, label, colour, by_time=True)
         draw_losses(axes[0, 1], arm, label, colour, by_time=False)
-        draw_step_times(axes[1, 0], arm, label, colour)
-        draw_step_trace(axes[0, 2], arm, label, colour)
+        draw_step_times(axes[1, 0], arm, colour)
+        draw_step_trace(axes[0, 2], arm, colour)
     draw_by_order(axes[1, 1], c, lambda run: run.val_loss, "final val_loss, nats a token")
     draw_by_order(axes[1, 2], c, lambda run: run.train_s, "train time, s")
     if not np.isnan(c.b.target):
@@ -29,7 +29,8 @@ def plot_comparison(c: Comparison, path: Path) -> None:
             ax.axhline(c.b.target, color="grey", linestyle=":", label=f"target {c.b.target:g}")
     for ax in axes.flat:
         ax.grid(alpha=0.3)
-    axes[0, 0].legend(fontsize="small")
+    if axes[0, 0].has_data():
+        axes[0, 0].legend(fontsize="small")
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
@@ -52,7 +53,7 @@ def step_times(run) -> np.ndarray:
     return np.diff([0.0, *(ms for _, ms, _ in run.train_curve)])
 
 
-def draw_step_times(ax, arm: Arm, label: str, colour: str) -> None:
+def draw_step_times(ax, arm: Arm, colour: str) -> None:
     """The distribution of step times; the slowest hundredth is gathered in the last bin."""
     values = [step_times(run) for run in arm.runs if run.train_curve]
     if values:
@@ -62,7 +63,7 @@ def draw_step_times(ax, arm: Arm, label: str, colour: str) -> None:
         ax.set(xlabel="step time, ms (last bin: slowest 1%)", yticks=[])
 
 
-def draw_step_trace(ax, arm: Arm, label: str, colour: str) -> None:
+def draw_step_trace(ax, arm: Arm, colour: str) -> None:
     """Each run's step times, a running median and what lies far above it."""
     for run in arm.runs:
         ms = step_times(run)
@@ -76,11 +77,10 @@ def draw_step_trace(ax, arm: Arm, label: str, colour: str) -> None:
 
 def draw_by_order(ax, c: Comparison, figure, name: str) -> None:
     """A figure of every finished run, in the order in which the runs began."""
-    runs = [(r, i) for i, arm in enumerate((c.a, c.b)) for r in arm.finished]
-    runs.sort(key=lambda pair: (pair[0].config.get("utc", ""), pair[0].path.name))
-    for place, (run, i) in enumerate(runs, start=1):
-        ax.plot(place, figure(run), "o", color=COLOURS[i])
-    for arm, colour in zip((c.a, c.b), COLOURS, strict=True):
+    finished = [(letter, run) for letter, run in c.in_order if run.finished]
+    for place, (letter, run) in enumerate(finished, start=1):
+        ax.plot(place, figure(run), "o", color=COLOURS[letter])
+    for arm, colour in ((c.a, COLOURS["A"]), (c.b, COLOURS["B"])):
         if len(values := arm.values(figure)):
             ax.axhline(values.mean(), color=colour, alpha=0.5)
     ax.set(xlabel="run, in order", ylabel=name)

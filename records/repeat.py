@@ -11,60 +11,66 @@ import sys
 from pathlib import Path
 
 import stats
-from arms import ENTRY, ROOT, Arm, ArmError, interleaved, keep_source, last_words, start
-from comparison import Arm as ReadArm
-from runs import InvalidLog, find_logs
+from attempts import ENTRY, ROOT, Attempt, interleaved, last_words, source_texts, start
+from comparison import Arm
+from runs import find_logs, read_log
+from tool import ToolError, finish
 from tqdm import tqdm
 
 
-def attempts(paths: list[Path], flags: list[str], processes: int) -> list[Arm]:
-    """The arms to run; an attempt without source gets that of this checkout."""
-    arms = [Arm(path, tuple(flags), processes) for path in paths]
-    for arm in arms:
-        if not (arm.source / ENTRY).exists():
-            keep_source(ROOT, arm)
-        arm.logs.mkdir(parents=True, exist_ok=True)
-    return arms
+def attempts(paths: list[Path], flags: list[str], processes: int) -> list[Attempt]:
+    """The attempts to run; a new one gets the source of this checkout."""
+    found = [Attempt(path, tuple(flags), processes) for path in paths]
+    for attempt in found:
+        if attempt.folder.is_file():
+            raise ToolError(f"{attempt.folder} is a file; name a folder")
+        if not (attempt.source / ENTRY).exists():
+            if attempt.folder.is_dir() and find_logs([attempt.folder]):
+                raise ToolError(f"{attempt.folder} has logs but no source/; name a new folder")
+            attempt.freeze(source_texts(ROOT))
+        attempt.logs.mkdir(parents=True, exist_ok=True)
+    return found
 
 
-def run_all(arms: list[Arm], count: int) -> None:
-    """Run every arm until it has count logs, interleaved; a failed run is told and counted."""
-    have = [len(find_logs([arm.folder])) for arm in arms]
-    todo = [(arms[i], seed) for i, seed in interleaved(len(arms), count) if seed >= have[i]]
+def run_all(attempts: list[Attempt], count: int) -> None:
+    """Run every attempt until it has count logs, interleaved; a failed run is told and counted."""
+    have = [len(find_logs([attempt.folder])) for attempt in attempts]
+    todo = [(attempts[i], seed) for i, seed in interleaved(len(attempts), count) if seed >= have[i]]
     bar = tqdm(todo, unit="run", disable=not sys.stderr.isatty())
-    for arm, seed in bar:
-        name = arm.folder.resolve().name
+    for attempt, seed in bar:
+        name = attempt.folder.resolve().name
         bar.set_description(f"{name} seed {seed}")
-        done = start(arm, seed, name.partition("_")[2] or "run", count)
-        if len(find_logs([arm.folder])) == seed:
-            raise ArmError(f"no run of {arm.folder} began: {last_words(done)}")
+        before = set(find_logs([attempt.folder]))
+        done = start(attempt, seed, name.partition("_")[2] or "run", count)
+        new = set(find_logs([attempt.folder])) - before
+        if not new:
+            raise ToolError(f"no run of {attempt.folder} began: {last_words(done)}")
         result = (done.stdout or "").strip().splitlines()[-1:] or [""]
         tqdm.write(f"{name} seed {seed}: {result[0].partition(' time_to_target')[0]}")
         if done.returncode:
             tqdm.write(f"  exit code {done.returncode}: {last_words(done)}")
+        log = new.pop()
+        if not read_log(log).val_curve:
+            raise ToolError(f"{log} ended before its first validation, as every run would: "
+                            f"{last_words(done)}")  # fmt: skip
 
 
 def summary(arm: Arm) -> str:
     """The loss and time of all runs of an attempt, and its test of the target."""
-    read = ReadArm.read(arm.folder)
-    (status, p), n, name = read.target_status(), len(read.runs), read.name
-    if not len(read.losses):
+    (status, p), n, name = arm.target_status(), len(arm.runs), arm.name
+    if not arm.finished:
         return f"{name}: none of {n} runs finished"
     words = {"PASS": "reached", "FAIL": "not reached", "open": "not shown to be reached"}
     text = (
-        f"{name}: n={n} val_loss {read.losses.mean():.5f} (sd {sd(read.losses):.5f}) "
-        f"train_time {read.times.mean():.2f} s (sd {sd(read.times):.2f})    "
+        f"{name}: n={n} val_loss {arm.losses.mean():.5f} (sd {stats.sd(arm.losses):.5f}) "
+        f"train_time {arm.times.mean():.2f} s (sd {stats.sd(arm.times):.2f})    "
     )
-    if read.unfinished:
-        text += f"{sum(read.unfinished.values())} of {n} runs did not finish, and count; "
-    if not read.declared and n not in stats.LOOKS:
+    if arm.unfinished:
+        text += f"{sum(arm.unfinished.values())} of {n} runs did not finish, and count; "
+    if not arm.declared and n not in stats.LOOKS:
         looks = ", ".join(map(str, stats.LOOKS))
         return f"{text}target: n was not declared, so a look is allowed at {looks} runs only"
-    return f"{text}target {read.target:g} {words[status]}: p={p:.2g}, needed < {read.level}"
-
-
-def sd(values) -> float:
-    return float(values.std(ddof=1)) if len(values) > 1 else 0.0
+    return f"{text}target {arm.target:g} {words[status]}: p={p:.2g}, needed < {arm.level}"
 
 
 def main() -> int:
@@ -79,21 +85,16 @@ def main() -> int:
     args, flags = parser.parse_known_args()
     if args.n < 1 or args.nproc_per_node < 1:
         parser.error("-n and --nproc_per_node must be at least 1")
-    arms = []
     try:
-        arms = attempts(args.attempts, flags, args.nproc_per_node)
-        run_all(arms, args.n)
-    except (ArmError, InvalidLog, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        run_all(attempts(args.attempts, flags, args.nproc_per_node), args.n)
     except KeyboardInterrupt:
         print("interrupted: the run that was going counts; the same command goes on after it",
               file=sys.stderr)  # fmt: skip
-        return 130
-    for arm in arms:
-        print(summary(arm))
+        raise
+    for folder in args.attempts:
+        print(summary(Arm.read(folder)))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    finish(main)

@@ -13,35 +13,35 @@ import sys
 import tempfile
 from pathlib import Path
 
-from arms import Arm, ArmError, flags_of, interleaved, keep_source, last_words, start
-from comparison import EXIT_INVALID, compare
-from comparison import Arm as ReadArm
+from attempts import Attempt, flags_of, interleaved, last_words, read_origin, start
+from comparison import Arm, compare
 from diff import text_report
-from runs import InvalidLog, Run, find_logs, read_arm, read_log
+from runs import Run, find_logs, read_arm, read_log
+from tool import ToolError, finish
 from tqdm import tqdm
 
 
-def arm_of(origin: Path, folder: Path, flags: list[str]) -> tuple[Arm, Run | None]:
-    """An arm in folder that repeats origin, and origin's first run, if it has logs."""
-    logs = find_logs([origin]) if origin.is_file() or (origin / "logs").is_dir() else []
-    first = read_log(logs[0]) if logs else None
-    given = [*flags_of(first), *flags] if first else flags
-    processes = int(first.environment.get("world_size", 1)) if first else 1
-    arm = Arm(folder, tuple(given), processes)
-    keep_source(origin, arm)
-    return arm, first
+def attempt_like(origin: Path, folder: Path, flags: list[str]) -> tuple[Attempt, Run | None]:
+    """An attempt in a new folder that repeats origin, and a run of origin, if it has one."""
+    texts, run = read_origin(origin)
+    given = [*flags_of(run), *flags] if run else flags
+    processes = int(run.environment.get("world_size", 1)) if run else 1
+    attempt = Attempt(folder, tuple(given), processes)
+    attempt.freeze(texts)
+    attempt.logs.mkdir()
+    return attempt, run
 
 
-def run_once(arm: Arm, seed: int, declared: int) -> Run:
-    """One finished run; ArmError if it left no such log."""
-    before = set(find_logs([arm.folder])) if arm.logs.is_dir() else set()
-    done = start(arm, seed, "replay", declared)
-    new = set(find_logs([arm.folder])) - before if arm.logs.is_dir() else set()
+def run_once(attempt: Attempt, seed: int, declared: int) -> Run:
+    """One finished run; ToolError if it left no such log."""
+    before = set(find_logs([attempt.folder]))
+    done = start(attempt, seed, "replay", declared)
+    new = set(find_logs([attempt.folder])) - before
     if not new:
-        raise ArmError(f"the run of {arm.folder} left no log: {last_words(done)}")
+        raise ToolError(f"the run of {attempt.folder} left no log: {last_words(done)}")
     run = read_log(new.pop())
     if not run.finished:
-        raise ArmError(f"the run {run.path} did not finish: {last_words(done)}")
+        raise ToolError(f"the run {run.path} did not finish: {last_words(done)}")
     return run
 
 
@@ -68,23 +68,23 @@ def same_losses(old: Run, new: Run) -> int:
 
 
 def replay_one(origin: Path, out: Path, flags: list[str]) -> int:
-    if not origin.is_file():
-        raise ArmError(f"{origin} is no log; name one, or give --against and -n")
-    arm, old = arm_of(origin, out / "replay", flags)
-    return same_losses(old, run_once(arm, int(old.seed), 0))
+    if origin.is_dir():
+        raise ToolError(f"{origin} is no log; name one, or give --against and -n")
+    attempt, old = attempt_like(origin, out / "replay", flags)
+    return same_losses(old, run_once(attempt, int(old.seed), 0))
 
 
 def replay_against(b: Path, a: Path, count: int, out: Path, flags: list[str]) -> int:
     """Interleave count runs of each after one burn-in run each, which is discarded."""
-    arms = [arm_of(origin, out / letter, flags)[0] for origin, letter in ((a, "A"), (b, "B"))]
-    for arm in tqdm(arms, desc="burn-in", unit="run", disable=not sys.stderr.isatty()):
-        run_once(arm, 0, 0).path.unlink()
+    pair = [attempt_like(x, out / letter, flags)[0] for x, letter in ((a, "A"), (b, "B"))]
+    for attempt in tqdm(pair, desc="burn-in", unit="run", disable=not sys.stderr.isatty()):
+        run_once(attempt, 0, 0).path.unlink()
     order = list(interleaved(2, count))
     for i, seed in tqdm(order, unit="run", disable=not sys.stderr.isatty()):
-        run_once(arms[i], seed, count)
-    comparison = compare(*(ReadArm(o.resolve().stem, read_arm(arm.folder))
-                           for o, arm in zip((a, b), arms, strict=True)))  # fmt: skip
-    print(text_report(comparison, False))
+        run_once(pair[i], seed, count)
+    comparison = compare(*(Arm(origin.resolve().stem, read_arm(attempt.folder))
+                           for origin, attempt in zip((a, b), pair, strict=True)))  # fmt: skip
+    print(text_report(comparison))
     return comparison.exit_code
 
 
@@ -99,26 +99,17 @@ def main() -> int:
     args, flags = parser.parse_known_args()
     if args.n < 1:
         parser.error("-n must be at least 1")
-    if args.out and args.out.exists() and any(args.out.iterdir()):
-        parser.error(f"--out {args.out} is not empty")
+    if args.out and args.out.exists() and (args.out.is_file() or any(args.out.iterdir())):
+        parser.error(f"--out {args.out} is a file, or not empty")
     out = args.out or Path(tempfile.mkdtemp(prefix="photofinish_replay_"))
     try:
         if args.against is None:
             return replay_one(args.b, out, flags)
         return replay_against(args.b, args.against, args.n, out, flags)
-    except InvalidLog as error:
-        print(f"INVALID   {error}", file=sys.stderr)
-        return EXIT_INVALID
-    except (ArmError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
     finally:
         if not args.out:
             shutil.rmtree(out, ignore_errors=True)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    finish(main)

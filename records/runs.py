@@ -8,20 +8,22 @@ import difflib
 import hashlib
 import json
 import math
+import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
-KEPT_SECTIONS = ("config", "environment", "git", "data", "run")
+LINE_SECTIONS = ("config", "environment", "data", "run")  # the others are text, counted in lines
+CONFIG_TYPES = {"seed": int, "target_val_loss": float, "declared_runs": int, "argv": json.loads}
 RESULT_FIELDS = "status val_loss target train_time steps tokens seed overrides resumed_from sha256"
 PUBLIC_RULE = "=" * 100  # between the source, the environment and the steps of a public log
 
 
 class InvalidLog(Exception):
-    """What is wrong with which line of which log."""
+    """What is wrong with which line of which log; line 0 is the whole file or folder."""
 
     def __init__(self, path, line: int, what: str):
-        super().__init__(f"{path}:{line}: {what}")
+        super().__init__(f"{path}:{line}: {what}" if line else f"{path}: {what}")
 
 
 @dataclass
@@ -45,7 +47,7 @@ class Run:
     train_curve: list[tuple[int, float, float]] = field(default_factory=list)  # step, ms, loss
     val_curve: list[tuple[int, float, float]] = field(default_factory=list)
     ledger: dict[str, float] = field(default_factory=dict)  # seconds by account
-    calibrations: list[dict[str, str]] = field(default_factory=list)
+    calibrations: list[float] = field(default_factory=list)  # TFLOP/s of a matmul
     warnings: list[str] = field(default_factory=list)
     result: dict[str, str] = field(default_factory=dict)
     faults: list[tuple[int, str]] = field(default_factory=list)  # (line number, what)
@@ -53,6 +55,11 @@ class Run:
     @property
     def finished(self) -> bool:
         return self.result.get("status") in ("success", "missed")
+
+    @property
+    def started(self) -> tuple[str, str]:
+        """What sorts runs in the order in which they began; empty first where a log has no date."""
+        return self.config.get("utc", ""), self.path.name
 
     @property
     def seed(self) -> str:
@@ -83,17 +90,18 @@ class Run:
         """The class within which times may be ranked: device, count, arithmetic."""
         env = self.environment
         count = f"{env.get('world_size', '?')}x "
-        if "CPU" in env.get("matmul_dtype", "") or "gpu0" not in env:
+        if "gpu0" not in env:
             count = f"{env.get('threads', '?')} threads of "
         return f"{count}{env.get('device', 'unknown')}, {env.get('matmul_dtype', 'unknown')}"
 
     @property
     def data_hash(self) -> str:
-        return next((d.split()[1] for d in self.data if d.startswith("data_sha256:")), "unknown")
+        found = re.search(r"^data_sha256: (\S+)", "\n".join(self.data), re.M)
+        return found[1] if found else "unknown"
 
     def number(self, name: str) -> float:
         """A figure of the result line, without its unit; nan where it is missing or unknown."""
-        found = re.match(r"[-+.\deE]+", self.result.get(name, ""))
+        found = re.match(r"[-+]?\d+\.?\d*(?:e[-+]?\d+)?", self.result.get(name, ""), re.I)
         return float(found[0]) if found else math.nan
 
 
@@ -101,8 +109,11 @@ def read_log(path: Path) -> Run:
     """Parse one log; its faults stand in Run.faults. Raises InvalidLog if it is no log at all."""
     try:
         text = path.read_bytes().decode()
-    except (OSError, UnicodeDecodeError) as error:
-        raise InvalidLog(path, 1, f"cannot be read as UTF-8 text ({error})") from None
+    except OSError as error:
+        raise InvalidLog(path, 0, f"cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise InvalidLog(path, line, "cannot be read: this is no UTF-8 text") from None
     if text.startswith("=== source "):
         return OwnLog(path, text).run
     if PUBLIC_RULE in text:
@@ -127,7 +138,7 @@ def read_arm(path: Path) -> list[Run]:
     logs = find_logs([path])
     if not logs:
         raise InvalidLog(path, 0, "holds no logs (*.txt); give a log, or a folder of logs")
-    return sorted((read_log(p) for p in logs), key=lambda r: (r.config.get("utc", ""), r.path.name))
+    return sorted(map(read_log, logs), key=lambda run: run.started)
 
 
 class OwnLog:
@@ -135,21 +146,15 @@ class OwnLog:
 
     def __init__(self, path: Path, text: str):
         self.run, self.lines, self.at = Run(path), text.split("\n"), 0
-        self.hash, self.checked, self.changed = hashlib.sha256(), 0, False
+        self.hash, self.checked, self.changed, self.section = hashlib.sha256(), 0, False, ""
         cut_short = bool(self.lines.pop())  # what stands after the last line end
-        section = ""
         while self.at < len(self.lines):
-            line = self.lines[self.at]
-            if line.startswith("=== ") and line.endswith(" ==="):
-                section = self.open_section(line)
-                continue
-            if line.startswith("check: "):
-                self.compare_check(line.split()[1])
-            elif line.startswith("result "):
-                self.read_result(line)
-            else:
-                self.read_line(section, line)
-            self.take(line)
+            counted = 0
+            try:
+                counted = self.read_line(self.lines[self.at])
+            except (ValueError, IndexError, KeyError):
+                self.fault(f"cannot be read: {self.lines[self.at][:60]}")
+            self.take(1 + counted)
         if cut_short or not self.run.result:
             self.fault("the log ends without a result line: the run was killed, or the log cut")
         self.check_consistency()
@@ -157,35 +162,48 @@ class OwnLog:
     def fault(self, what: str) -> None:
         self.run.faults.append((self.at + 1, what))
 
-    def take(self, line: str) -> None:
-        self.hash.update(line.encode() + b"\n")
-        self.at += 1
+    def take(self, count: int) -> None:
+        taken = self.lines[self.at : self.at + count]
+        self.hash.update("".join(f"{line}\n" for line in taken).encode())
+        self.at += len(taken)
 
-    def open_section(self, heading: str) -> str:
-        """Read a heading, and the lines that it counts; return the section's name."""
+    def read_line(self, line: str) -> int:
+        """Read one line; return how many of those below it were read with it."""
+        if line.startswith("=== ") and line.endswith(" ==="):
+            return self.open_section(line)
+        if line.startswith("check: "):
+            self.compare_check(line.split()[1])
+        elif line.startswith("result "):
+            self.read_result(line)
+        else:
+            self.read_entry(line)
+        return 0
+
+    def open_section(self, heading: str) -> int:
+        """Read a heading and the lines that it counts; return their number."""
         words = heading[4:-4].split()
-        name, attributes = words[0], dict(w.split(":", 1) for w in words if ":" in w)
-        count = count_of(attributes)
-        if name == "source":
+        self.section, attributes = words[0], dict(w.split(":", 1) for w in words if ":" in w)
+        # A source that is kept elsewhere has no lines here.
+        count = 0 if "kept" in attributes else max(0, int(attributes.get("lines", 0)))
+        if self.section == "source":
             self.read_source(words[1], attributes, count)
-        elif name == "git":
+        elif self.section == "git":
             self.run.git = attributes
-            self.read_git_diff(count_of(attributes))
-        elif name not in KEPT_SECTIONS:
-            self.fault(f"unknown section {name}")
-        for line in self.lines[self.at : self.at + 1 + count]:
-            self.take(line)
-        return name
+            self.read_git_diff(count)
+        elif self.section not in LINE_SECTIONS:
+            self.fault(f"unknown section {self.section}")
+        return count
 
     def read_source(self, path: str, attributes: dict[str, str], count: int) -> None:
         digest = attributes.get("sha256", "")
         text = "".join(f"{line}\n" for line in self.lines[self.at + 1 : self.at + 1 + count])
-        kept = self.run.path.parent / attributes["kept"] if "kept" in attributes else None
-        if kept is not None:
+        kept = None
+        if "kept" in attributes:
+            kept = Path(os.path.normpath(self.run.path.parent / attributes["kept"]))
             try:
                 text = kept.read_text()
             except OSError:
-                self.fault(f"the source {path} is not at {kept}")
+                return self.fault(f"the source {path} is not at {kept}")
         self.run.sources[path] = Source(digest, text, kept)
         if hashlib.sha256(text.encode()).hexdigest() != digest:
             where = kept or f"lines {self.at + 2} to {self.at + 1 + count}"
@@ -213,13 +231,14 @@ class OwnLog:
         if missing and self.run.val_curve:
             self.fault(f"the result lacks {', '.join(missing)}")
 
-    def read_line(self, section: str, line: str) -> None:
+    def read_entry(self, line: str) -> None:
         run, key, value = self.run, *line.partition(": ")[::2]
-        if section == "config":
+        if self.section == "config":
+            CONFIG_TYPES.get(key, str)(value)  # a ValueError makes the line a fault
             run.config[key] = value
-        elif section == "environment":
+        elif self.section == "environment":
             run.environment[key] = value
-        elif section == "data":
+        elif self.section == "data":
             run.data.append(line)
         elif line.startswith("step:"):
             self.read_step(line)
@@ -227,7 +246,8 @@ class OwnLog:
             accounts = (word.split(":") for word in value.split())
             run.ledger = {name: float(seconds.rstrip("s")) for name, seconds in accounts}
         elif key == "calibration":
-            run.calibrations.append(dict(word.split(":") for word in value.split()))
+            rates = dict(word.split(":") for word in value.split())
+            run.calibrations.append(float(rates["matmul_tflops"]))
         elif key == "warning":
             run.warnings.append(value)
 
@@ -244,28 +264,30 @@ class OwnLog:
         curve.append((step, ms, loss))
 
     def check_consistency(self) -> None:
-        """Faults between lines: ledger against result, result against the last validation."""
+        """Faults between lines: the result, which no hash covers, and the ledger."""
         run, ledger = self.run, self.run.ledger
-        if run.result and run.val_curve and run.finished:
-            if abs(run.number("val_loss") - run.val_loss) > 1e-6:
-                self.fault("the result's val_loss is not that of the last validation")
-            if abs(run.number("train_time") / 1000 - run.train_s) > 0.01 * run.train_s + 0.01:
+        if run.val_curve and run.finished:
+            last, config = "last validation", "config"
+            above = (
+                ("val_loss", run.val_loss, last),
+                ("steps", run.steps, last),
+                ("target", run.target, config),
+                ("seed", float(run.config.get("seed", "nan")), config),
+            )
+            for name, value, where in above:
+                if not abs(run.number(name) - value) <= 1e-6:
+                    self.fault(f"the result's {name} is not that of the {where}")
+            if not abs(run.number("train_time") / 1000 - run.train_s) <= 0.01 * run.train_s + 0.01:
                 self.fault("the result's train_time is not that of the last validation")
-            wanted = run.val_loss <= run.target
-            if (run.result["status"] == "success") != wanted:
+            if (run.result["status"] == "success") != (run.val_loss <= run.target):
                 self.fault(f"status {run.result['status']} does not follow from loss and target")
         if ledger:
             total = sum(s for name, s in ledger.items() if name != "total")
-            if abs(total - ledger.get("total", 0)) > 0.01 * total:
+            if not abs(total - ledger.get("total", 0)) <= 0.01 * total:
                 self.fault("the ledger's accounts do not add up to its total")
             fresh = run.number("resumed_from") == 0
-            if fresh and abs(ledger.get("train", 0) - run.number("train_time") / 1000) > 0.02:
+            if fresh and not abs(ledger.get("train", 0) - run.number("train_time") / 1000) <= 0.02:
                 self.fault("the ledger's train time is not the result's")
-
-
-def count_of(attributes: dict[str, str]) -> int:
-    """Lines that belong to a heading; a source that is kept elsewhere has none."""
-    return 0 if "kept" in attributes else int(attributes.get("lines", 0))
 
 
 STEP = re.compile(
@@ -312,7 +334,7 @@ def ineligible(run: Run) -> list[str]:
         reasons.append(f"status is {status}, not success")
     if (overrides := run.config.get("overrides", "none")) != "none":
         reasons.append(f"hyperparameters were overridden: {overrides}")
-    if run.number("resumed_from"):
+    if run.number("resumed_from") > 0 or run.config.get("resume"):
         reasons.append(f"resumed from step {run.result['resumed_from']}")
     if not any("(as expected)" in line for line in run.data):
         reasons.append("the data is not what the track's hash expects, or no hash is known")
@@ -321,7 +343,7 @@ def ineligible(run: Run) -> list[str]:
         reasons.append("no git commit")
     elif changed != "none" and not all(kept):
         reasons.append(f"{changed} differs from commit {run.git['commit'][:10]}: commit it")
-    if run.number("recompiled"):
+    if run.number("recompiled") > 0:
         reasons.append(f"{run.result['recompiled']} graphs were compiled inside the timed part")
     untimed = {"startup", "compile", "validation", "checkpoint", "train", "end", "total"}
     if unknown := set(run.ledger) - untimed:
@@ -331,14 +353,14 @@ def ineligible(run: Run) -> list[str]:
 
 def source_changes(a: Run, b: Run) -> dict[str, tuple[int, int]]:
     """(lines added, lines removed) from a to b, by path of each source that differs."""
-    changes = {}
+    counts = {}
     for path in sorted(a.sources.keys() | b.sources.keys()):
         diff = source_diff(a, b, path)
         added = sum(line.startswith("+") and not line.startswith("+++") for line in diff)
         removed = sum(line.startswith("-") and not line.startswith("---") for line in diff)
         if added or removed:
-            changes[path] = added, removed
-    return changes
+            counts[path] = added, removed
+    return counts
 
 
 def source_diff(a: Run, b: Run, path: str) -> list[str]:
@@ -354,16 +376,13 @@ RUN_BOUND = ("schema", "utc", "argv", "run", "seed", "slug", "log_dir", "source_
 
 def config_changes(a: Run, b: Run) -> dict[str, tuple[str, str]]:
     """Hyperparameters and options that differ, but for those that name a single run."""
-    keys = [k for k in a.config | b.config if k not in RUN_BOUND]
-    pairs = {k: (a.config.get(k, "none"), b.config.get(k, "none")) for k in keys}
-    return {k: pair for k, pair in pairs.items() if pair[0] != pair[1]}
+    return changes(a.config, b.config, RUN_BOUND)
 
 
 def environment_changes(a: Run, b: Run) -> dict[str, tuple[str, str]]:
-    keys = [k for k in a.environment | b.environment if k not in ("load_average",)]
-    pairs = {k: (a.environment.get(k, "none"), b.environment.get(k, "none")) for k in keys}
+    return changes(a.environment, b.environment, ("load_average",))
+
+
+def changes(a: dict[str, str], b: dict[str, str], but_for) -> dict[str, tuple[str, str]]:
+    pairs = {k: (a.get(k, "none"), b.get(k, "none")) for k in a | b if k not in but_for}
     return {k: pair for k, pair in pairs.items() if pair[0] != pair[1]}
-
-
-def variables(run: Run) -> dict:
-    return json.loads(run.environment.get("variables", "{}"))

@@ -10,7 +10,8 @@ import argparse
 
 import numpy as np
 import stats
-from arms import interleaved
+from attempts import interleaved
+from tool import finish
 
 LOSS, LOSS_SD = 3.28, 0.0014  # sd: pooled over 845 public logs
 
@@ -47,35 +48,36 @@ def best_of(rng, kept: int, count: int) -> bool:
     return stats.below_target(losses, LOSS) < stats.ALPHA_DECLARED
 
 
-def main() -> None:
+def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--comparisons", type=int, default=2000, help="of each kind (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
+    if args.comparisons < 1 or args.seed < 0:
+        parser.error("--comparisons must be at least 1, --seed at least 0")
     one, look = stats.ALPHA_DECLARED, stats.ALPHA_LOOK
     looks, every = " ".join(map(str, stats.LOOKS)), tuple(range(3, 21))
-    kinds = [
-        ("allowed", "time: 5 runs an arm, declared", lambda r: declared(r, 5, 0.05, 0.0)),
-        ("allowed", "time: 10 runs an arm, declared", lambda r: declared(r, 10, 0.05, 0.0)),
-        ("allowed", "time: 10, host slows down by 20%", lambda r: declared(r, 10, 0.02, 0.2)),
-        ("allowed", "time: 10, spread below the floor", lambda r: declared(r, 10, 0.001, 0.0)),
-        ("allowed", f"time: looks at {looks}", lambda r: peeking(r, stats.LOOKS, look, 0.05)),
-        ("allowed", "target: 10 runs, declared", lambda r: target_peeking(r, (10,), one)),
-        ("allowed", f"target: looks at {looks}", lambda r: target_peeking(r, stats.LOOKS, look)),
-        ("not", "time: a look after each of 3 to 20", lambda r: peeking(r, every, one, 0.05)),
-        (
-            "not",
-            "target: a look after each of 3 to 20",
-            lambda r: target_peeking(r, every, one),
-        ),
-        ("not", "target: best 8 of 10", lambda r: best_of(r, 8, 10)),
-    ]
+    allowed = {
+        "time: 5 runs an arm, declared": lambda r: declared(r, 5, 0.05, 0.0),
+        "time: 10 runs an arm, declared": lambda r: declared(r, 10, 0.05, 0.0),
+        "time: 10, host slows down by 20%": lambda r: declared(r, 10, 0.02, 0.2),
+        "time: 10, spread below the floor": lambda r: declared(r, 10, 0.001, 0.0),
+        f"time: looks at {looks}": lambda r: peeking(r, stats.LOOKS, look, 0.05),
+        "target: 10 runs, declared": lambda r: target_peeking(r, (10,), one),
+        f"target: looks at {looks}": lambda r: target_peeking(r, stats.LOOKS, look),
+    }
+    forbidden = {
+        "time: a look after each of 3 to 20": lambda r: peeking(r, every, one, 0.05),
+        "target: a look after each of 3 to 20": lambda r: target_peeking(r, every, one),
+        "target: best 8 of 10": lambda r: best_of(r, 8, 10),
+    }
     print(f"{args.comparisons} simulated comparisons each, seed {args.seed}; share of false claims")
-    for i, (allowed, name, trial) in enumerate(kinds):
+    for i, (name, trial) in enumerate((allowed | forbidden).items()):
         rng = np.random.default_rng((args.seed, i))
         share = np.mean([trial(rng) for _ in range(args.comparisons)])
-        print(f"{'allowed' if allowed == 'allowed' else 'not allowed':<12}{name:<40}{share:7.2%}")
+        print(f"{'allowed' if name in allowed else 'not allowed':<12}{name:<40}{share:7.2%}")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    finish(main)

@@ -57,10 +57,10 @@ def rank_p(a: np.ndarray, b: np.ndarray) -> float:
 def relative(a: np.ndarray, b: np.ndarray) -> Difference:
     """Ratio of the geometric means of b and a, minus 1; the test is that of the logarithms."""
     logs = absolute(np.log(a), np.log(b))
-    change, low, high = (
-        math.expm1(x) if x < 700 else x for x in (logs.change, logs.low, logs.high)
-    )
-    return Difference(change, low, high, logs.p)
+    if logs == NO_DIFFERENCE:
+        return NO_DIFFERENCE
+    change, low, high = (min(x, 700) for x in (logs.change, logs.low, logs.high))
+    return Difference(math.expm1(change), math.expm1(low), math.expm1(high), logs.p)
 
 
 def time_verdict(time: Difference, level: float) -> str:
@@ -96,13 +96,23 @@ def runs_needed(sd: float, difference: float, level: float = ALPHA_DECLARED) -> 
     return max(3, math.ceil(2 * (z * sd / difference) ** 2))
 
 
+def sd(values: np.ndarray) -> float:
+    """Sample standard deviation; nan of fewer than two values."""
+    return float(values.std(ddof=1)) if len(values) > 1 else math.nan
+
+
+def pooled_sd(a: np.ndarray, b: np.ndarray) -> float:
+    """Standard deviation within two samples, weighted alike."""
+    return math.hypot(sd(a), sd(b)) / math.sqrt(2)
+
+
 def outliers(values: np.ndarray) -> list[tuple[int, float]]:
     """(index, distance from the median in scaled median absolute deviations) of what lies far."""
+    if len(values) < 4:
+        return []
     deviation = np.abs(values - np.median(values))
     scale = 1.4826 * np.median(deviation)
-    if len(values) < 4 or scale == 0:
-        return []
-    return [(i, d / scale) for i, d in enumerate(deviation) if d > OUTLIER_MADS * scale]
+    return [(i, d / scale) for i, d in enumerate(deviation) if scale and d > OUTLIER_MADS * scale]
 
 
 def drift(values: np.ndarray) -> float:

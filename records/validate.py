@@ -8,11 +8,10 @@ are sound but not eligible, 4 some are invalid.
 """
 
 import argparse
-import sys
 from pathlib import Path
 
-from comparison import EXIT_INVALID
 from runs import InvalidLog, find_logs, ineligible, read_log
+from tool import EXIT_FAILED, EXIT_INVALID, finish
 
 
 def report(path: Path) -> int:
@@ -30,7 +29,7 @@ def report(path: Path) -> int:
     print(f"{path}    sound    record-eligible: {'no' if reasons else 'yes'}")
     for reason in reasons:
         print(f"    {reason}")
-    return 1 if reasons else 0
+    return EXIT_FAILED if reasons else 0
 
 
 def main() -> int:
@@ -41,9 +40,9 @@ def main() -> int:
     args = parser.parse_args()
     paths = find_logs(args.logs)
     if not paths:
-        parser.error("no logs there")
+        parser.error("no logs (*.txt) there; name logs, or folders such as records/*/*/logs")
     return max(report(path) for path in paths)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    finish(main)

@@ -13,14 +13,14 @@ import sys
 import time
 from pathlib import Path
 
-import arms
+import attempts
 import comparison
 import leaderboard
 import numpy as np
 import pytest
 import runs
 import stats
-from conftest import ROOT, clean_environment, only_log, train
+from conftest import ROOT, TINY, clean_environment, only_log, train
 from scipy import special
 
 RECORDS = sorted(ROOT.glob("records/*/20*/logs/*.txt"))
@@ -57,8 +57,6 @@ def log(shards, tmp_path_factory) -> Path:
 
 
 def tiny_flags(shards, folder) -> list[str]:
-    from conftest import TINY
-
     tiny = [f"--{name}={value}" for name, value in TINY.items()]
     files = [f"--train_files={shards}/train_*.bin", f"--val_files={shards}/val.bin"]
     return ["--track=embedded", *files, f"--log_dir={folder}", "--compile=false", *tiny]
@@ -155,6 +153,10 @@ def test_inserted_and_dropped_lines_are_found(log, tmp_path):
         (r"^(ledger: .*) startup:\S+", r"\1 startup:99.0s", "do not add up"),
         (r"^(result .*) train_time:\d+ms", r"\1 train_time:99999ms", "not that of the last"),
         (r"^(result .*) val_loss:\S+", r"\1 val_loss:0.5", "not that of the last"),
+        (r"^(result .*) val_loss:\S+", r"\1 val_loss:---", "not that of the last"),
+        (r"^(result .*) steps:20", r"\1 steps:19", "not that of the last"),
+        (r"^(result .*) target:\S+", r"\1 target:10", "not that of the config"),
+        (r"^(result .*) seed:0", r"\1 seed:1", "not that of the config"),
         (r"^result status:success", "result status:missed", "does not follow"),
         (r"^(step:10/20 val.*) step_avg:\S+", r"\1 step_avg:999.00ms", "step_avg"),
         (r"^(step:7/20 train.*) train_time:\d+ms", r"\1 train_time:0ms", "do not rise"),
@@ -169,6 +171,36 @@ def test_a_log_that_contradicts_itself_is_invalid_though_its_hashes_fit(
     assert any(message in what for _, what in runs.read_log(forged).faults)
 
 
+@pytest.mark.parametrize(
+    "pattern, new",
+    [
+        (r"^argv: .*", "argv: {"),
+        (r"^target_val_loss: .*", "target_val_loss: low"),
+        (r"^declared_runs: .*", "declared_runs: some"),
+        (r"^calibration: .*", "calibration: fast"),
+        (r"^ledger: .*", "ledger: startup:s"),
+        (r"^(step:10/20 val_loss:)\S+", r"\1good"),
+        (r"^(step:10/20 .* step_avg:)\S+ms", r"\1..ms"),
+        (r"^=== data ===", "===  ==="),
+        (r"^(=== git .* lines:)\d+", r"\1x"),
+        (r"^check: \w+\n=== config", "check: \n=== config"),
+    ],
+)
+def test_a_line_that_cannot_be_read_is_named(log, tmp_path, pattern, new):
+    old = log.read_text()
+    changed = re.sub(pattern, new, old, flags=re.M)
+    (tmp_path / "x.txt").write_text(changed)
+    pairs = zip(old.splitlines(), changed.splitlines(), strict=True)
+    at = next(i for i, (before, after) in enumerate(pairs, start=1) if before != after)
+    faults = runs.read_log(tmp_path / "x.txt").faults
+    assert (at, "cannot be read") in [(line, what.partition(":")[0]) for line, what in faults]
+
+
+def test_a_count_below_zero_does_not_stop_the_reader(log, tmp_path):
+    path = forge(log, tmp_path / "x.txt", (r"^(=== git .* lines:)\d+", r"\1-5"))
+    assert runs.read_log(path).result["status"] == "success"
+
+
 def test_forging_nothing_leaves_a_sound_log(log, tmp_path):
     assert runs.read_log(forge(log, tmp_path / "same.txt")).faults == []
     assert (tmp_path / "same.txt").read_bytes() == log.read_bytes()
@@ -180,6 +212,7 @@ def test_forging_nothing_leaves_a_sound_log(log, tmp_path):
         ([], "overridden"),
         ([(r"^overrides: .*", "overrides: none")], "no hash is known"),
         ([(r"resumed_from:0", "resumed_from:8")], "resumed from step 8"),
+        ([(r"^resume: ", "resume: logs/x.pt")], "resumed from step"),
         ([(r"changed:\S+ ", "changed:train_gpt.py ")], "commit it"),
         ([(r"recompiled:0", "recompiled:3")], "3 graphs"),
         ([(r" end:", " coffee:")], "coffee"),
@@ -267,6 +300,11 @@ def test_runs_needed_find_the_difference_as_often_as_they_say():
 def test_identical_losses_differ_by_nothing_and_constant_shifts_by_all():
     same = np.full(5, 1.25)
     assert stats.absolute(same, same).p == 1 and stats.absolute(same, same + 0.1).p == 0
+
+
+def test_one_run_an_arm_has_no_interval():
+    assert stats.relative(np.array([80.0]), np.array([76.0])) == stats.NO_DIFFERENCE
+    assert math.isnan(stats.sd(np.array([80.0])))
 
 
 # ------------------------------------------------------------------------------ Verdicts
@@ -445,7 +483,7 @@ def test_attempts_interleave_freeze_their_source_and_go_on(attempt_flags, tmp_pa
     assert done.returncode == 0, done.stderr
     both = [comparison.Arm.read(folder) for folder in (a, b)]
     assert [r.seed for r in both[0].runs] == ["0", "1"] == [r.seed for r in both[1].runs]
-    assert comparison.run_order(*both) in ("ABBA", "AABB"[:1] + "BBA")
+    assert comparison.Comparison(*both).order == "ABBA"
     assert both[1].runs[0].sources["train_gpt.py"].text.endswith("\n\n")
     assert all(run.faults == [] for arm in both for run in arm.runs)
     assert both[0].losses.tolist() == both[1].losses.tolist()
@@ -485,6 +523,52 @@ def test_a_flag_that_no_run_takes_is_reported_at_once(tmp_path):
     assert "Traceback" not in done.stderr
 
 
+def test_runs_that_cannot_begin_stop_the_attempt(tmp_path):
+    attempt = tmp_path / "2026-01-01_NoData"
+    done = tool("repeat", "-n", 3, attempt, "--track=embedded", "--train_files=/nowhere/*.bin")
+    assert done.returncode == 1 and "before its first validation" in done.stderr
+    assert "no shards match /nowhere/*.bin" in done.stderr and "Traceback" not in done.stderr
+    logs = runs.find_logs([attempt])
+    assert len(logs) == 1
+    for words in (["validate", *logs], ["diff", attempt, attempt, "--markdown"]):
+        done = tool(*words)
+        assert done.returncode in (1, 5) and not done.stderr, done.stderr
+    shutil.rmtree(attempt / "source")
+    done = tool("repeat", "-n", 3, attempt)
+    assert done.returncode == 1 and "has logs but no source/" in done.stderr
+    done = tool("repeat", logs[0])
+    assert done.returncode == 1 and "is a file" in done.stderr
+
+
+def test_sigterm_ends_the_run_too(attempt_flags, tmp_path):
+    attempt = tmp_path / "2026-01-01_Stopped"
+    words = [str(ROOT / "records/repeat.py"), "-n", "2", str(attempt), *attempt_flags]
+    process = subprocess.Popen(
+        [sys.executable, *words, "--num_steps=4000", "--max_epochs=99"],
+        env=clean_environment(),
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    while not any("step:3/" in p.read_text() for p in attempt.glob("logs/*.txt")):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.terminate()
+    assert "interrupted" in process.communicate(timeout=60)[1] and process.returncode == 143
+    (run,) = [runs.read_log(path) for path in runs.find_logs([attempt])]
+    assert run.result["status"] == "aborted" and not run.faults
+
+
+def test_a_checkout_lends_its_source_and_not_its_logs(log, tmp_path):
+    (tmp_path / "logs").mkdir()
+    shutil.copy(log, tmp_path / "logs")
+    for folder in (tmp_path, tmp_path / "logs"):
+        texts, run = attempts.read_origin(folder)
+        assert texts == attempts.source_texts(ROOT) and run.seed == "0"
+    attempts.Attempt(tmp_path).freeze({"train_gpt.py": "import os\n"})
+    (tmp_path / "source/train_gpt.py").rename(tmp_path / "train_gpt.py")
+    assert attempts.read_origin(tmp_path) == ({"train_gpt.py": "import os\n"}, None)
+
+
 def test_replay_repeats_every_digit_and_sees_a_change(log):
     done = tool("replay", log)
     assert done.returncode == 0 and "REPRODUCED  all 25 losses" in done.stdout, done.stderr
@@ -501,17 +585,17 @@ def test_replay_against_interleaves_and_compares(log, tmp_path):
 
 
 def runs_flags(log) -> list[str]:
-    return arms.flags_of(runs.read_log(log))
+    return attempts.flags_of(runs.read_log(log))
 
 
 def test_flags_of_a_run_leave_out_what_names_the_run():
     words = ["--seed", "3", "--muon_lr=0.1", "--slug=x", "--log_dir", "y", "--fp32", "true"]
     run = runs.Run(Path("x"), config={"argv": json.dumps(words)})
-    assert arms.flags_of(run) == ["--muon_lr", "0.1", "--fp32", "true"]
+    assert attempts.flags_of(run) == ["--muon_lr", "0.1", "--fp32", "true"]
 
 
 def test_every_module_that_the_trainer_imports_is_in_its_log(log):
-    assert set(arms.project_files(ROOT)) == set(runs.read_log(log).sources)
+    assert set(attempts.project_files(ROOT)) == set(runs.read_log(log).sources)
 
 
 @pytest.mark.parametrize(
@@ -611,3 +695,18 @@ def test_misuse_and_missing_files_have_their_exit_codes(tmp_path):
     done = tool("diff", tmp_path / "x.txt", tmp_path)
     assert done.returncode == 4 and str(tmp_path / "x.txt") in done.stderr
     assert tool("validate", tmp_path).returncode == 2
+    assert tool("simulate", "--comparisons", 0).returncode == 2
+    done = tool("replay", "--out", __file__, PUBLIC_LOG)
+    assert done.returncode == 2 and "is a file" in done.stderr
+    for name, problem in (("x.gif", "ends with .png"), ("nowhere/x.png", "No such file")):
+        done = tool("diff", REAL_LOGS[0], REAL_LOGS[0], "--plot", tmp_path / name)
+        assert done.returncode == 2 and done.stderr.splitlines()[-1].count(problem) == 1
+
+
+def test_a_reader_that_leaves_gets_no_traceback():
+    read_end, write_end = os.pipe()
+    os.close(read_end)
+    command = [sys.executable, str(ROOT / "records/validate.py"), *map(str, REAL_LOGS)]
+    done = subprocess.run(command, stdout=write_end, stderr=subprocess.PIPE, text=True)
+    os.close(write_end)
+    assert done.returncode == 128 + signal.SIGPIPE and not done.stderr

@@ -17,17 +17,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from runs import Run, find_logs, read_log
+from tool import Terminated, ToolError
 
 ROOT = Path(__file__).resolve().parent.parent
 ENTRY = "train_gpt.py"
 
 
-class ArmError(Exception):
-    """What cannot be run, and what to do, in words for a person."""
-
-
 @dataclass
-class Arm:
+class Attempt:
     """What to run: an attempt's folder, the trainer's flags, and how many processes."""
 
     folder: Path
@@ -41,6 +38,12 @@ class Arm:
     @property
     def logs(self) -> Path:
         return self.folder / "logs"
+
+    def freeze(self, texts: dict[str, str]) -> None:
+        """Write the trainer's files, by path, into source/."""
+        for path, text in texts.items():
+            (self.source / path).parent.mkdir(parents=True, exist_ok=True)
+            (self.source / path).write_text(text)
 
 
 def project_files(folder: Path) -> list[str]:
@@ -57,31 +60,31 @@ def project_files(folder: Path) -> list[str]:
     return sorted(found)
 
 
-def keep_source(origin: Path, arm: Arm) -> None:
-    """Fill an arm's source/ from a checkout, an attempt or a log. It must be new, or the same."""
-    texts = source_texts(origin)
-    if arm.source.exists() and source_texts(arm.source) != texts:
-        raise ArmError(f"{arm.source} holds another source; name a new folder")
-    for path, text in texts.items():
-        (arm.source / path).parent.mkdir(parents=True, exist_ok=True)
-        (arm.source / path).write_text(text)
+def source_texts(folder: Path) -> dict[str, str]:
+    """The project's files in a checkout or a source/, by path."""
+    try:
+        return {path: (folder / path).read_text() for path in project_files(folder)}
+    except (SyntaxError, UnicodeDecodeError) as error:
+        raise ToolError(f"{folder} holds a source that is no Python: {error}") from None
 
 
-def source_texts(origin: Path) -> dict[str, str]:
-    """The project's sources by path, of a log, an attempt's folder or a checkout."""
-    if origin.is_file():
-        run = read_log(origin)
-        if run.is_public or run.faults:
-            why = "it is of the public speedrun" if run.is_public else run.faults[0][1]
-            raise ArmError(f"{origin} cannot be run again: {why}")
-        return {path: source.text for path, source in run.sources.items()}
+def read_origin(origin: Path) -> tuple[dict[str, str], Run | None]:
+    """(the project's files by path, a run) of a log, an attempt's folder or a checkout.
+
+    An attempt's is the first sound one. A checkout has none: its logs may be of anything.
+    """
     if (origin / ENTRY).exists():
-        return {path: (origin / path).read_text() for path in project_files(origin)}
-    if (origin / "source" / ENTRY).exists():
-        return source_texts(origin / "source")
-    if origin.is_dir() and (logs := find_logs([origin])):
-        return source_texts(logs[0])
-    raise ArmError(f"{origin} is neither a log, nor a folder with {ENTRY}, source/ or logs")
+        return source_texts(origin), None
+    runs = [read_log(path) for path in find_logs([origin])]
+    if not runs and (origin / "source" / ENTRY).exists():
+        return source_texts(origin / "source"), None
+    if not runs:
+        raise ToolError(f"{origin} is neither a log, nor a folder with {ENTRY}, source/ or logs")
+    run = next((run for run in runs if not run.faults), runs[0])
+    if run.is_public or run.faults:
+        why = "it is of the public speedrun" if run.is_public else run.faults[0][1]
+        raise ToolError(f"{run.path} cannot be run again: {why}")
+    return {path: source.text for path, source in run.sources.items()}, run
 
 
 def flags_of(run: Run) -> list[str]:
@@ -105,25 +108,27 @@ def interleaved(count: int, runs: int) -> Iterator[tuple[int, int]]:
         yield from ((arm, turn) for arm in order)
 
 
-def start(arm: Arm, seed: int, slug: str, declared: int) -> subprocess.CompletedProcess:
-    """One run of an arm, from a scratch copy of its source; the log lands in arm.logs.
+def start(attempt: Attempt, seed: int, slug: str, declared: int) -> subprocess.CompletedProcess:
+    """One run of an attempt, from a scratch copy of its source; the log lands in its logs/.
 
-    On ctrl-C the run gets it too, and is waited for: it ends its log by itself.
+    On ctrl-C the run gets it too, SIGTERM is passed on; it then ends its log by itself.
     """
     with tempfile.TemporaryDirectory(prefix="photofinish_") as scratch:
-        stage(arm.source, Path(scratch))
+        stage(attempt.source, Path(scratch))
         command = [sys.executable]
-        if arm.processes > 1:
+        if attempt.processes > 1:
             command += ["-m", "torch.distributed.run", "--standalone"]
-            command += [f"--nproc_per_node={arm.processes}"]
-        command += [str(Path(scratch, ENTRY)), *arm.flags, "--seed", str(seed), "--slug", slug,
-                    "--log_dir", str(arm.logs), "--declared_runs", str(declared),
-                    "--source_dir", str(arm.source)]  # fmt: skip
+            command += [f"--nproc_per_node={attempt.processes}"]
+        command += [str(Path(scratch, ENTRY)), *attempt.flags, "--seed", str(seed), "--slug", slug,
+                    "--log_dir", str(attempt.logs), "--declared_runs", str(declared),
+                    "--source_dir", str(attempt.source)]  # fmt: skip
         process = subprocess.Popen(command, env=os.environ | git_places(scratch), text=True,
                                    stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
         try:
             output = process.communicate()
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as stop:
+            if isinstance(stop, Terminated):
+                process.terminate()
             process.communicate()
             raise
         return subprocess.CompletedProcess(command, process.returncode, *output)

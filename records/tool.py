@@ -1,0 +1,50 @@
+"""How every tool of this folder ends: its exit code, and one line for what went wrong."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+
+from runs import InvalidLog
+
+EXIT_FAILED, EXIT_MISUSE, EXIT_INVALID = 1, 2, 4
+
+
+class ToolError(Exception):
+    """What failed, where, and what to do, in words for a person."""
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which unlike ctrl-C reaches this process alone and not the run that it started."""
+
+
+def finish(main: Callable[[], int], failed: int = EXIT_FAILED) -> None:
+    """Run a tool and exit with its code; failed: the code of an error that is no invalid log."""
+    signal.signal(signal.SIGTERM, terminate)
+    try:
+        code = main()
+        sys.stdout.flush()
+    except InvalidLog as error:
+        code = tell(f"INVALID   {error}", EXIT_INVALID)
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 128 + signal.SIGPIPE
+    except OSError as error:
+        what = f"{error.filename}: {error.strerror}" if error.filename else error
+        code = tell(f"error: {what}", failed)
+    except ToolError as error:
+        code = tell(f"error: {error}", failed)
+    except Terminated:
+        code = 128 + signal.SIGTERM
+    except KeyboardInterrupt:
+        code = 128 + signal.SIGINT
+    sys.exit(code)
+
+
+def terminate(number, frame):
+    raise Terminated
+
+
+def tell(message: str, code: int) -> int:
+    print(message, file=sys.stderr)
+    return code

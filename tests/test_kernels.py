@@ -1,0 +1,99 @@
+"""The kernels without a GPU: definitions here, Triton's interpreter in a process of its own."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import kernels
+from kernels import Softcap, head_loss, relu_squared_mlp, softcapped_loss
+
+ROOT = Path(__file__).resolve().parent.parent
+CAP = Softcap(23.0, 5.0, 7.5)
+needs_triton = pytest.mark.skipif(not kernels.HAS_TRITON, reason="needs triton; no GPU")
+
+
+def run(*command: str, **variables) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", **variables}
+    return subprocess.run(
+        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True
+    )
+
+
+def table_of(output: str) -> list[list[int]]:
+    """[registers, bytes spilled, bytes of shared memory] of each kernel that was compiled."""
+    return [[int(cell) for cell in line.split()[-3:]] for line in output.splitlines()[1:]]
+
+
+@needs_triton
+def test_interpreted_kernels_equal_fp64_autograd():
+    done = run("-m", "pytest", "tests/interpreted_kernels.py", TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stdout
+
+
+@needs_triton
+def test_every_kernel_compiles_for_hopper_without_spills(tmp_path):
+    done = run("tools/compile_kernels.py", TRITON_CACHE_DIR=str(tmp_path), TRITON_INTERPRET="1")
+    assert done.returncode == 0, done.stderr
+    rows = table_of(done.stdout)
+    assert len(rows) == 9 and all(row[1] == 0 and row[2] <= 227 * 1024 for row in rows)
+    assert all(16 <= row[0] < 256 for row in rows)
+    gemms = [path.read_text() for path in tmp_path.rglob("relu_squared_kernel.ptx")]
+    assert len(gemms) == 2 and all("wgmma.mma_async" in ptx for ptx in gemms)
+
+
+@needs_triton
+def test_a_kernel_that_spills_fails_the_compilation(tmp_path):
+    spilling = (
+        "import sys; sys.path.append('tools'); sys.argv = ['tool'];"
+        "import compile_kernels as tool, kernels; kernels.LARGE_TILE['num_warps'] = 4;"
+        "tool.table = lambda arch: [('relu_squared', 'wide', *tool.compile_mlp('backward'))];"
+        "sys.exit(tool.main())"
+    )
+    done = run("-c", spilling, TRITON_CACHE_DIR=str(tmp_path))
+    assert done.returncode == 1 and done.stderr.startswith("error: 1 of the kernels spill")
+    assert table_of(done.stdout)[0][1] > 0
+
+
+@pytest.mark.parametrize("N, V, J", [(1, 5, 1), (37, 300, 3)])
+def test_loss_and_gradient_equal_cross_entropy_target_by_target(N, V, J):
+    torch.manual_seed(J)
+    logits, targets = 6 * torch.randn(N, V), torch.randint(-1, V, (N, J))
+    weights = torch.tensor([1.0, 0.5, 0.0])[:J]
+    found_at, exact_at = logits.requires_grad_(), logits.detach().double().requires_grad_()
+    found = softcapped_loss(found_at, targets, weights, CAP)
+    capped = CAP.height / (1 + torch.exp(-(exact_at + CAP.shift) / CAP.slope))
+    expected = sum(
+        weight.double() * F.cross_entropy(capped, column, ignore_index=-1, reduction="none")
+        for weight, column in zip(weights, targets.T, strict=True)
+    )
+    assert torch.allclose(found.double(), expected, atol=1e-5)
+    gradient = torch.autograd.grad(found.sum(), found_at)[0]
+    exact_gradient = torch.autograd.grad(expected.sum(), exact_at)[0]
+    assert torch.allclose(gradient.double(), exact_gradient, atol=1e-6)
+
+
+def test_on_a_cpu_the_definitions_run():
+    torch.manual_seed(0)
+    x, weight = torch.randn(6, 8, requires_grad=True), torch.randn(11, 8, requires_grad=True)
+    targets, weights = torch.randint(11, (6, 1)), torch.ones(1)
+    loss = head_loss(x, weight, targets, weights, CAP, torch.float32, fp8=True)
+    expected = softcapped_loss(x @ weight.T, targets, weights, CAP).mean()
+    assert loss.item() == pytest.approx(expected.item())
+    y = relu_squared_mlp(x, weight, weight, torch.float32)
+    assert torch.allclose(y, (x @ weight.T).clamp(min=0) ** 2 @ weight, rtol=1e-5)
+    assert all(t.isfinite().all() for t in torch.autograd.grad(loss + y.sum(), (x, weight)))
+
+
+def test_without_triton_the_definitions_run():
+    script = (
+        "import sys; sys.modules['triton'] = None; import torch, kernels; one = torch.ones(2, 3);"
+        "cap, targets = kernels.Softcap(1, 0, 1), torch.zeros(2, 1).long();"
+        "kernels.head_loss(one, one, targets, torch.ones(1), cap, one.dtype, True);"
+        "print(kernels.HAS_TRITON)"
+    )
+    assert run("-c", script).stdout == "False\n"
