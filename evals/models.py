@@ -88,10 +88,9 @@ class SpeedrunModel(LanguageModel):
     trainer = "train_gpt"
 
     def __init__(self, saved: dict, rt: Runtime):
-        config = saved["config"]
-        self.rt, self.step, self.context = rt, saved["step"], config["val_seq_len"]
-        self.tokenizer = tokenizer_of(config["document_start"])
-        self.predict = predictor(saved, rt)
+        self.rt, self.step, self.predict = rt, saved["step"], predictor(saved, rt)
+        self.context = saved["config"]["val_seq_len"]
+        self.tokenizer = tokenizer_of(saved["config"]["document_start"])
 
     @torch.no_grad()
     def logits(self, tokens_BT: Tensor) -> Tensor:
@@ -102,13 +101,22 @@ class SpeedrunModel(LanguageModel):
 
 
 def predictor(saved: dict, rt: Runtime) -> Callable[[Tensor], Tensor]:
-    """Tokens (B, T) to logits (B, T, V) fp32 of a checkpoint, with validation's windows."""
+    """Tokens (B, T) to logits (B, T, V) fp32 of a checkpoint, with validation's windows.
+
+    RunError if the checkpoint does not fit today's train_gpt.py.
+    """
     from train_gpt import GPT, Hyperparameters, window_tokens
 
-    hp = Hyperparameters(**{k: v for k, v in saved["config"].items() if k != "seed"})
-    model = GPT(hp, rt).to(rt.device)
-    named = saved["tensors"].items()
-    model.load_state_dict({k[6:]: v for k, v in named if k.startswith("model.")})
+    try:
+        hp = Hyperparameters(**{k: v for k, v in saved["config"].items() if k != "seed"})
+        model = GPT(hp, rt).to(rt.device)
+        model.load_state_dict({k: saved["tensors"][f"model.{k}"] for k in model.state_dict()})
+    except (AttributeError, KeyError, TypeError, RuntimeError) as error:
+        reason = str(error).strip().splitlines()[-1].strip()
+        raise RunError(
+            f"the checkpoint is of another train_gpt.py ({reason}); "
+            "check out the one that trained it: its log has the commit and the source"
+        ) from None
     window = torch.tensor(window_tokens(saved["step"], hp), device=rt.device)
     return lambda tokens_BT: model.logits(tokens_BT, window)
 
@@ -163,9 +171,5 @@ def load_file(path: Path) -> SpeedrunModel:
         raise RunError(f"{path} was changed after it was written (checksum of {damaged}); {advice}")
     try:
         return SpeedrunModel(saved, Runtime(fp32=True))
-    except (AttributeError, KeyError, TypeError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise RunError(
-            f"{path} does not fit this train_gpt.py ({reason}); "
-            "use the checkout that trained it: its log has the commit and the source"
-        ) from None
+    except RunError as error:
+        raise RunError(f"{path}: {error}") from None

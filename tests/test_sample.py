@@ -1,8 +1,10 @@
 """Sampling: probabilities, the cache, seeds, streaming, and checkpoints that cannot be used."""
 
 import base64
+import io
 import math
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -13,10 +15,12 @@ import numpy as np
 import pytest
 import torch
 from checkpoints import KnownModel, write_gpt2, write_speedrun
-from conftest import ROOT, clean_environment
+from conftest import ROOT, clean_environment, only_log, run_section, train
 from scipy.stats import chisquare
 
 import data.gpt2
+import sample
+from data.shards import open_shard
 from evals.models import load_model, tokenizer_of
 from records.harness import RunError, read_checkpoint, write_checkpoint
 from sample import generate, text_pieces, token_probabilities
@@ -188,22 +192,19 @@ def test_other_tokens_are_refused():
 # ------------------------------------------------------------------------------ Checkpoints
 
 
-def test_a_speedrun_checkpoint_gives_the_trained_networks_logits(checkpoint):
-    """What validation computes with the same weights, by the trainer's own loss."""
-    from records.harness import Runtime
-    from train_gpt import GPT, Hyperparameters, window_tokens
-
-    saved = read_checkpoint(str(checkpoint))
-    hp = Hyperparameters(**{k: v for k, v in saved["config"].items() if k != "seed"})
-    network = GPT(hp, Runtime(fp32=True))
-    for name, parameter in network.named_parameters():
-        parameter.data.copy_(saved["tensors"][f"model.{name}"])
-    tokens_BT = torch.randint(0, 257, (2, 60), generator=torch.Generator().manual_seed(0))
-    window = torch.tensor(window_tokens(hp.num_steps, hp))
-    loss = network(tokens_BT[:, :-1], tokens_BT[:, 1:], window)
-    logits = load_model(checkpoint).logits(tokens_BT[:, :-1])
-    found = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens_BT[:, 1:].flatten())
-    torch.testing.assert_close(found, loss)
+def test_a_speedrun_checkpoint_gives_the_loss_that_its_run_logged(flags, shards, tmp_path):
+    bytes_track = ["--vocab_size=257", "--document_start=256", "--val_spread=false"]
+    done = train([*flags, *bytes_track, "--fp32=true", "--save_every=20"])
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("*.pt")
+    model = load_model(path)
+    tokens = torch.from_numpy(open_shard(shards / "val.bin").astype(np.int64))
+    losses = []  # the first 2048 targets, in rows of the model's context
+    for start in range(0, 2048, model.context):
+        row = tokens[start : start + model.context + 1]
+        losses.append(torch.nn.functional.cross_entropy(model.logits(row[None, :-1])[0], row[1:]))
+    logged = re.findall(r"val_loss:(\S+)", run_section(only_log(tmp_path)))
+    assert torch.stack(losses).mean().item() == pytest.approx(float(logged[-1]), abs=2e-6)
 
 
 def damaged(checkpoint, path, change) -> str:
@@ -244,7 +245,9 @@ def test_what_is_no_checkpoint_of_this_code_is_refused(checkpoint, tmp_path):
                    {"tensors": {}},
                    {"tensors": 3}):  # fmt: skip
         write_checkpoint(path, {**saved, **change})
-        with pytest.raises(RunError, match=r"other.pt does not fit this train_gpt.py \(.+\); use"):
+        with pytest.raises(
+            RunError, match=r"other.pt: the checkpoint is of another train_gpt.py \(.+\); check"
+        ):
             load_model(path)
     torch.save({"model": torch.zeros(3)}, path)
     with pytest.raises(RunError, match="truncated, damaged or no checkpoint"):
@@ -332,15 +335,16 @@ def test_ctrl_c_ends_a_sample_cleanly(tmp_path):
     ],
 )
 def test_wrong_flags_are_misuse(monkeypatch, capsys, flags, problem):
-    import sample
-
     monkeypatch.setattr(sys, "argv", ["sample.py", "x.pt", *flags])
     with pytest.raises(SystemExit) as error:
         sample.parse()
     assert error.value.code == 2 and problem in capsys.readouterr().err
 
 
-def test_a_missing_checkpoint_ends_with_one_sentence(tmp_path):
-    done = script(tmp_path / "none.pt", "--prompt", "a")
-    assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.startswith("error: there is no checkpoint ") and done.stderr.count("\n") == 1
+def test_a_missing_checkpoint_ends_with_one_sentence(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
+    monkeypatch.setattr(sys, "argv", ["sample.py", str(tmp_path / "none.pt"), "--prompt", "a"])
+    assert sample.main() == 1
+    out, err = capsys.readouterr()
+    assert out == "" and re.fullmatch("error: there is no checkpoint .*none.pt; .*\n", err)
