@@ -526,7 +526,8 @@ class GPT(nn.Module):
         paired_BT = docs_BT.repeat_interleave(2, dim=1) if hp.layers.upper() != hp.layers else None
         masks = {kind: attention_mask(paired_BT if kind.islower() else docs_BT, window)
                  for kind, window in windows.items()}  # fmt: skip
-        reach = [F.pad(docs_BT[:, j:] == docs_BT[:, :-j], (j, 0))
+        place = torch.arange(docs_BT.size(1), device=docs_BT.device)
+        reach = [(docs_BT == docs_BT.roll(j, 1)) & (place >= j)
                  for j in range(1, 1 + max(1, hp.shift_taps))]  # fmt: skip
         reach_JBT1 = torch.stack(reach)[..., None].to(self.rt.stream_dtype)
         length = docs_BT.size(1) * (1 if paired_BT is None else 2)
@@ -890,7 +891,7 @@ def predictor(saved: dict, rt: Runtime):
             f"the checkpoint is of another train_gpt.py ({str(error).splitlines()[0]}); "
             "check out the one whose source its log holds"
         ) from None
-    at = schedule(hp.num_steps, hp, rt.device, training=False)
+    at = schedule(saved["step"], hp, rt.device, training=False)
     return torch.no_grad()(lambda inputs_BT: model.logits(inputs_BT, at))
 
 

@@ -88,6 +88,8 @@ class SpeedrunModel(LanguageModel):
     trainer = "train_gpt"
 
     def __init__(self, saved: dict, rt: Runtime):
+        from train_gpt import predictor
+
         self.rt, self.step, self.predict = rt, saved["step"], predictor(saved, rt)
         self.context = saved["config"]["val_seq_len"]
         self.tokenizer = tokenizer_of(saved["config"]["document_start"])
@@ -98,27 +100,6 @@ class SpeedrunModel(LanguageModel):
         padding = (0, -T % self.rt.seq_len_unit)
         padded_BT = F.pad(tokens_BT, padding, value=self.tokenizer.document_start)
         return self.predict(padded_BT.to(self.rt.device))[:, :T]
-
-
-def predictor(saved: dict, rt: Runtime) -> Callable[[Tensor], Tensor]:
-    """Tokens (B, T) to logits (B, T, V) fp32 of a checkpoint, with validation's windows.
-
-    RunError if the checkpoint does not fit today's train_gpt.py.
-    """
-    from train_gpt import GPT, Hyperparameters, window_tokens
-
-    try:
-        hp = Hyperparameters(**{k: v for k, v in saved["config"].items() if k != "seed"})
-        model = GPT(hp, rt).to(rt.device)
-        model.load_state_dict({k: saved["tensors"][f"model.{k}"] for k in model.state_dict()})
-    except (AttributeError, KeyError, TypeError, RuntimeError) as error:
-        reason = str(error).strip().splitlines()[-1].strip()
-        raise RunError(
-            f"the checkpoint is of another train_gpt.py ({reason}); "
-            "check out the one that trained it: its log has the commit and the source"
-        ) from None
-    window = torch.tensor(window_tokens(saved["step"], hp), device=rt.device)
-    return lambda tokens_BT: model.logits(tokens_BT, window)
 
 
 class GPT2Model(LanguageModel):
