@@ -1,3 +1,11 @@
+"""The head's loss and the MLP: each by its definition, and on a GPU by a Triton kernel.
+
+`head_loss` and `relu_squared_mlp`, at the end, are what the model calls, and show the definitions;
+a first reading may stop there. Shapes: N tokens, V vocabulary, D model_dim, M mlp_dim, J targets a
+token. Speed-ups over the definitions: not measured yet. tools/compile_kernels.py compiles every
+kernel without a GPU and prints registers, spills and shared memory.
+"""
+
 from collections import namedtuple
 from functools import partial
 from importlib.util import find_spec
@@ -5,10 +13,6 @@ from importlib.util import find_spec
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-
-# ------------------------------------------------------------------------------ Kernels
-# N tokens, V vocabulary, D model_dim, M mlp_dim, J targets a token. The functions `head_loss` and
-# `relu_squared_mlp`, at the end, hold the definitions; speed-ups over them: not measured yet.
 
 HAS_TRITON = find_spec("triton") is not None
 HEAD_CHUNK_ROWS = 16384  # tokens whose logits are in memory at a time
@@ -103,8 +107,17 @@ if HAS_TRITON:
         tl.store(out_ptr + first_row * M + rows * M + cols, total, mask=inside)
 
 
+def linear(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """x (..., in) times weight (out, in), multiplied in dtype, in x's dtype again."""
+    return F.linear(x.to(dtype), weight.to(dtype)).type_as(x)
+
+
 def use_kernels(x: Tensor) -> bool:
     return HAS_TRITON and x.is_cuda
+
+
+def softcapped(logits: Tensor, cap: Softcap) -> Tensor:
+    return cap.height * torch.sigmoid((logits.float() + cap.shift) / cap.slope)
 
 
 def softcapped_loss(logits_NV, targets_NJ, weights_J, cap: Softcap) -> Tensor:
@@ -112,7 +125,7 @@ def softcapped_loss(logits_NV, targets_NJ, weights_J, cap: Softcap) -> Tensor:
 
     A target of -1 counts nothing. Several targets a token: arXiv 2404.19737.
     """
-    capped_NV = cap.height * torch.sigmoid((logits_NV.float() + cap.shift) / cap.slope)
+    capped_NV = softcapped(logits_NV, cap)
     capped_NJ = capped_NV.gather(1, targets_NJ.clamp(min=0))
     losses_NJ = capped_NV.logsumexp(1, keepdim=True) - capped_NJ
     return (weights_J * (targets_NJ >= 0) * losses_NJ).sum(1)
@@ -233,8 +246,7 @@ def head_loss(x_ND, weight_VD, targets_NJ, weights_J, cap: Softcap, dtype, fp8: 
 
 def relu_squared_mlp(x_ND: Tensor, up_MD: Tensor, down_MD: Tensor, dtype) -> Tensor:
     """relu(x @ up.T)**2 @ down, (N, D), multiplied in dtype (arXiv 2109.08668)."""
-    x_ND, up_MD, down_MD = (t.to(dtype) for t in (x_ND, up_MD, down_MD))
     if use_kernels(x_ND) and dtype.itemsize == 2:
-        return mlp_op(x_ND, up_MD, down_MD)[0]
-    h_NM = F.relu(x_ND @ up_MD.T)
-    return h_NM * h_NM @ down_MD
+        return mlp_op(*(t.to(dtype) for t in (x_ND, up_MD, down_MD)))[0].type_as(x_ND)
+    h_NM = F.relu(linear(x_ND, up_MD, dtype))
+    return linear(h_NM * h_NM, down_MD.T, dtype)

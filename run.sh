@@ -78,7 +78,7 @@ get_data() { # get_data TRACK: its shards, unless they are there; its scripts sa
         [ -e "$root/data/embedded/embedded_train.bin" ] || "$python" "$root/data/embedded.py" >&2
         ;;
     fineweb) "$python" "$root/data/cached_fineweb10B.py" 9 >&2 ;;
-    fineweb_medium) "$python" "$root/data/cached_fineweb10B.py" 32 >&2 ;;
+    fineweb_medium) "$python" "$root/data/cached_fineweb10B.py" 44 >&2 ;;
     wikitext103) # an unfinished run has left a folder work beside its shards
         { [ -e "$wikitext/wikitext103_train_000001.bin" ] && [ ! -e "$wikitext/work" ]; } ||
             "$python" "$root/data/tokenize_text.py" --preset wikitext103 >&2

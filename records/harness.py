@@ -34,6 +34,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from typing import get_args, get_origin
 
 import numpy as np
 import torch
@@ -51,6 +52,8 @@ ROOT = Path(__file__).resolve().parent.parent
 PEAK_BF16_TFLOPS = {  # dense, from the makers' data sheets
     "A100": 312, "H100": 989, "H200": 989, "GH200": 989, "B200": 2250, "L40S": 362, "4090": 165,
 }  # fmt: skip
+SMALL_FLEX_BLOCKS = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_M1": 32, "BLOCK_N1": 64,
+                     "BLOCK_M2": 64, "BLOCK_N2": 32}  # fmt: skip
 DIVERGED_STEPS = 50  # so many steps in a row above the loss of a uniform guess end a run
 COMPILE_ERRORS = (TorchDynamoException, InductorError)
 LOGGED_VARIABLES = ("CUDA_", "NCCL_", "TORCH", "PYTORCH_", "OMP_", "GOMP_", "KMP_", "MKL_")
@@ -88,7 +91,14 @@ class RunOptions:
 
 
 def flag_type(kind: type):
-    """The function by which argparse reads one flag's text."""
+    """The function by which argparse reads one flag's text; of tuples the parts have commas."""
+    if get_origin(kind) is tuple:
+        part = get_args(kind)[0]
+
+        def list_of_numbers(text: str) -> tuple:
+            return tuple(part(word) for word in text.split(","))
+
+        return list_of_numbers
     if kind is not bool:
         return kind
 
@@ -96,6 +106,11 @@ def flag_type(kind: type):
         return ("false", "true").index(text.lower()) == 1
 
     return boolean
+
+
+def as_flag(value):
+    """A hyperparameter as one would give it to its flag, and as logs have it."""
+    return ",".join(map(str, value)) if isinstance(value, tuple) else value
 
 
 def parse_flags(argv: list[str], tracks: dict, default_track: str, description: str, options=None):
@@ -114,7 +129,7 @@ def parse_flags(argv: list[str], tracks: dict, default_track: str, description: 
     for defaults in (tracks.get(track) or next(iter(tracks.values())), options):
         group = parser.add_argument_group(type(defaults).__name__, type(defaults).__doc__)
         for f in dataclasses.fields(defaults):
-            text = f"{f.metadata['help']} (default: {getattr(defaults, f.name)!r})"
+            text = f"{f.metadata['help']} (default: {as_flag(getattr(defaults, f.name))!r})"
             kind, default = flag_type(f.type), argparse.SUPPRESS
             group.add_argument(
                 f"--{f.name}", type=kind, default=default, metavar=kind.__name__, help=text
@@ -156,6 +171,7 @@ class Runtime:
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
         self.is_main, self.is_gpu = self.rank == 0, torch.cuda.is_available()
         self.device, self.device_name, self.memory_bytes = torch.device("cpu"), cpu_model(), 8e9
+        self.flex_options = None
         if self.is_gpu:
             self.use_gpu(int(os.environ.get("LOCAL_RANK", 0)))
         else:
@@ -166,6 +182,7 @@ class Runtime:
         fast_bf16 = self.is_gpu or torch.cpu._is_amx_tile_supported()
         self.matmul_dtype = torch.bfloat16 if fast_bf16 and not fp32 else torch.float32
         self.stream_dtype = torch.bfloat16 if self.is_gpu else torch.float32
+        self.has_fp8 = self.is_gpu and torch.cuda.get_device_capability() >= (9, 0)
         self.seq_len_unit = 128 if self.is_gpu else 1  # attention works by blocks of this length
         self.steps_in_flight = 1 if self.is_gpu else 0  # begun before the last one's loss is read
         if self.world_size > 1:
@@ -180,7 +197,10 @@ class Runtime:
         self.device = torch.device("cuda", index)
         torch.cuda.set_device(self.device)
         self.device_name = torch.cuda.get_device_name(index)
-        self.memory_bytes = torch.cuda.get_device_properties(index).total_memory
+        properties = torch.cuda.get_device_properties(index)
+        self.memory_bytes = properties.total_memory
+        if properties.shared_memory_per_block_optin < 160 << 10:  # consumer cards
+            self.flex_options = SMALL_FLEX_BLOCKS
         if torch.cuda.get_device_capability(index) < (8, 0):
             raise RunError(
                 f"{self.device_name} has no bf16 arithmetic, which needs compute capability 8.0; "
@@ -490,7 +510,7 @@ class Run:
         path = self.options.resume
         saved, fill = self.checkpoints.open(self.rt, path)
         if other := {k: v for k, v in saved["config"].items() if self.config().get(k) != v}:
-            flags = " ".join(f"--{name} {value}" for name, value in other.items())
+            flags = " ".join(f"--{name} {as_flag(value)}" for name, value in other.items())
             raise RunError(f"{path} was saved by another run; to resume it, add: {flags}")
         fill(tensors)
         self.step = self.first_step = saved["step"]
@@ -604,7 +624,7 @@ def header_sections(
             log.section(heading, lines)
     utc = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     config = {"schema": SCHEMA, "utc": utc, "argv": json.dumps(sys.argv[1:]), **config}
-    log.section("config", [f"{key}: {value}" for key, value in config.items()])
+    log.section("config", [f"{key}: {as_flag(value)}" for key, value in config.items()])
     entries = {**device, **environment(on_gpu=torch.cuda.is_available())}
     log.section("environment", [f"{key}: {value}" for key, value in entries.items()])
     commit = shell("git", "rev-parse", "HEAD") or "none"

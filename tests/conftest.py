@@ -14,6 +14,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT / "data"), str(ROOT / "records")]
 
 from data.shards import write_shard  # noqa: E402
+from records.harness import as_flag  # noqa: E402
 from train_gpt import TRACKS  # noqa: E402
 
 VOCAB, START = 64, 63
@@ -24,10 +25,10 @@ TINY = dict(
     val_seq_len=64,
     target_val_loss=1.0,
     num_steps=20,
-    batch_tokens=512,
+    batch_tokens=(512,),
     seq_len=64,
     val_every=10,
-    num_layers=4,
+    layers="sL-S",
     num_heads=2,
     head_dim=16,
     model_dim=32,
@@ -36,13 +37,15 @@ TINY = dict(
     bigram_rows=128,
     shift_taps=2,
     key_offset=True,
+    head_gates=True,
     skip_from=1,
     skip_to=3,
     backout_layer=2,
-    window_pattern="SL",
-    window_start=16,
-    window_end=48,
-    window_stages=3,
+    window_tokens=(16, 32, 48),
+    lookahead=0.5,
+    muon_decay=1.2,
+    adam_decay=0.005,
+    adam_every=2,
 )
 
 
@@ -81,7 +84,7 @@ def shards(tmp_path_factory) -> Path:
 @pytest.fixture
 def flags(shards, tmp_path) -> list[str]:
     """Flags of a tiny run, whose log goes to tmp_path."""
-    tiny = [f"--{name}={value}" for name, value in TINY.items()]
+    tiny = [f"--{name}={as_flag(value)}" for name, value in TINY.items()]
     return [
         "--track=embedded",
         f"--train_files={shards}/train_*.bin",

@@ -7,19 +7,18 @@ import pytest
 import torch
 from conftest import START, documents
 
-from data.batches import Prefetcher, check_shards, validation_batches
-from data.shards import ShardError, check_tokens, open_shard, write_shard
-from train_gpt import (
-    TRACKS,
-    RunError,
-    bytes_per_token,
+from data.batches import (
+    Prefetcher,
+    check_shards,
     check_supply,
-    fixed_bytes,
     micro_batch_rows,
     micro_batches,
-    row_starts,
+    validation_batches,
     visible_keys,
+    whole_rows,
 )
+from data.shards import ShardError, check_tokens, open_shard, write_shard
+from train_gpt import TRACKS, bytes_per_token, fixed_bytes
 
 
 def rank(index: int, world_size: int):
@@ -80,7 +79,7 @@ def test_tokens_beyond_the_vocabulary_are_refused(tmp_path):
 
 def test_rows_start_at_documents_and_leave_out_only_their_cut_ends(tiny_hp):
     tokens = documents(5, 200)
-    starts = row_starts(tokens, tiny_hp)
+    starts = whole_rows(tokens, tiny_hp)[0]
     assert tokens[starts[0]] == START and starts[-1] + tiny_hp.seq_len < len(tokens)
     for start, following in zip(starts, starts[1:], strict=False):
         between = tokens[start + tiny_hp.seq_len : following]
@@ -92,12 +91,14 @@ def test_rows_start_at_documents_and_leave_out_only_their_cut_ends(tiny_hp):
 
 
 def rows_of(hp, world_size, micro_seqs, seed=0, first_step=0):
-    """[step][row] -> (inputs, targets) as bytes, put together from all ranks in dealt order."""
-    accumulation = hp.batch_tokens // hp.seq_len // (world_size * micro_seqs)
-    ranks = [
-        list(micro_batches(hp, rank(r, world_size), micro_seqs, seed, first_step))
-        for r in range(world_size)
-    ]
+    """[step][row] -> inputs as bytes, put together from all ranks in dealt order, to the end."""
+    accumulation = hp.batch_tokens[0] // hp.seq_len // (world_size * micro_seqs)
+    hp, ranks = dataclasses.replace(hp, num_steps=100_000), []
+    for r in range(world_size):
+        ranks.append([])
+        with pytest.raises(ShardError, match="ended early"):
+            for batch in micro_batches(hp, rank(r, world_size), micro_seqs, seed, first_step):
+                ranks[-1].append(batch)
     steps = []
     for step in range(len(ranks[0]) // accumulation):
         rows = []
@@ -114,7 +115,7 @@ def test_loader_drops_and_repeats_nothing_over_ranks_and_shards(tiny_hp, shards)
     expected = []
     for path in sorted(shards.glob("train_*.bin")):
         tokens = open_shard(path).astype(np.int64)
-        expected += [tokens[s : s + 64].tobytes() for s in row_starts(tokens, tiny_hp)]
+        expected += [tokens[s : s + 64].tobytes() for s in whole_rows(tokens, tiny_hp)[0]]
     steps = rows_of(tiny_hp, world_size=1, micro_seqs=8)
     seen = [row for rows in steps for row in rows]
     assert len(seen) == len(expected) // 8 * 8
@@ -122,6 +123,47 @@ def test_loader_drops_and_repeats_nothing_over_ranks_and_shards(tiny_hp, shards)
     for row in seen:
         missing.remove(row)
     assert len(missing) < 8  # what does not fill a last step
+
+
+def test_capped_documents_fill_rows_and_change_with_the_step(tiny_hp, shards):
+    """Rows hold the first tokens of whole documents, each once, cut at the cap of their step."""
+    caps = (20, 50)
+    hp = dataclasses.replace(tiny_hp, document_cap=caps, num_steps=16, batch_tokens=(128, 256))
+    seen, pairs = [], list(micro_batches(hp, rank(0, 1), 1, 0, 0))
+    assert len(pairs) == 8 * 2 + 8 * 4
+    for place, (inputs, targets) in enumerate(pairs):
+        row, after = inputs[0].numpy(), targets[0].numpy()
+        starts = [*np.flatnonzero(row == START), 64]
+        assert starts[0] == 0
+        lengths = np.diff(starts)
+        assert lengths.max() <= caps[place >= 16]
+        for start, length in zip(starts, lengths, strict=False):
+            known = [*row[start : start + length], after[start + length - 1]]
+            seen.append(np.array(known, np.int64).tobytes())
+    stream = np.concatenate([open_shard(p) for p in sorted(shards.glob("train_*.bin"))])
+    text = stream.astype(np.int64).tobytes()
+    assert all(piece in text for piece in seen) and len(set(seen)) == len(seen)
+
+
+@pytest.mark.parametrize("cap", [0, 20])
+def test_supply_is_never_overrated(tiny_hp, cap):
+    """As many steps as check_supply lets pass can be drawn; of capped rows not many fewer exist."""
+    enough = None
+    for steps in range(1, 400):
+        hp = dataclasses.replace(tiny_hp, num_steps=steps, document_cap=(cap,))
+        try:
+            check_supply(hp)
+        except ShardError:
+            break
+        enough = hp
+    drawn = sum(1 for _ in micro_batches(enough, rank(0, 1), 8, 0, 0))
+    assert drawn == enough.num_steps
+    with pytest.raises(ShardError, match="ended early"):
+        list(
+            micro_batches(
+                dataclasses.replace(enough, num_steps=int(1.5 * drawn)), rank(0, 1), 8, 0, 0
+            )
+        )
 
 
 @pytest.mark.parametrize("world_size, micro_seqs", [(1, 2), (2, 4), (2, 1), (4, 2), (8, 1)])
@@ -142,7 +184,7 @@ def test_starting_later_gives_the_later_batches(tiny_hp, first_step):
 
 
 def test_a_second_epoch_has_the_same_rows_in_another_order(tiny_hp):
-    hp = dataclasses.replace(tiny_hp, batch_tokens=64, max_epochs=2)
+    hp = dataclasses.replace(tiny_hp, batch_tokens=(64,), max_epochs=2)
     rows = [row for (row,) in rows_of(hp, 1, 1)]
     half = len(rows) // 2
     assert sorted(rows[:half]) == sorted(rows[half:]) and rows[:half] != rows[half:]
@@ -151,11 +193,11 @@ def test_a_second_epoch_has_the_same_rows_in_another_order(tiny_hp):
 def test_the_prefetcher_hands_over_errors(tiny_hp):
     def failing():
         yield torch.zeros(1), torch.zeros(1)
-        raise RunError("the disk is gone")
+        raise ShardError("the disk is gone")
 
     pairs = Prefetcher(failing(), rank(0, 1))
     next(pairs)
-    with pytest.raises(RunError, match="disk is gone"):
+    with pytest.raises(ShardError, match="disk is gone"):
         next(pairs)
 
 
@@ -183,7 +225,7 @@ def test_validation_that_cannot_be_had_is_refused(tiny_hp):
 
 
 def test_too_few_tokens_are_named_before_training(tiny_hp):
-    with pytest.raises(RunError, match="steps need"):
+    with pytest.raises(ShardError, match="steps need"):
         check_supply(dataclasses.replace(tiny_hp, num_steps=10_000))
 
 
@@ -198,7 +240,7 @@ def test_data_hash_is_compared(tiny_hp):
 def test_visible_keys_by_brute_force(tiny_hp):
     rows = torch.tensor([[START, 1, 2, START, 4, 5, 6, 7]])
     # keys in reach of a window of 3: 1 2 3 | 1 2 3 3 3
-    assert visible_keys(rows, tiny_hp, 3) == pytest.approx((1 + 2 + 3 + 1 + 2 + 3 + 3 + 3) / 8)
+    assert visible_keys(rows, START, 3) == pytest.approx((1 + 2 + 3 + 1 + 2 + 3 + 3 + 3) / 8)
 
 
 def test_embedded_corpus_is_complete_split_and_repeatable(tmp_path):
@@ -238,8 +280,9 @@ def test_embedded_corpus_is_complete_split_and_repeatable(tmp_path):
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_micro_batch_of_fineweb_follows_the_memory(gib, rows, world_size):
     gpu = SimpleNamespace(memory_bytes=gib * 2**30, world_size=world_size)
-    found = micro_batch_rows(TRACKS["fineweb"], gpu, 0)
-    assert found == rows
-    total = fixed_bytes(TRACKS["fineweb"]) + rows * 16384 * bytes_per_token(TRACKS["fineweb"])
-    assert total < 0.9 * gib * 2**30
-    assert micro_batch_rows(TRACKS["fineweb"], gpu, 1) == 1
+    hp = TRACKS["fineweb"]
+    estimate = fixed_bytes(hp), bytes_per_token(hp)
+    found = micro_batch_rows(hp, gpu, 0, *estimate)
+    assert found == min(rows, 8 // world_size)
+    assert estimate[0] + found * 16384 * estimate[1] < 0.9 * gib * 2**30
+    assert micro_batch_rows(hp, gpu, 1, *estimate) == 1

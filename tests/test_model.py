@@ -4,15 +4,40 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import torch.nn.attention.flex_attention as flex
 import torch.nn.functional as F
 from conftest import START, VOCAB
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.flex_attention import flex_attention
 
+import kernels
 import train_gpt
 from records.harness import compiled_graphs
-from train_gpt import GPT, block_mask, dense_mask, norm, rotary_tables, rotate
+from train_gpt import (
+    GPT,
+    TRACKS,
+    Schedule,
+    Softcap,
+    attend,
+    block_mask,
+    dense_mask,
+    norm,
+    optimizers,
+    pair_heads,
+    rotary_tables,
+    rotate,
+    schedule,
+    softcapped,
+)
 
-CPU = SimpleNamespace(stream_dtype=torch.float32, matmul_dtype=torch.float32)
+CPU = SimpleNamespace(
+    stream_dtype=torch.float32, matmul_dtype=torch.float32, flex_options=None, has_fp8=False
+)
+
+
+def through(hp, window: int, step: int = 0) -> Schedule:
+    """The schedule of a step, but for its window."""
+    return schedule(step, hp, "cpu")._replace(window=torch.tensor(window))
 
 
 def randomized(hp, seed=0) -> GPT:
@@ -81,7 +106,7 @@ def test_block_mask_lists_only_blocks_that_the_mask_touches_and_full_ones_as_ful
 
 
 def test_rotary_scores_depend_on_distance_only():
-    cos, sin = rotary_tables(64, 32, 100.0, "cpu")
+    cos, sin = rotary_tables(64, 100.0 ** -torch.linspace(0, 1, 8))
     q, k = torch.randn(1, 1, 1, 32).expand(1, 64, 1, 32), torch.randn(1, 1, 1, 32)
     k = k.expand(1, 64, 1, 32)
     scores = torch.einsum("bqhk,bjhk->qj", rotate(q, cos, sin), rotate(k, cos, sin))
@@ -98,17 +123,18 @@ def test_norm_is_the_root_mean_square_norm():
 
 def test_first_loss_is_that_of_a_uniform_guess(tiny_hp):
     inputs = tokens(4, 64)
-    loss = GPT(tiny_hp, CPU)(inputs, inputs.roll(-1, 1), torch.tensor(32))
+    at = schedule(0, tiny_hp, "cpu", training=False)
+    loss = GPT(tiny_hp, CPU)(inputs, inputs.roll(-1, 1), at)
     assert abs(loss.item() - math.log(VOCAB)) < 0.05
 
 
 def test_future_tokens_do_not_change_logits(tiny_hp):
     model, inputs = randomized(tiny_hp), tokens(2, 64)
-    before = model.logits(inputs, torch.tensor(48))
+    before = model.logits(inputs, through(tiny_hp, 48))
     for place in (1, 30, 63):
         changed = inputs.clone()
         changed[:, place:] = (changed[:, place:] + 7) % START
-        after = model.logits(changed, torch.tensor(48))
+        after = model.logits(changed, through(tiny_hp, 48))
         assert torch.equal(before[:, :place], after[:, :place])
         assert not torch.equal(before[:, place:], after[:, place:])
 
@@ -116,23 +142,25 @@ def test_future_tokens_do_not_change_logits(tiny_hp):
 def test_other_documents_do_not_change_logits(tiny_hp):
     model, inputs = randomized(tiny_hp), tokens(1, 64) % START
     inputs[0, [0, 20, 40]] = START
-    before = model.logits(inputs, torch.tensor(64))
+    before = model.logits(inputs, through(tiny_hp, 64))
     changed = inputs.clone()
     changed[0, 21:40] = (changed[0, 21:40] + 11) % START
-    after = model.logits(changed, torch.tensor(64))
+    after = model.logits(changed, through(tiny_hp, 64))
     torch.testing.assert_close(before[0, :21], after[0, :21], rtol=0, atol=0)
     torch.testing.assert_close(before[0, 40:], after[0, 40:], rtol=0, atol=0)
 
 
 def test_tokens_beyond_every_window_do_not_change_logits(tiny_hp):
-    """What 2 short and 2 long windows, 8 sublayers of 2 taps, keys, smear and pair cannot reach."""
+    """What a paired, a long and a short window, 7 sublayers of 2 taps, the key offset of the long
+    layer, smear and pair cannot reach."""
     model, window = randomized(tiny_hp), 8
     inputs = tokens(1, 64) % START
-    before = model.logits(inputs, torch.tensor(window))
-    reach = 2 * (window // 2 - 1) + 2 * (window - 1) + 8 * 2 + 2 + 2
+    before = model.logits(inputs, through(tiny_hp, window))
+    paired = window // 4  # a window of 4 in twice as many positions
+    reach = paired + (window - 1) + (window // 2 - 1) + 7 * 2 + 1 + 2
     changed = inputs.clone()
     changed[0, 0] = (changed[0, 0] + 1) % START
-    after = model.logits(changed, torch.tensor(window))
+    after = model.logits(changed, through(tiny_hp, window))
     assert torch.equal(before[0, reach + 1 :], after[0, reach + 1 :])
     assert not torch.equal(before[0, :reach], after[0, :reach])
 
@@ -140,12 +168,12 @@ def test_tokens_beyond_every_window_do_not_change_logits(tiny_hp):
 def test_logits_stay_within_the_cap(tiny_hp):
     model = randomized(tiny_hp)
     model.lm_head.data.mul_(1000)
-    assert model.logits(tokens(1, 64), torch.tensor(48)).abs().max() <= tiny_hp.logit_cap
+    assert model.logits(tokens(1, 64), through(tiny_hp, 48)).abs().max() <= tiny_hp.logit_cap
 
 
 def test_every_parameter_gets_a_gradient(tiny_hp):
     model, inputs = randomized(tiny_hp), tokens(2, 64)
-    model(inputs, inputs.roll(-1, 1), torch.tensor(48)).backward()
+    model(inputs, inputs.roll(-1, 1), through(tiny_hp, 48)).backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.parameters())
 
 
@@ -153,7 +181,7 @@ def test_one_compiled_graph_with_flex_attention_serves_every_window(tiny_hp, mon
     """The GPU's path of the model as torch.compile captures it, forward only, run on the CPU."""
     hp = dataclasses.replace(tiny_hp, seq_len=256)
     model, inputs = randomized(hp), tokens(2, 256)
-    windows = [torch.tensor(w) for w in (16, 100, 256)]
+    windows = [through(hp, w) for w in (16, 100, 256)]
     with torch.no_grad():
         expected = [model.logits(inputs, window) for window in windows]
         monkeypatch.setattr(train_gpt, "attention_mask", block_mask)
@@ -163,3 +191,95 @@ def test_one_compiled_graph_with_flex_attention_serves_every_window(tiny_hp, mon
     assert compiled_graphs() == before + 1
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, atol=1e-3, rtol=1e-3)
+
+
+def test_paired_heads_see_each_other_in_turns(tiny_hp):
+    """Against a loop: of heads a and b, b comes after a; both see all that came before."""
+    torch.manual_seed(5)
+    T, K, window = 12, 16, 7
+    q, k, v = (torch.randn(1, T, 2, K, dtype=torch.float64) for _ in range(3))
+    docs = torch.tensor([[0] * 5 + [1] * 7])
+    mask = dense_mask(docs.repeat_interleave(2, dim=1), torch.tensor(window))
+    paired = [pair_heads(x).transpose(1, 2) for x in (q, k, v)]
+    found = attend(*paired, mask).transpose(1, 2).reshape(1, T, 2, K)
+    for t in range(T):
+        for head in (0, 1):
+            seen = [
+                (s, other)
+                for s in range(T)
+                for other in (0, 1)
+                if docs[0, s] == docs[0, t] and 0 <= 2 * t + head - (2 * s + other) < window
+            ]
+            scores = torch.stack([q[0, t, head] @ k[0, s, other] for s, other in seen])
+            values = torch.stack([v[0, s, other] for s, other in seen])
+            expected = scores.softmax(0) @ values
+            torch.testing.assert_close(found[0, t, head], expected)
+
+
+def test_further_targets_count_within_the_row_and_the_document(tiny_hp):
+    model, inputs = randomized(tiny_hp), tokens(2, 64)
+    stream = torch.cat([inputs, torch.tensor([[3], [START]])], 1)
+    at = through(tiny_hp, 48)._replace(target_weights=torch.tensor([0.6, 0.3, 0.1]))
+    log_probs = model.logits(inputs, at).double().log_softmax(-1)
+    expected = 0.0
+    for b in range(2):
+        for t in range(64):
+            for j, weight in enumerate((0.6, 0.3, 0.1)):
+                if t + j < 64 and START not in inputs[b, t + 1 : t + j + 1].tolist():
+                    expected -= weight * log_probs[b, t, stream[b, t + j + 1]].item() / 128
+    found = model(inputs, stream[:, 1:], at)
+    assert found.item() == pytest.approx(expected, rel=1e-5)
+
+
+def test_the_cap_at_no_shift_is_the_tanh_of_earlier_records():
+    z = torch.linspace(-200, 200, 999, dtype=torch.float64)
+    capped = softcapped(z, Softcap(30.0, 0.0, 7.5)).double()
+    torch.testing.assert_close(capped - 15, 15 * torch.tanh(z / 15), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("setting", [{"head_gates": False}, {"lookahead": 0.0}])
+def test_additions_change_nothing_at_their_start(tiny_hp, setting):
+    inputs, losses = tokens(2, 64), []
+    for hp in (tiny_hp, dataclasses.replace(tiny_hp, **setting)):
+        torch.manual_seed(0)
+        model = GPT(hp, CPU)
+        torch.manual_seed(1)
+        for block in model.blocks:
+            block.mlp.up_down.data.normal_(0, 0.1)
+            if block.attn is not None:
+                block.attn.qkvo.data.normal_(0, 0.1)
+        model.lm_head.data.normal_()
+        model.embed.data.normal_()
+        at = schedule(0, hp, "cpu", training=False)
+        losses.append(model(inputs, inputs.roll(-1, 1), at).item())
+    assert losses[0] == losses[1]
+
+
+def test_the_gpu_path_traces_forward_and_backward_as_one_graph(monkeypatch):
+    """Blocks, kernels and bf16 banks of the fineweb track, on tensors that hold no data."""
+    monkeypatch.setattr(train_gpt, "attention_mask", block_mask)
+    monkeypatch.setattr(kernels, "use_kernels", lambda x: True)
+    monkeypatch.setattr(flex, "_validate_device", lambda *tensors: None)  # bars a CPU's backward
+    hp = dataclasses.replace(
+        TRACKS["fineweb"], layers="sL-S", skip_from=0, skip_to=2, backout_layer=1,
+        num_value_embeds=1,
+    )  # fmt: skip
+    rt = SimpleNamespace(
+        stream_dtype=torch.bfloat16, matmul_dtype=torch.bfloat16, flex_options=None, has_fp8=True,
+        my_part=lambda count: slice(0, count), gather_parts=lambda bank: None,
+    )  # fmt: skip
+    with FakeTensorMode():
+        model = GPT(hp, rt)
+        groups = optimizers(model, hp, rt, lambda update: update)
+        compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
+        inputs, before = torch.zeros(2, hp.seq_len, dtype=torch.int64), compiled_graphs()
+        for step in (0, 400, 1200):
+            loss = compiled(inputs, inputs.clone(), schedule(step, hp, "cpu"))
+            loss.backward()
+        assert loss.shape == () and loss.dtype == torch.float32
+        assert compiled_graphs() == before + 1
+        for name, p in model.named_parameters():
+            wanted = torch.bfloat16 if "qkvo" in name or "up_down" in name else torch.float32
+            assert p.dtype == p.grad.dtype == wanted, name
+        for group in groups.values():
+            group.step(1.0, 0.9)

@@ -9,20 +9,25 @@ from conftest import ROOT, clean_environment
 
 from train_gpt import (
     GPT,
+    Adam,
     Muon,
+    halves,
     lr_scale,
     muon_momentum,
     muon_update,
     optimizers,
     orthogonalize,
-    window_tokens,
+    schedule,
+    whole,
 )
 
 ONE_RANK = SimpleNamespace(
     stream_dtype=torch.float32,
     matmul_dtype=torch.float32,
+    flex_options=None,
     my_part=lambda count: slice(0, count),
     gather_parts=lambda bank: None,
+    average=lambda tensors: None,
 )
 
 
@@ -54,7 +59,7 @@ def test_muon_update_equals_its_definition_in_fp64_with_an_exact_svd():
     direction *= U.norm(dim=(1, 2), keepdim=True) / direction.norm(dim=(1, 2), keepdim=True)
     expected = W.double() - rate * 2**0.5 * direction
     scalars = (torch.tensor(x) for x in (rate, 0.0, beta))
-    muon_update(W, G, momentum, second, *scalars, torch.float32)
+    muon_update(W, None, G, momentum, second, *scalars, torch.float32)
     torch.testing.assert_close(second.double(), v, atol=2e-3, rtol=0)
     torch.testing.assert_close(momentum.double(), m, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(W.double(), expected, atol=0.02, rtol=0)
@@ -67,10 +72,10 @@ def test_muon_decays_only_weights_that_the_update_shrinks():
     for decay in (0.0, 0.3):
         W, momentum, second = W0.clone(), torch.zeros_like(G), torch.zeros(2, 12, 1)
         scalars = (torch.tensor(x) for x in (0.1, decay, 0.9))
-        muon_update(W, G, momentum, second, *scalars, torch.float32)
+        muon_update(W, None, G, momentum, second, *scalars, torch.float32)
         after[decay] = W
     shrinks = (W0 - after[0.0]) * W0 > 0
-    expected = after[0.0] - torch.where(shrinks, 0.1 * 0.3 * W0, 0)
+    expected = after[0.0] - torch.where(shrinks, 0.1 * 0.1 * 0.3 * W0, 0)
     torch.testing.assert_close(after[0.3], expected, atol=1e-6, rtol=1e-5)
     assert 0.3 < shrinks.float().mean() < 0.7
 
@@ -103,16 +108,61 @@ def test_every_parameter_is_in_exactly_one_group(tiny_hp):
 
 def test_schedules_at_their_end_points(tiny_hp):
     hp = dataclasses.replace(
-        tiny_hp, num_steps=1000, warmup_frac=0.1, cooldown_frac=0.4, final_lr_frac=0.1
-    )
+        tiny_hp, num_steps=1000, warmup_frac=0.1, cooldown_frac=0.4, final_lr_frac=0.1,
+        momentum_warmup=300, momentum_cooldown=50,
+    )  # fmt: skip
     assert lr_scale(0, hp) == pytest.approx(0.01)
     assert lr_scale(100, hp) == lr_scale(600, hp) == 1.0
     assert lr_scale(800, hp) == pytest.approx(0.55)
     assert lr_scale(999, hp) == pytest.approx(0.1 + 0.9 / 400)
-    assert window_tokens(0, hp) == 16 and window_tokens(999, hp) == window_tokens(1000, hp) == 48
-    assert window_tokens(333, hp) == 16 and window_tokens(334, hp) == 32
-    assert muon_momentum(0, hp) == pytest.approx(0.85)
-    assert muon_momentum(10**6, hp) == pytest.approx(0.95)
+    windows = {s: schedule(s, hp, "cpu").window for s in (0, 333, 334, 999, 1000)}
+    assert windows == {0: 16, 333: 16, 334: 32, 999: 48, 1000: 48}
+    found = [muon_momentum(step, hp) for step in (0, 150, 300, 950, 975)]
+    assert found == pytest.approx([0.85, 0.90, 0.95, 0.95, 0.90])
+    later = dataclasses.replace(hp, extension_steps=50, stage_lr=(1.0, 2.0))
+    assert lr_scale(950, later) == lr_scale(999, later) == pytest.approx(0.2)
+    assert lr_scale(499, later) == 1.0 and lr_scale(500, later) == 2.0
+
+
+def test_halves_keep_every_bit_of_fp32():
+    torch.manual_seed(0)
+    W = torch.randn(1000, 7) * 10.0 ** torch.randint(-40, 30, (1000, 7))
+    high, low = halves(W)
+    assert high.dtype == torch.bfloat16 and torch.equal(whole(high, low), W)
+    assert ((high.float() - W).abs() <= W.abs() * 2**-7 + 1e-38).all()
+
+
+def test_a_bf16_bank_takes_the_updates_of_an_fp32_bank_bit_for_bit():
+    banks = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        rt = SimpleNamespace(**{**vars(ONE_RANK), "stream_dtype": dtype})
+        torch.manual_seed(3)
+        p = torch.nn.Parameter(torch.randn(2, 16, 8))
+        muon = Muon([p], 1e-4, 0.1, rt, muon_update)
+        for _ in range(20):
+            p.grad = torch.randn_like(p, dtype=torch.float32).bfloat16().to(dtype)
+            muon.step(1.0, 0.9)
+        assert p.dtype == dtype and torch.equal(p.data, muon.bank)
+        banks[dtype] = muon
+    both = banks[torch.bfloat16]
+    assert torch.equal(whole(both.bank, both.low), banks[torch.float32].bank)
+
+
+def adam(params, every=1, decay=0.0):
+    return Adam(params, 0.01, (0.8, 0.95), decay, every, ONE_RANK, lambda f: f)
+
+
+def test_adam_decays_only_weights_that_the_update_shrinks():
+    torch.manual_seed(4)
+    start, grad, after = torch.randn(50), torch.randn(50), {}
+    for decay in (0.0, 20.0):
+        p = torch.nn.Parameter(start.clone())
+        p.grad = grad.clone()
+        adam([p], decay=decay).step(0.5, 0.9)
+        after[decay] = p.detach()
+    shrinks = grad * after[0.0] > 0
+    factor = torch.where(shrinks, 1 - 0.005**2 * 20.0, 1.0)
+    torch.testing.assert_close(after[20.0], after[0.0] * factor, atol=1e-7, rtol=1e-6)
 
 
 def test_muon_on_two_ranks_equals_one(tmp_path):

@@ -15,9 +15,19 @@ import pytest
 import torch
 from conftest import ROOT, clean_environment, command, losses, only_log, run_section, train
 
+from data.batches import validation_batches
 from data.shards import write_shard
-from records.harness import Run, Runtime, StopRequest, Stopwatch, parse_flags, time_to_target
-from train_gpt import PROCESS_START, TRACKS, Hyperparameters, Trainer, micro_batches
+from records.harness import (
+    Run,
+    RunError,
+    Runtime,
+    StopRequest,
+    Stopwatch,
+    parse_flags,
+    read_checkpoint,
+    time_to_target,
+)
+from train_gpt import PROCESS_START, TRACKS, Hyperparameters, Trainer, micro_batches, predictor
 
 
 def start(flags, ranks=1, **changes) -> subprocess.Popen:
@@ -146,6 +156,22 @@ def test_killed_runs_resume_to_the_same_digits(flags, tmp_path):
     assert re.search(r"resumed_from:\d\d", only_log(resumed).read_text())
 
 
+def test_a_checkpoint_predicts_what_its_run_validated(flags, tmp_path, tiny_hp):
+    assert train([*flags, "--save_every=20"]).returncode == 0
+    (path,) = tmp_path.glob("*.pt")
+    rt, total = Runtime(), 0.0
+    logits = predictor(read_checkpoint(str(path)), rt)
+    for inputs, targets in validation_batches(tiny_hp, rt, 8):
+        log_probs = logits(inputs).double().log_softmax(-1)
+        total -= log_probs.gather(-1, targets[..., None]).sum().item()
+    logged = float(losses(only_log(tmp_path))["val", 20])
+    assert total / tiny_hp.val_tokens == pytest.approx(logged, abs=1e-3)
+    saved = read_checkpoint(str(path))
+    saved["config"]["head_gates"] = False
+    with pytest.raises(RunError, match="of another train_gpt.py"):
+        predictor({**saved, "tensors": {}}, rt)
+
+
 @pytest.mark.parametrize("number, ranks", [(signal.SIGINT, 1), (signal.SIGTERM, 1)])
 def test_interrupted_runs_save_a_checkpoint_and_say_aborted(flags, tmp_path, number, ranks):
     process = start([*flags, "--num_steps=400", "--max_epochs=9"], ranks)
@@ -169,7 +195,7 @@ def test_two_ranks_agree_on_the_step_at_which_they_stop(flags, tmp_path):
 
 
 def test_a_diverging_run_stops(flags, tmp_path):
-    done = train([*flags, "--num_steps=300", "--max_epochs=9", "--head_lr=1e30"])
+    done = train([*flags, "--num_steps=300", "--max_epochs=9", "--head_lr=1e10"])
     assert done.returncode == 1
     last = only_log(tmp_path).read_text().splitlines()[-1]
     assert last.startswith("result status:diverged") and "steps:300" not in last
@@ -189,7 +215,7 @@ def refused(done, *messages):
         ("--vocab_size=40", r"holds token \d+, but the vocabulary ends at 39"),
         ("--num_steps=99999", r"steps need"),
         ("--val_tokens=640000", r"validation"),
-        ("--batch_tokens=100", r"--batch_tokens 100 is not a multiple of --seq_len 64"),
+        ("--batch_tokens=512,100", r"--batch_tokens 512,100 is not a multiple of --seq_len 64"),
         ("--micro_batch_seqs=3", r"--micro_batch_seqs"),
         ("--num_steps=-1", r"--num_steps -1 is out of range"),
         ("--muon_lr=nan", r"--muon_lr nan is out of range"),
@@ -199,7 +225,11 @@ def refused(done, *messages):
         ("--track=mars", r"invalid choice: 'mars'"),
         ("--log_dir=/proc/nowhere", r"/proc/nowhere"),
         ("--resume=/nowhere.pt", r"/nowhere\.pt is no usable checkpoint"),
-        ("--window_pattern=SX", r"--window_pattern"),
+        ("--layers=SXL", r"--layers must be of S, L, s, l and -"),
+        ("--layers=--", r"--layers must be of S, L, s, l and -, and not of - alone"),
+        ("--num_heads=3", r"--num_heads 3 is odd: no pairs in --layers sL-S"),
+        ("--window_tokens=16,many", r"invalid list_of_numbers value"),
+        ("--tied_frac=0.5", r"--embed_lr and --head_lr must be equal"),
         ("--skip_to=4", r"no skip: --skip_from -1"),
         ("--backout_layer=4", r"--backout_layer"),
     ],
@@ -257,7 +287,7 @@ def test_a_failed_checkpoint_keeps_the_last_one(flags, tmp_path):
         resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))
 
     done = subprocess.run(
-        command([*flags, "--save_every=5"]),
+        command([*flags, "--save_every=5", f"--source_dir={tmp_path}/source"]),
         env=clean_environment(),
         capture_output=True,
         text=True,
@@ -291,7 +321,7 @@ def test_help_names_every_hyperparameter_with_its_default():
     assert done.returncode == 0
     for name in Hyperparameters.__dataclass_fields__:
         assert f"--{name} " in done.stdout
-    assert "(default: 524288)" in re.sub(r"\s+", " ", done.stdout)
+    assert "(default: '131072,262144,393216')" in re.sub(r"\s+", " ", done.stdout)
 
 
 def test_flags_give_typed_overrides_of_the_track():

@@ -1,0 +1,270 @@
+#!/usr/bin/env python3
+"""HellaSwag: which of four endings does a model find most likely? (arXiv 1905.07830)
+
+    python evals/hellaswag.py logs/NAME.pt                             the data from the hub
+    python evals/hellaswag.py CHECKPOINT --data hellaswag_val.jsonl    or from a file
+    python evals/hellaswag.py CHECKPOINT --limit 500                   only the first examples
+
+An ending's log-likelihood is that of the tokens of a space and the ending, given those of the raw
+context; no token stands before the context. `acc_norm` chooses by its mean over the ending's
+tokens, `acc` by its sum. Where several endings are best, the right one counts by its share, so a
+uniform model has an acc_norm of 0.25.
+
+This is the convention of llm.c, whose own evaluation gives GPT-2 124M 29.4 (its Python script
+acc_norm 29.55, acc 28.59). lm-eval rewrites the text and divides by the ending's bytes, and gives
+acc_norm 31.14, acc 28.92. These are reported figures; none was reproduced here. In the batch rows
+are padded behind their end, where no token that counts can see it.
+
+The result is printed, and closes a log in the folder hellaswag/ beside the checkpoint.
+"""
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "data")]
+
+import pyarrow.parquet  # noqa: E402
+import torch  # noqa: E402
+import torch.nn.functional as F  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from data.hub import HubError, download, list_files  # noqa: E402
+from data.shards import file_sha256  # noqa: E402
+from evals.models import LanguageModel, load_model  # noqa: E402
+from records.harness import Log, RunError, header_sections  # noqa: E402
+
+# Where the hub keeps its own parquet copy of a dataset, whatever the dataset's form.
+REPO, REVISION, PREFIX = "Rowan/hellaswag", "refs/convert/parquet", "default/validation/"
+FOLDER = ROOT / "data" / "hellaswag"
+EXAMPLES, ENDINGS = 10_042, 4
+# hellaswag_val.jsonl in the GitHub repository rowanz/hellaswag, as others report it.
+ORIGINAL_SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
+SOURCES = ("evals/hellaswag.py", "evals/models.py")  # what a log embeds
+BATCH_TOKENS = 4096  # of a forward pass, padding included: bounds the memory of the logits
+NO_TARGET = -100  # cross_entropy's default for positions that do not count
+
+Row = tuple[list[int], int]  # tokens of context and ending; how many at its end are the ending
+
+
+# ------------------------------------------------------------------------------ Data
+
+
+@dataclass(frozen=True)
+class Example:
+    """A context, its endings, and which of them is right."""
+
+    context: str
+    endings: tuple[str, ...]
+    label: int
+
+
+def example_of(record: object) -> Example:
+    """An Example from a decoded line; ValueError says what is wrong with it."""
+    if not isinstance(record, dict) or not {"ctx", "endings", "label"} <= record.keys():
+        raise ValueError("no object with ctx, endings and label")
+    context, endings, label = record["ctx"], record["endings"], str(record["label"])
+    if not isinstance(context, str) or not context.strip():
+        raise ValueError("ctx is no text")
+    if not isinstance(endings, list) or len(endings) != ENDINGS:
+        raise ValueError(f"endings is no list of {ENDINGS}")
+    if not all(isinstance(ending, str) and ending for ending in endings):
+        raise ValueError("an ending is no text")
+    if label not in map(str, range(ENDINGS)):
+        raise ValueError(f"label {label} is not one of 0 to {ENDINGS - 1}")
+    return Example(context, tuple(endings), int(label))
+
+
+def example_in(line: bytes) -> Example:
+    """The Example of a line of JSON; ValueError says what is wrong with it."""
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):
+        raise ValueError("no JSON") from None
+    return example_of(record)
+
+
+def read_jsonl(path: Path) -> list[Example]:
+    """Every line of a file as an Example; RunError names the first line that is none."""
+    advice = "give hellaswag_val.jsonl, or leave out --data"
+    try:
+        lines = path.read_bytes().splitlines()
+    except OSError as error:
+        raise RunError(f"cannot read {path} ({error.strerror}); {advice}") from None
+    examples = []
+    for number, line in enumerate(lines, 1):
+        try:
+            examples.append(example_in(line))
+        except ValueError as error:
+            raise RunError(f"{path}, line {number}: {error}; {advice}") from None
+    if not examples:
+        raise RunError(f"{path} is empty; {advice}")
+    return examples
+
+
+def fetch() -> Path:
+    """The validation set's file, downloaded once. Raises HubError."""
+    advice = "bring hellaswag_val.jsonl (GitHub rowanz/hellaswag, folder data), and give it: --data"
+    found = sorted((FOLDER / PREFIX).glob("*.parquet"))
+    if not found:
+        files = list_files(REPO, REVISION, PREFIX, advice)
+        found = download(REPO, files, FOLDER, REVISION)
+    if len(found) != 1:
+        raise HubError(f"{REPO} has {len(found)} files {PREFIX}*, not 1; {advice}")
+    return found[0]
+
+
+def read_parquet(path: Path) -> list[Example]:
+    """The hub's file; RunError unless it is the whole set."""
+    try:
+        examples = [example_of(record) for record in pyarrow.parquet.read_table(path).to_pylist()]
+    except (ValueError, OSError) as error:  # pyarrow's own errors are of these
+        raise RunError(f"{path} cannot be used ({error}); delete it and run this again") from None
+    if len(examples) != EXAMPLES:
+        raise RunError(
+            f"{path} has {len(examples):,} examples, not {EXAMPLES:,}; delete it and run this again"
+        )
+    return examples
+
+
+# ------------------------------------------------------------------------------ Scores
+
+
+def rows_of(example: Example, model: LanguageModel) -> list[Row]:
+    """The row of each ending; what does not fit the model's context is cut from the front."""
+    encode = model.tokenizer.encode
+    context, rows = encode(example.context), []
+    for ending in example.endings:
+        tokens = encode(" " + ending)
+        row = (context + tokens)[-model.context - 1 :]
+        rows.append((row, min(len(tokens), len(row) - 1)))
+    return rows
+
+
+def batches(rows: list[Row]) -> list[list[int]]:
+    """Indices of rows, the longest first, in batches of at most BATCH_TOKENS once padded."""
+    order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))
+    result = []
+    while order:
+        count = max(1, BATCH_TOKENS // len(rows[order[0]][0]))
+        result.append(order[:count])
+        order = order[count:]
+    return result
+
+
+def log_likelihoods(model: LanguageModel, rows: list[Row]) -> Tensor:
+    """Sum over the ending's tokens for each row of a batch, (B,) fp64, nats."""
+    shape = len(rows), max(len(tokens) for tokens, _ in rows) - 1
+    inputs_BT = torch.full(shape, model.tokenizer.document_start)
+    targets_BT = torch.full(shape, NO_TARGET)
+    for row, (tokens, count) in enumerate(rows):
+        end = len(tokens) - 1
+        inputs_BT[row, :end] = torch.tensor(tokens[:-1])
+        targets_BT[row, end - count : end] = torch.tensor(tokens[-count:])
+    logits_BTV = model.logits(inputs_BT)
+    targets_N = targets_BT.flatten().to(logits_BTV.device)
+    losses_N = F.cross_entropy(logits_BTV.flatten(0, 1), targets_N, reduction="none")
+    return -losses_N.view(shape).double().sum(1).cpu()
+
+
+def scores(model: LanguageModel, rows: list[Row]) -> Iterator[tuple[list[int], Tensor]]:
+    """Yield (indices, their log-likelihoods) batch by batch."""
+    for indices in batches(rows):
+        yield indices, log_likelihoods(model, [rows[i] for i in indices])
+
+
+def accuracy(scores_NE: Tensor, labels_N: Tensor) -> float:
+    """Share of examples whose right ending scores best; among k equal ones it counts 1/k."""
+    best_NE = scores_NE == scores_NE.max(1, keepdim=True).values
+    right_N = best_NE.gather(1, labels_N[:, None])[:, 0]
+    return (right_N.double() / best_NE.sum(1)).mean().item()
+
+
+def evaluate(model: LanguageModel, examples: list[Example], progress=lambda done, text: None):
+    """(acc_norm, acc) of a model; progress is called with the number of rows that are done."""
+    rows = [row for example in examples for row in rows_of(example, model)]
+    sums, done = torch.empty(len(rows), dtype=torch.float64), 0
+    for indices, likelihoods in scores(model, rows):
+        sums[indices] = likelihoods
+        done += len(indices)
+        progress(done, f"{done} of {len(rows)} endings")
+    if not sums.isfinite().all():
+        raise RunError("the model's likelihoods are not finite; give a checkpoint from before that")
+    counts = torch.tensor([count for _, count in rows])
+    labels_N = torch.tensor([example.label for example in examples])
+    means_NE, sums_NE = (x.view(-1, ENDINGS) for x in (sums / counts, sums))
+    return accuracy(means_NE, labels_N), accuracy(sums_NE, labels_N)
+
+
+# ------------------------------------------------------------------------------ Main
+
+
+def load_examples(data: Path | None) -> tuple[list[Example], Path, str]:
+    """The examples, their file, and what it is: from a .jsonl, or without one from the hub."""
+    if data is None:
+        return read_parquet(path := fetch()), path, "as the hub's"
+    examples = read_jsonl(data)
+    original = file_sha256(data) == ORIGINAL_SHA256
+    return examples, data, "the original" if original else "not the original"
+
+
+def run(checkpoint: Path, data: Path | None, limit: int | None) -> None:
+    """Evaluate, print the result and leave a log of it."""
+    examples, data, verdict = load_examples(data)
+    examples = examples[:limit]
+    model = load_model(checkpoint)
+    about = {"checkpoint": checkpoint.name, "trainer": model.trainer, "step": model.step}
+    digest = file_sha256(data)
+    log = open_log(checkpoint, about, f"{data.name} sha256:{digest} ({verdict})", len(examples))
+    result = None
+    try:
+        acc_norm, acc = evaluate(model, examples, log.progress)
+        stderr = math.sqrt(acc_norm * (1 - acc_norm) / len(examples))
+        result = (
+            f"hellaswag acc_norm:{acc_norm:.4f} stderr:{stderr:.4f} acc:{acc:.4f} "
+            f"n:{len(examples)} {' '.join(f'{k}:{v}' for k, v in about.items())} "
+            f"data_sha256:{digest}"
+        )
+    finally:
+        log.close(result)
+
+
+def open_log(checkpoint: Path, about: dict, data: str, count: int) -> Log:
+    """A log in a folder of its own, so that the folder of runs' logs holds nothing else."""
+    stamp = time.strftime("%Y-%m-%dT%H%M%SZ", time.gmtime())
+    folder = checkpoint.absolute().parent / "hellaswag"
+    log = Log(str(folder), f"{checkpoint.stem}_{stamp}", ENDINGS * count)
+    log.open()
+    sources = {path: (ROOT / path).read_text() for path in SOURCES}
+    header_sections(log, sources, "", about, {"matmul_dtype": "torch.float32"})
+    log.section("data", [data])
+    return log
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("checkpoint", type=Path, help="file or folder that a trainer wrote")
+    parser.add_argument("--data", type=Path, help="hellaswag_val.jsonl (default: from the hub)")
+    parser.add_argument("--limit", type=int, help="examples to take, from the first (default: all)")
+    args = parser.parse_args()
+    if args.limit is not None and args.limit < 1:
+        parser.error("--limit must be at least 1")
+    try:
+        run(args.checkpoint, args.data, args.limit)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except (RunError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

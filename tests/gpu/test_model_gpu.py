@@ -1,0 +1,126 @@
+"""The model on a GPU: attention against fp64, compiled graphs, memory, warm-up without a trace."""
+
+import dataclasses
+import gc
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from data.batches import micro_batches
+from data.shards import write_shard
+from records.harness import Run, Runtime, compiled_graphs, parse_flags
+from train_gpt import (
+    PROCESS_START,
+    TRACKS,
+    Trainer,
+    block_mask,
+    bytes_per_token,
+    dense_mask,
+    fixed_bytes,
+    flex_attention,
+    orthogonalize,
+)
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+
+
+@pytest.mark.parametrize("window", [1, 128, 200, 1000, 4096])
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_flex_attention_equals_sdpa_in_fp64_forward_and_backward(window, seed):
+    torch.manual_seed(seed)
+    T, options = 2048, Runtime().flex_options
+    docs = (torch.rand(2, T, device="cuda") < 0.004).cumsum(1)
+    q, k, v, dy = torch.randn(4, 2, 3, T, 128, device="cuda", dtype=torch.bfloat16)
+    q, at = 0.1 * F.rms_norm(q, (128,)), torch.tensor(window, device="cuda")
+    compiled, found, expected = torch.compile(flex_attention, dynamic=False), [], []
+    for results, dtype in ((found, torch.bfloat16), (expected, torch.float64)):
+        inputs = [t.detach().to(dtype).requires_grad_() for t in (q, k, v)]
+        if dtype == torch.bfloat16:
+            blocks = block_mask(docs, at)
+            y = compiled(*inputs, block_mask=blocks, scale=1.0, kernel_options=options)
+        else:
+            y = F.scaled_dot_product_attention(*inputs, attn_mask=dense_mask(docs, at), scale=1.0)
+        y.backward(dy.to(dtype))
+        results += [y.detach(), *(t.grad for t in inputs)]
+    for a, b in zip(found, expected, strict=True):
+        assert (a.double() - b).norm() < 0.02 * b.norm()
+
+
+@pytest.fixture
+def hp(tmp_path):
+    """The fineweb track on made-up documents, for as many steps as change its stage."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, 50256, (2**23,), generator=generator)
+    tokens[torch.rand(2**23, generator=generator) < 0.0015] = 50256
+    tokens[0] = 50256
+    for name in ("train", "val"):
+        write_shard(tmp_path / f"{name}.bin", tokens.numpy())
+    return dataclasses.replace(
+        TRACKS["fineweb"],
+        train_files=str(tmp_path / "train.bin"),
+        val_files=str(tmp_path / "val.bin"),
+        val_tokens=2**18,
+        num_steps=9,
+        extension_steps=1,
+        batch_tokens=(131_072, 262_144, 131_072),
+    )
+
+
+def trainer(hp, *flags) -> Trainer:
+    gc.collect()
+    torch.cuda.empty_cache()
+    options = parse_flags(list(flags), TRACKS, "fineweb", "")[2]
+    return Trainer(Run("fineweb", hp, options, [], Runtime(), None, PROCESS_START))
+
+
+def test_nothing_recompiles_after_warm_up(hp):
+    made = trainer(hp)
+    made.warm_up()
+    before = compiled_graphs()
+    batches = micro_batches(hp, made.rt, made.micro_seqs, 0, 0)
+    on_gpu = (tuple(t.cuda() for t in pair) for pair in batches)
+    for step in range(hp.num_steps):
+        if step % 4 == 0:
+            made.validation_loss(step, made.val)
+        made.update(step, on_gpu)
+    assert compiled_graphs() == before
+
+
+def test_two_steps_are_the_same_with_and_without_warm_up(hp):
+    losses = []
+    for warm in (True, False):
+        made = trainer(hp)
+        if warm:
+            made.warm_up()
+        batches = micro_batches(hp, made.rt, made.micro_seqs, 0, 0)
+        on_gpu = (tuple(t.cuda() for t in pair) for pair in batches)
+        losses.append([made.update(step, on_gpu).item() for step in range(2)])
+        del made
+    assert losses[0] == pytest.approx(losses[1], abs=2e-3)  # atomics of the embedding gradients
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4, 8])
+def test_peak_memory_stays_below_the_estimate_and_near_it(hp, rows):
+    estimate = fixed_bytes(hp) + rows * hp.seq_len * bytes_per_token(hp)
+    if estimate > 0.9 * torch.cuda.get_device_properties(0).total_memory:
+        pytest.skip("more than this GPU has")
+    made = trainer(hp, f"--micro_batch_seqs={rows}")
+    made.warm_up()
+    torch.cuda.reset_peak_memory_stats()
+    batches = micro_batches(hp, made.rt, made.micro_seqs, 0, 0)
+    on_gpu = (tuple(t.cuda() for t in pair) for pair in batches)
+    for step in range(2):
+        made.update(step, on_gpu)
+    peak = torch.cuda.max_memory_allocated()
+    print(f"{rows} rows: peak {peak / 2**30:.1f} GiB, estimate {estimate / 2**30:.1f} GiB")
+    assert 0.4 * estimate < peak < estimate
+
+
+def test_orthogonalize_in_bf16_levels_singular_values():
+    G = torch.randn(4, 768, 768, device="cuda")
+    singular = torch.linalg.svdvals(orthogonalize(G, torch.bfloat16).float())
+    assert singular.quantile(0.05) > 0.7 and singular.max() < 1.3

@@ -1,0 +1,350 @@
+"""Sampling: probabilities, the cache, seeds, streaming, and checkpoints that cannot be used."""
+
+import base64
+import io
+import math
+import random
+import re
+import signal
+import subprocess
+import sys
+from argparse import Namespace
+from itertools import repeat
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import KnownModel, write_gpt2, write_speedrun
+from conftest import ROOT, clean_environment, only_log, run_section, train
+from scipy.stats import chisquare
+
+import data.gpt2
+import sample
+from data.shards import open_shard
+from evals.models import load_model, tokenizer_of
+from records.harness import RunError, read_checkpoint, write_checkpoint
+from sample import generate, text_pieces, token_probabilities
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    return write_speedrun(tmp_path_factory.mktemp("run") / "tiny.pt")
+
+
+def settings(**changes) -> Namespace:
+    plain = {"max_tokens": 20, "temperature": 1.0, "top_k": 0, "top_p": 1.0}
+    return Namespace(**{**plain, **changes})
+
+
+# ------------------------------------------------------------------------------ Probabilities
+
+
+def slow_probabilities(logits, temperature, top_k, top_p) -> list[float]:
+    """The definition, in plain Python."""
+    weights = [math.exp(x / temperature) for x in logits]
+    order = sorted(range(len(weights)), key=lambda token: (-weights[token], token))
+    order = order[: top_k or len(order)]
+    total, kept, mass = sum(weights[token] for token in order), [], 0.0
+    for token in order:
+        kept.append(token)
+        mass += weights[token] / total
+        if mass >= top_p:
+            break
+    total = sum(weights[token] for token in kept)
+    return [weights[token] / total if token in kept else 0.0 for token in range(len(weights))]
+
+
+def test_probabilities_equal_the_definition():
+    rng = random.Random(0)
+    for _ in range(300):
+        logits = [rng.gauss(0, 2) for _ in range(rng.randint(1, 30))]
+        logits += rng.choices(logits, k=3)  # equal ones
+        temperature, top_k = rng.choice([0.3, 1.0, 2.5]), rng.choice([0, 1, 2, 5, 100])
+        top_p = rng.choice([1e-9, 0.3, 0.7, 0.95])
+        found = token_probabilities(
+            torch.tensor(logits, dtype=torch.float64), temperature, top_k, top_p
+        )
+        expected = slow_probabilities(logits, temperature, top_k, top_p)
+        np.testing.assert_allclose(found, expected, atol=1e-12)
+
+
+def test_all_of_the_distribution_is_kept_unless_asked():
+    logits = torch.randn(100, dtype=torch.float64)
+    torch.testing.assert_close(token_probabilities(logits, 1.0, 0, 1.0), logits.softmax(0))
+
+
+def test_drawn_tokens_follow_the_probabilities():
+    logits = torch.randn(257, generator=torch.Generator().manual_seed(1))
+    logits[256] = -100  # no document ends
+    options = settings(max_tokens=5000, temperature=0.7, top_k=12, top_p=0.9)
+    drawn = list(generate(KnownModel(lambda seen: logits, context=10**9), [256], options, seed=3))
+    expected = 5000 * np.array(slow_probabilities(logits.tolist(), 0.7, 12, 0.9))
+    counts, likely = np.bincount(drawn, minlength=257), expected > 0
+    assert len(drawn) == 5000 and counts[~likely].sum() == 0 and 3 < likely.sum() <= 12
+    assert chisquare(counts[likely], expected[likely]).pvalue > 1e-3
+
+
+# ------------------------------------------------------------------------------ Tokens
+
+
+def greedy(model, prompt: list[int], count: int) -> list[int]:
+    """Argmax decoding by whole forward passes."""
+    tokens = list(prompt)
+    for _ in range(count):
+        logits = model.logits(torch.tensor([tokens]))[0, -1]
+        tokens.append(int(logits[: model.tokenizer.document_start + 1].argmax()))
+    return tokens[len(prompt) :]
+
+
+@pytest.mark.parametrize("write", [write_speedrun, write_gpt2])
+def test_top_k_1_is_argmax_decoding_without_a_cache(write, tmp_path):
+    model, prompt = load_model(write(tmp_path / "checkpoint.pt")), [256, *b"def f"]
+    for seed in (0, 1):
+        found = list(generate(model, prompt, settings(top_k=1, max_tokens=50), seed))
+        expected = greedy(model, prompt, 50)
+        ends = expected.index(256) if 256 in expected else 50
+        assert found == expected[:ends] and len(set(found)) > 3
+
+
+def test_the_cache_gives_the_logits_of_the_whole_row(tmp_path):
+    """In pieces of several tokens and of one, up to the last position."""
+    model = load_model(write_gpt2(tmp_path / "gpt2"))
+    tokens = torch.randint(0, 257, (64,), generator=torch.Generator().manual_seed(0))
+    whole, read, start = model.logits(tokens[None])[0], model.reader(), 0
+    for end in (7, 8, 9, 20, 63, 64):
+        found = read(tokens[start:end].tolist())
+        torch.testing.assert_close(found, whole[end - 1], rtol=1e-4, atol=1e-4)
+        start = end
+
+
+def test_a_sample_ends_with_its_document_its_length_or_the_context():
+    def likes(token):
+        logits = torch.zeros(257)
+        logits[token] = 1000
+        return logits
+
+    ends_after_3 = KnownModel(lambda seen: likes(256 if len(seen) == 4 else 65))
+    assert list(generate(ends_after_3, [256], settings(), 0)) == [65, 65, 65]
+    endless = KnownModel(lambda seen: likes(65), context=8)
+    assert list(generate(endless, [256], settings(max_tokens=3), 0)) == [65] * 3
+    assert len(list(generate(endless, [256] + [66] * 5, settings(), 0))) == 3  # reads 8, writes 9th
+    assert len(list(generate(endless, [256] + [66] * 7, settings(), 0))) == 1
+
+
+def test_rows_that_pad_the_vocabulary_are_never_drawn():
+    logits = torch.zeros(300)
+    logits[257:] = 50
+    drawn = list(generate(KnownModel(lambda seen: logits), [256], settings(max_tokens=64), 0))
+    assert drawn and max(drawn) < 256
+
+
+def test_logits_that_are_not_finite_are_refused():
+    broken = KnownModel(lambda seen: torch.full((257,), math.nan))
+    with pytest.raises(RunError, match="logits are not finite"):
+        list(generate(broken, [256], settings(), 0))
+
+
+# ------------------------------------------------------------------------------ Text
+
+
+def test_a_character_waits_for_its_last_byte():
+    text = "aé漢😀"
+    pieces = list(text_pieces(text.encode(), bytes))
+    assert pieces == ["a", "", "é", "", "", "漢", "", "", "", "😀", ""]
+    assert list(text_pieces("漢".encode()[:2] + b"b", bytes)) == [
+        "",
+        "",
+        "\N{REPLACEMENT CHARACTER}b",
+        "",
+    ]
+    assert list(text_pieces("é".encode()[:1], bytes)) == ["", "\N{REPLACEMENT CHARACTER}"]
+
+
+def test_text_comes_while_tokens_are_still_drawn():
+    pieces = text_pieces(repeat(65), bytes)  # without an end
+    assert [next(pieces) for _ in range(3)] == ["A"] * 3
+
+
+def test_bytes_are_their_own_tokens():
+    tokenizer = tokenizer_of(256)
+    assert (
+        tokenizer.encode("é\n") == [0xC3, 0xA9, 10]
+        and tokenizer.decode([0xC3, 0xA9]) == b"\xc3\xa9"
+    )
+    assert tokenizer.encode("\udcff") == [255]  # an argument that was no UTF-8
+
+
+def test_gpt2_tokens_come_from_the_local_ranks(tmp_path, monkeypatch):
+    pairs = [bytes([i]) for i in range(256)] + [b"th", b" th", b" the"]
+    lines = (base64.b64encode(pair) + b" %d\n" % rank for rank, pair in enumerate(pairs))
+    (tmp_path / "ranks").write_bytes(b"".join(lines))
+    monkeypatch.setattr(data.gpt2, "GPT2_FILE", tmp_path / "ranks")
+    tokenizer = tokenizer_of(50256)
+    assert tokenizer.encode("a the") == [97, 258] and tokenizer.decode([97, 258]) == b"a the"
+    assert 50256 not in tokenizer.encode("<|endoftext|>")  # in a prompt it is ordinary text
+
+
+def test_other_tokens_are_refused():
+    with pytest.raises(RunError, match="documents open with token 63"):
+        tokenizer_of(63)
+
+
+# ------------------------------------------------------------------------------ Checkpoints
+
+
+def test_a_speedrun_checkpoint_gives_the_loss_that_its_run_logged(flags, shards, tmp_path):
+    bytes_track = ["--vocab_size=257", "--document_start=256", "--val_spread=false"]
+    done = train([*flags, *bytes_track, "--fp32=true", "--save_every=20"])
+    assert done.returncode == 0, done.stderr
+    (path,) = tmp_path.glob("*.pt")
+    model = load_model(path)
+    tokens = torch.from_numpy(open_shard(shards / "val.bin").astype(np.int64))
+    losses = []  # the first 2048 targets, in rows of the model's context
+    for start in range(0, 2048, model.context):
+        row = tokens[start : start + model.context + 1]
+        losses.append(torch.nn.functional.cross_entropy(model.logits(row[None, :-1])[0], row[1:]))
+    logged = re.findall(r"val_loss:(\S+)", run_section(only_log(tmp_path)))
+    assert torch.stack(losses).mean().item() == pytest.approx(float(logged[-1]), abs=2e-6)
+
+
+def damaged(checkpoint, path, change) -> str:
+    """The error of load_model for a changed copy of a checkpoint."""
+    content = bytearray(checkpoint.read_bytes())
+    path.write_bytes(change(content))
+    with pytest.raises(RunError) as error:
+        load_model(path)
+    return str(error.value)
+
+
+def test_damaged_checkpoints_are_refused_with_one_sentence(checkpoint, tmp_path):
+    path = tmp_path / "damaged.pt"
+    weights = read_checkpoint(str(checkpoint))["tensors"]["model.lm_head"].numpy().tobytes()
+    at = checkpoint.read_bytes().index(weights[:64])
+
+    def one_bit(content):
+        content[at + 2] ^= 1
+        return content
+
+    assert "was changed after it was written" in damaged(checkpoint, path, one_bit)
+    method = checkpoint.read_bytes().rindex(b"PK\x01\x02") + 10
+
+    def compressed(content):
+        content[method] = 77
+        return content
+
+    assert "truncated, damaged or no" in damaged(checkpoint, path, compressed)
+    for end in (0, 10, len(checkpoint.read_bytes()) // 2, -1):
+        assert "truncated, damaged or no" in damaged(checkpoint, path, lambda c, e=end: c[:e])
+    assert "truncated, damaged or no" in damaged(checkpoint, path, lambda c: b"text\n" * 99)
+
+
+def test_what_is_no_checkpoint_of_this_code_is_refused(checkpoint, tmp_path):
+    saved, path = read_checkpoint(str(checkpoint)), tmp_path / "other.pt"
+    for change in ({"config": {**saved["config"], "new_idea": 1}},
+                   {"config": {**saved["config"], "model_dim": 48}},
+                   {"tensors": {}},
+                   {"tensors": 3}):  # fmt: skip
+        write_checkpoint(path, {**saved, **change})
+        with pytest.raises(
+            RunError, match=r"other.pt: the checkpoint is of another train_gpt.py \(.+\); check"
+        ):
+            load_model(path)
+    torch.save({"model": torch.zeros(3)}, path)
+    with pytest.raises(RunError, match="truncated, damaged or no checkpoint"):
+        load_model(path)
+    with pytest.raises(RunError, match="there is no checkpoint .*none.pt"):
+        load_model(tmp_path / "none.pt")
+    with pytest.raises(RunError, match="is no checkpoint of train_gpt2.py"):
+        load_model(tmp_path)
+
+
+def test_damaged_gpt2_checkpoints_are_refused(tmp_path):
+    folder = write_gpt2(tmp_path / "gpt2")
+    assert load_model(folder).step == 5
+    (shard,) = folder.glob("*.distcp")
+    content = shard.read_bytes()
+    for changed in (content[:-9], content[:500] + b"x" + content[501:]):
+        shard.write_bytes(changed)
+        with pytest.raises(RunError, match="truncated or was changed after it was written"):
+            load_model(folder)
+
+
+# ------------------------------------------------------------------------------ The script
+
+
+def start(checkpoint, *flags, **options) -> subprocess.Popen:
+    return subprocess.Popen(
+        [sys.executable, str(ROOT / "sample.py"), str(checkpoint), *flags],
+        env=clean_environment(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def script(checkpoint, *flags, stdin="") -> subprocess.CompletedProcess:
+    process = start(checkpoint, *flags)
+    out, err = process.communicate(stdin, timeout=90)
+    assert "Traceback" not in err, err
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+
+def test_the_same_seed_gives_the_same_text_in_another_process(checkpoint):
+    flags = ("--prompt", "def é", "--max_tokens", "30")
+    both = script(checkpoint, *flags, "--seed", "7", "--num_samples", "2")
+    assert both.returncode == 0, both.stderr
+    first, _, second = both.stdout.partition("\n--- sample 2 of 2, seed 8 ---\n")
+    assert first.startswith("--- sample 1 of 2, seed 7 ---\ndef é")
+    assert second.startswith("def é") and not first.endswith(second.rstrip("\n"))
+    assert script(checkpoint, *flags, "--seed", "8").stdout == second
+
+
+def test_interactive_asks_again_until_the_input_ends(checkpoint):
+    done = script(checkpoint, "--interactive", "--top_k=1", stdin=f"\n\n{'x' * 64}\nab\n")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("> > > > ab") and done.stdout.endswith("\n> \n")
+    assert done.stderr == (
+        "error: the prompt has 65 tokens, its document start included, and the model's context 64; "
+        "give a shorter one\n"
+    )
+
+
+def test_ctrl_c_ends_a_sample_cleanly(tmp_path):
+    slow = write_speedrun(tmp_path / "slow.pt", val_tokens=4096, val_seq_len=4096)
+    saved = read_checkpoint(str(slow))
+    saved["tensors"]["model.lm_head"][256] = -saved["tensors"]["model.lm_head"][97]
+    write_checkpoint(slow, saved)
+    process = start(slow, "--prompt", "abc", "--max_tokens", "5000", "--top_k", "2")
+    assert process.stdout.read(3) == "abc"  # the text comes while the sample is written
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130 and err == "\ninterrupted\n"
+
+
+@pytest.mark.parametrize(
+    "flags, problem",
+    [
+        (["--prompt", ""], "the prompt is empty"),
+        ([], "one of the arguments --prompt --interactive is required"),
+        (["--prompt", "a", "--temperature", "0"], "--temperature must be at least 0.001"),
+        (["--prompt", "a", "--top_p", "1.5"], "--top_p must be above 0 and at most 1"),
+        (["--prompt", "a", "--num_samples", "0"], "--num_samples must be at least 1"),
+        (["--prompt", "a", "--seed", "-1"], "--seed must be at least 0"),
+    ],
+)
+def test_wrong_flags_are_misuse(monkeypatch, capsys, flags, problem):
+    monkeypatch.setattr(sys, "argv", ["sample.py", "x.pt", *flags])
+    with pytest.raises(SystemExit) as error:
+        sample.parse()
+    assert error.value.code == 2 and problem in capsys.readouterr().err
+
+
+def test_a_missing_checkpoint_ends_with_one_sentence(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
+    monkeypatch.setattr(sys, "argv", ["sample.py", str(tmp_path / "none.pt"), "--prompt", "a"])
+    assert sample.main() == 1
+    out, err = capsys.readouterr()
+    assert out == "" and re.fullmatch("error: there is no checkpoint .*none.pt; .*\n", err)

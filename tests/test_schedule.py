@@ -1,0 +1,94 @@
+"""What changes while a run goes on: frequencies, targets, gradients that wait, the tied head."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from records.harness import Run, Runtime, parse_flags
+from train_gpt import PROCESS_START, TRACKS, Trainer, micro_batches, schedule
+
+
+def trainer(hp) -> Trainer:
+    options = parse_flags(["--compile=false"], TRACKS, "embedded", "")[2]
+    return Trainer(Run("embedded", hp, options, [], Runtime(), None, PROCESS_START))
+
+
+def test_slow_frequencies_stretch_with_the_window():
+    """YaRN by its formula, pair by pair, for the fineweb track's windows."""
+    hp = TRACKS["fineweb"]
+    for stage, windows in enumerate([(384,), (384, 896), (384, 896, 1408)]):
+        at = schedule(stage * 500, hp, "cpu")
+        scale = hp.attn_scale
+        for old, new in zip(windows, windows[1:], strict=False):
+            scale *= 1 + 0.2 * math.log(new / old)
+        assert at.window == windows[-1] and at.attn_scale.item() == pytest.approx(scale)
+        for i in range(32):
+            f = 1024 ** -(i / 31)
+            for old, new in zip(windows, windows[1:], strict=False):
+                kept = min(1.0, max(0.0, (old * f / (2 * math.pi) - 1) / 31))
+                f *= old / new + kept * (1 - old / new)
+            assert at.frequency[i].item() == pytest.approx(f, rel=1e-5)
+
+
+def test_validation_sees_its_own_window_with_the_frequencies_of_the_step():
+    hp = TRACKS["fineweb"]
+    during, after = (schedule(1499, hp, "cpu", training) for training in (True, False))
+    assert (during.window, after.window) == (1408, 2560)
+    assert torch.equal(during.frequency, after.frequency) and after.target_weights.tolist() == [1]
+
+
+def test_further_targets_fade_by_two_thirds_of_the_run():
+    hp = dataclasses.replace(TRACKS["fineweb"], num_steps=900)
+    ratios = {}
+    for step in (0, 150, 300, 450, 600, 899):
+        weights = schedule(step, hp, "cpu").target_weights
+        assert weights.sum().item() == pytest.approx(1)
+        ratios[step] = [(w / weights[0]).item() for w in weights[1:]]
+    expected = {0: (0.5, 0.25), 150: (0.5, 0.125), 300: (0.5, 0), 450: (0.25, 0),
+                600: (0, 0), 899: (0, 0)}  # fmt: skip
+    for step, pair in expected.items():
+        assert ratios[step] == pytest.approx(pair, abs=1e-6), step
+
+
+def test_the_head_is_the_embedding_until_they_part(tiny_hp):
+    hp = dataclasses.replace(tiny_hp, tied_frac=0.5, num_steps=8, head_lr=tiny_hp.embed_lr)
+    run = trainer(hp)
+    batches = micro_batches(hp, run.rt, run.micro_seqs, 0, 0)
+    for step in range(8):
+        before = run.model.embed.detach().clone()
+        run.update(step, batches)
+        assert torch.equal(run.model.embed, run.model.lm_head) == (step < 5), step
+        assert torch.equal(before, run.model.embed) == (step % 2 == 0)  # Adam moves every other
+
+
+def test_a_waiting_gradient_is_the_sum_over_steps(tiny_hp):
+    """Two steps of which Adam takes the second, against one step by hand with both gradients."""
+    run = trainer(tiny_hp)
+    batches = list(micro_batches(dataclasses.replace(tiny_hp, num_steps=2), run.rt, 8, 0, 0))
+    embed, hand = run.model.embed, 0.0
+    start = embed.detach().clone()
+    for step, (inputs, targets) in enumerate(batches):
+        loss = run.model(inputs, targets, schedule(step, tiny_hp, "cpu"))
+        hand += torch.autograd.grad(loss, embed)[0]
+        run.update(step, iter([(inputs, targets)]))
+    reference = torch.nn.Parameter(start)
+    reference.grad = hand
+    rate = run.optimizers["embed"].adam.param_groups[0]["lr"]
+    torch.optim.Adam([reference], rate, tiny_hp.embed_betas, 1e-10).step()
+    torch.testing.assert_close(embed, reference, atol=2e-5, rtol=1e-4)
+    assert embed.grad is None
+
+
+def test_larger_batches_of_later_stages_take_more_forward_passes(tiny_hp):
+    hp = dataclasses.replace(tiny_hp, batch_tokens=(512, 1024, 1536), num_steps=9)
+    run, drawn = trainer(hp), []
+    run.loss = lambda inputs, targets, at: drawn.append(inputs) or run.model(inputs, targets, at)
+    batches = micro_batches(hp, run.rt, run.micro_seqs, 0, 0)
+    counts = []
+    for step in range(9):
+        drawn.clear()
+        run.update(step, batches)
+        counts.append(sum(inputs.numel() for inputs in drawn))
+    assert counts == [512] * 3 + [1024] * 3 + [1536] * 3

@@ -1,0 +1,140 @@
+"""Where a training step's time goes: python tools/profile_step.py [--steps 5] [trainer's flags]
+
+Takes the trainer's own flags, warms up as a run does, and profiles some steps in steady state.
+Prints the share of GEMMs, attention, head and loss, optimizer, element-wise work and copies, how
+long the steps waited for data, the longest operations, tokens/s and MFU. Nothing is logged. On a
+CPU the head and its loss are among GEMMs and element-wise work.
+"""
+
+import argparse
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+PROCESS_START = time.perf_counter()
+
+import torch  # noqa: E402
+from torch.profiler import ProfilerActivity, profile, record_function  # noqa: E402
+
+from data.batches import Prefetcher, micro_batches  # noqa: E402
+from records.harness import Run, RunError, Runtime, StopRequest, mfu, parse_flags  # noqa: E402
+from train_gpt import TRACKS, Trainer  # noqa: E402
+
+SETTLING_STEPS = 3
+PARTS = (  # of operations that stand below none of the spans in SPANS; the first that fits
+    ("attention", ("flex_attention", "flex_decoding", "scaled_dot_product", "attention")),
+    ("GEMMs", ("gemm", "cutlass", "nvjet", "mkldnn", "::mm", "::addmm", "::bmm", "relu_squared")),
+    ("copies", ("memcpy", "memset", "copy_")),
+)
+SPANS = {"photofinish::head_loss": "head and loss", "profile::optimizer": "optimizer"}
+
+
+def part_of(event, operation: str) -> str:
+    """Which part of the step an operation belongs to, by what it ran below and by its name."""
+    above = event
+    while above is not None:
+        for span, part in SPANS.items():
+            if span in above.name:
+                return part
+        above = above.cpu_parent
+    names = f"{event.name} {operation}".lower()
+    fitting = (part for part, words in PARTS if any(word in names for word in words))
+    return next(fitting, "element-wise")
+
+
+def operations(prof, on_gpu: bool):
+    """Yield (part, name, microseconds) of each kernel, or on a CPU of each operation itself."""
+    for event in prof.events():
+        if on_gpu:
+            yield from ((part_of(event, k.name), k.name, k.duration) for k in event.kernels)
+        elif event.self_cpu_time_total and not event.name.startswith("profile::"):
+            yield part_of(event, event.name), event.name, event.self_cpu_time_total
+
+
+class Waiting:
+    """Hands on the prefetcher's batches, and adds up the seconds that they were waited for."""
+
+    def __init__(self, batches):
+        self.batches, self.seconds = batches, 0.0
+
+    def __next__(self):
+        start = time.perf_counter()
+        item = next(self.batches)
+        self.seconds += time.perf_counter() - start
+        return item
+
+
+def spanned(step):
+    def inner(*args):
+        with record_function("profile::optimizer"):
+            return step(*args)
+
+    return inner
+
+
+def profiled_steps(trainer: Trainer, steps: int):
+    """Profile steps; return (profile, wall seconds, seconds of waiting for data)."""
+    rt, run = trainer.rt, trainer.run
+    for optimizer in trainer.optimizers.values():
+        optimizer.step = spanned(optimizer.step)
+    batches = micro_batches(trainer.hp, rt, trainer.micro_seqs, run.options.seed, 0)
+    waiting = Waiting(Prefetcher(batches, rt))
+    for step in range(SETTLING_STEPS):
+        trainer.update(step, waiting)
+    rt.synchronize()
+    kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if rt.is_gpu else [])]
+    waiting.seconds, start = 0.0, time.perf_counter()
+    with profile(activities=kinds) as prof:
+        for step in range(SETTLING_STEPS, SETTLING_STEPS + steps):
+            trainer.update(step, waiting)
+        rt.synchronize()
+        seconds = time.perf_counter() - start
+    return prof, seconds, waiting.seconds
+
+
+def report(trainer: Trainer, steps: int, prof, seconds: float, waited: float) -> None:
+    hp, rt = trainer.hp, trainer.rt
+    parts, names, longest = Counter(), Counter(), 15
+    for part, name, microseconds in operations(prof, rt.is_gpu):
+        parts[part] += microseconds
+        names[part, name] += microseconds
+    tokens = sum(hp.at(hp.batch_tokens, SETTLING_STEPS + i) for i in range(steps)) / seconds
+    share = mfu(trainer.run.flops_per_token * tokens, rt.device_name, rt.world_size)
+    print(f"{rt.device_name}: {1e3 * seconds / steps:.2f} ms a step under the profiler, "
+          f"{tokens:.0f} tokens/s, MFU {share}")  # fmt: skip
+    busy = sum(parts.values())
+    for part, microseconds in parts.most_common():
+        print(f"{microseconds / busy:7.1%} {microseconds / 1e3 / steps:10.3f} ms  {part}")
+    print(f"{waited / seconds:7.1%} {1e3 * waited / steps:10.3f} ms  of the wall time: data")
+    print(f"the {longest} longest operations:")
+    for (part, name), time_us in names.most_common(longest):
+        print(f"{time_us / busy:7.1%} {time_us / 1e3 / steps:10.3f} ms  {part}: {name:.70}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+    parser.add_argument("--steps", type=int, default=5, help="steps to profile")
+    own, flags = parser.parse_known_args()
+    default_track = "fineweb" if torch.cuda.is_available() else "embedded"
+    track, hp, options, overrides = parse_flags(flags, TRACKS, default_track, __doc__)
+    try:
+        if not 1 <= own.steps <= hp.num_steps - SETTLING_STEPS:
+            raise RunError(f"--steps {own.steps} does not fit into --num_steps {hp.num_steps}")
+        rt = Runtime(options.fp32)
+        trainer = Trainer(Run(track, hp, options, overrides, rt, StopRequest(), PROCESS_START))
+        trainer.warm_up()
+        if trainer.loss is trainer.model:
+            print("not compiled: these are the times of eager operations", file=sys.stderr)
+        report(trainer, own.steps, *profiled_steps(trainer, own.steps))
+    except (RunError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
