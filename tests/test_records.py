@@ -20,7 +20,7 @@ import numpy as np
 import pytest
 import runs
 import stats
-from conftest import ROOT, TINY, clean_environment, only_log, train
+from conftest import ROOT, TINY, as_flag, clean_environment, only_log, train
 from scipy import special
 
 RECORDS = sorted(ROOT.glob("records/*/20*/logs/*.txt"))
@@ -57,7 +57,7 @@ def log(shards, tmp_path_factory) -> Path:
 
 
 def tiny_flags(shards, folder) -> list[str]:
-    tiny = [f"--{name}={value}" for name, value in TINY.items()]
+    tiny = [f"--{name}={as_flag(value)}" for name, value in TINY.items()]
     files = [f"--train_files={shards}/train_*.bin", f"--val_files={shards}/val.bin"]
     return ["--track=embedded", *files, f"--log_dir={folder}", "--compile=false", *tiny]
 
