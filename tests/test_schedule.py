@@ -63,15 +63,18 @@ def test_the_head_is_the_embedding_until_they_part(tiny_hp):
         assert torch.equal(before, run.model.embed) == (step % 2 == 0)  # Adam moves every other
 
 
-def test_a_waiting_gradient_is_the_sum_over_steps(tiny_hp):
-    """Two steps of which Adam takes the second, against one step by hand with both gradients."""
+@pytest.mark.parametrize("tied_frac", [0.0, 0.5])
+def test_a_waiting_gradient_is_the_sum_over_steps_and_tied_matrices(tiny_hp, tied_frac):
+    """Two steps of which Adam takes the second, against one step by hand with all gradients."""
+    tiny_hp = dataclasses.replace(tiny_hp, tied_frac=tied_frac, head_lr=tiny_hp.embed_lr)
     run = trainer(tiny_hp)
     batches = list(micro_batches(dataclasses.replace(tiny_hp, num_steps=2), run.rt, 8, 0, 0))
     embed, hand = run.model.embed, 0.0
     start = embed.detach().clone()
     for step, (inputs, targets) in enumerate(batches):
         loss = run.model(inputs, targets, schedule(step, tiny_hp, "cpu"))
-        hand += torch.autograd.grad(loss, embed)[0]
+        matrices = (embed, run.model.lm_head) if tied_frac else (embed,)
+        hand += sum(torch.autograd.grad(loss, matrices))
         run.update(step, iter([(inputs, targets)]))
     reference = torch.nn.Parameter(start)
     reference.grad = hand
