@@ -641,7 +641,7 @@ class Muon:
     def __init__(self, params, lr: float, decay: float, rt: Runtime, update):
         self.params, self.lr, self.decay, self.rt, self.update = params, lr, decay, rt, update
         self.every, self.low = 1, None
-        self.bank = torch.cat([p.data for p in params])
+        self.bank = torch.cat([p.data for p in params]).float()
         if rt.stream_dtype == torch.bfloat16:
             self.bank, self.low = halves(self.bank)
         for p, view in zip(params, self.bank.split([len(p) for p in params]), strict=True):
@@ -778,11 +778,8 @@ class Trainer:
         for kind, window in product(hp.layers.replace("-", ""), hp.window_tokens):
             window = window if kind in "Ll" else window // 2
             paired = 2 if kind.islower() else 1  # half the tokens, both heads of each
-            keys += (
-                paired
-                * visible_keys(rows, hp.document_start, window // paired)
-                / len(hp.window_tokens)
-            )
+            keys += paired * visible_keys(rows, hp.document_start, window // paired)
+        keys /= len(hp.window_tokens)
         return 6 * weights + 12 * hp.num_heads * hp.head_dim * keys
 
     def update(self, step: int, batches) -> Tensor:
@@ -798,7 +795,7 @@ class Trainer:
         due = [o for o in self.optimizers.values() if (step + 1) % o.every == 0]
         moving = [p for optimizer in due for p in optimizer.params]
         rt.average([p.grad for p in moving])
-        if step < hp.tied_frac * hp.num_steps and model.embed.grad is not None:
+        if step < hp.tied_frac * hp.num_steps and self.optimizers["embed"] in due:
             both = (model.embed, model.lm_head)  # equal gradients keep equal matrices equal
             grad = sum(p.grad for p in both)
             for p in both:

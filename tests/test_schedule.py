@@ -67,7 +67,9 @@ def test_the_head_is_the_embedding_until_they_part(tiny_hp):
 def test_a_waiting_gradient_is_the_sum_over_steps_and_tied_matrices(tiny_hp, tied_frac):
     """Two steps of which Adam takes the second, against one step by hand with all gradients."""
     tiny_hp = dataclasses.replace(tiny_hp, tied_frac=tied_frac, head_lr=tiny_hp.embed_lr)
-    run = trainer(tiny_hp)
+    run, moved_by = trainer(tiny_hp), []
+    step_of_adam = run.optimizers["embed"].step
+    run.optimizers["embed"].step = lambda *a: moved_by.append(embed.grad) or step_of_adam(*a)
     batches = list(micro_batches(dataclasses.replace(tiny_hp, num_steps=2), run.rt, 8, 0, 0))
     embed, hand = run.model.embed, 0.0
     start = embed.detach().clone()
@@ -76,6 +78,7 @@ def test_a_waiting_gradient_is_the_sum_over_steps_and_tied_matrices(tiny_hp, tie
         matrices = (embed, run.model.lm_head) if tied_frac else (embed,)
         hand += sum(torch.autograd.grad(loss, matrices))
         run.update(step, iter([(inputs, targets)]))
+    torch.testing.assert_close(moved_by, [hand], atol=1e-3 * hand.abs().max().item(), rtol=0)
     reference = torch.nn.Parameter(start)
     reference.grad = hand
     rate = run.optimizers["embed"].adam.param_groups[0]["lr"]
