@@ -112,17 +112,38 @@ class Comparison:
         return "".join(letter for letter, run in self.in_order if "utc" in run.config)
 
     @property
+    def in_pairs(self) -> bool:
+        """Whether each two runs in a row are one of either arm, with one seed, both finished.
+
+        So repeat.py and replay.py run them. What neighbours share, such as the state of the host,
+        the initial weights and the order of the data, then cancels in their difference.
+        """
+        runs = self.in_order
+        if len(self.order) < len(runs) or len(self.a.runs) != len(self.b.runs):
+            return False
+        pairs = zip(runs[::2], runs[1::2], strict=True)
+        return all(x != y and one.seed == other.seed and one.finished and other.finished
+                   for (x, one), (y, other) in pairs)  # fmt: skip
+
+    @property
     def interleaved(self) -> bool:
         return self.trust or stats.is_interleaved(self.order)
+
+    @property
+    def noise(self) -> tuple[float, float]:
+        """Standard deviations of one run's log time and of its loss, as the tests meet them."""
+        samples = ((np.log(self.a.times), np.log(self.b.times)), (self.a.losses, self.b.losses))
+        return tuple(stats.noise(a, b, self.in_pairs) for a, b in samples)
 
 
 def compare(a: Arm, b: Arm, trust: bool = False) -> Comparison:
     """trust: take it as given that both arms ran on one host, interleaved."""
-    result = Comparison(a, b, trust, loss=stats.absolute(a.losses, b.losses))
+    result = Comparison(a, b, trust)
+    result.loss = stats.absolute(a.losses, b.losses, result.in_pairs)
     if obstacles := what_forbids_comparing(a, b, trust):
         result.verdict, result.reason = "NOT COMPARABLE", "; ".join(obstacles)
     else:
-        result.time = stats.relative(a.times, b.times)
+        result.time = stats.relative(a.times, b.times, result.in_pairs)
         result.verdict, result.reason = judge(result)
     result.warnings, result.next_steps = warnings(result), next_steps(result)
     return result
@@ -210,7 +231,8 @@ def warnings(c: Comparison) -> list[str]:
         seeds = Counter(run.seed for run in arm.finished if not run.is_public)
         if repeated := [seed for seed, count in seeds.items() if count > 1]:
             found.append(f"{letter}: seed {', '.join(repeated)} ran more than once")
-        troubles = Counter(what for run in arm.runs for what in [*run.warnings, *slowdown(run)])
+        said = [what for run in arm.runs for what in [*run.warnings, *slowdown(run)]]
+        troubles = Counter(re.sub(r" \(cpu_share \S+\)", "", what) for what in said)
         found += [f"{letter}: {what} ({n} of {len(arm.runs)} runs)" for what, n in troubles.items()]
     means = {letter: arm.times.mean() for letter, arm in (("A", c.a), ("B", c.b)) if arm.finished}
     times = [run.train_s / means[letter] for letter, run in c.in_order if run.finished]
@@ -238,13 +260,13 @@ def next_steps(c: Comparison) -> list[str]:
     n = min(len(c.a.finished), len(c.b.finished))
     if n < 2:
         return [*steps, "at least 5 runs an arm: python records/replay.py B --against A -n 5"]
+    of_time, of_loss = c.noise
     if c.verdict == "INCONCLUSIVE":
-        logs = (np.log(c.a.times), np.log(c.b.times))
         for what in (abs(c.time.change), 0.01):
-            need = stats.runs_needed(stats.pooled_sd(*logs), what)
+            need = stats.runs_needed(of_time, what)
             if need > n:
                 steps.append(f"{need} runs an arm would show a difference of {what:.2%} in time")
-    need = stats.runs_needed(stats.pooled_sd(c.a.losses, c.b.losses), stats.LOSS_MARGIN)
+    need = stats.runs_needed(of_loss, stats.LOSS_MARGIN)
     if need > n:
         steps.append(f"{need} runs an arm would show |loss difference| < {stats.LOSS_MARGIN}")
     return steps

@@ -40,7 +40,7 @@ def time_row(c: Comparison) -> tuple[str, ...] | None:
     if not math.isfinite(d.low):
         return row
     ci = f"[{100 * d.low:+.2f},{100 * d.high:+.2f}]%"
-    return *row[:3], f"{d.change:+.2%}", ci, *p_values(d, c.a.times, c.b.times)
+    return *row[:3], f"{d.change:+.2%}", ci, *p_values(d, c.a.times, c.b.times, c.in_pairs)
 
 
 def loss_row(c: Comparison) -> tuple[str, ...]:
@@ -49,11 +49,11 @@ def loss_row(c: Comparison) -> tuple[str, ...]:
     if not math.isfinite(d.low):
         return *row, f"{b - a:+.5f}", "", "", ""
     ci = f"[{d.low:+.5f},{d.high:+.5f}]"
-    return *row, f"{d.change:+.5f}", ci, *p_values(d, c.a.losses, c.b.losses)
+    return *row, f"{d.change:+.5f}", ci, *p_values(d, c.a.losses, c.b.losses, c.in_pairs)
 
 
-def p_values(d: stats.Difference, a, b) -> tuple[str, str]:
-    return f"{d.p:.2g}", f"{stats.rank_p(a, b):.2g}"
+def p_values(d: stats.Difference, a, b, paired: bool) -> tuple[str, str]:
+    return f"{d.p:.2g}", f"{stats.rank_p(a, b, paired):.2g}"
 
 
 def rows(c: Comparison) -> list[tuple[str, ...]]:
@@ -98,7 +98,7 @@ def loss_text(c: Comparison) -> str:
         return "no test with one run"
     if c.loss.p < stats.ALPHA_DECLARED:
         return f"{'higher' if c.loss.change > 0 else 'lower'} by {abs(c.loss.change):.4f}"
-    p = stats.not_worse(c.a.losses, c.b.losses)
+    p = stats.not_worse(c.a.losses, c.b.losses, c.in_pairs)
     if p < stats.ALPHA_DECLARED:
         return f"not higher by more than {stats.LOSS_MARGIN} (p={p:.2g})"
     return "not shown to be neutral"
@@ -109,6 +109,8 @@ def order_text(c: Comparison) -> str:
         return "same host and order as said by the user"
     if not c.times_comparable:
         return ""
+    if c.in_pairs and c.interleaved:
+        return "same host, interleaved, in pairs by seed"
     return f"same host, {'interleaved' if c.interleaved else 'in blocks'}"
 
 
@@ -163,7 +165,7 @@ def json_report(c: Comparison) -> str:
             for letter, arm in (("A", c.a), ("B", c.b))}  # fmt: skip
     report = {"verdict": c.verdict, "exit_code": c.exit_code, "reason": c.reason, **arms,
               "time": dataclasses.asdict(c.time), "loss": dataclasses.asdict(c.loss),
-              "order": c.order, "environment": different,
+              "order": c.order, "in_pairs": c.in_pairs, "environment": different,
               "config": config_changes(c.a.runs[0], c.b.runs[0]), "code": code_difference(c),
               "warnings": c.warnings, "next": c.next_steps}  # fmt: skip
     return json.dumps(finite(report), indent=2)

@@ -26,7 +26,7 @@ class Difference:
     change: float
     low: float  # 95% confidence interval
     high: float
-    p: float  # Welch's t-test, two-sided
+    p: float  # two-sided t-test: of the pairs' differences, or Welch's
 
 
 NO_DIFFERENCE = Difference(math.nan, -math.inf, math.inf, 1.0)
@@ -37,26 +37,34 @@ def alpha(n_a: int, n_b: int, declared: int) -> float:
     return ALPHA_DECLARED if declared and n_a == n_b == declared else ALPHA_LOOK
 
 
-def absolute(a: np.ndarray, b: np.ndarray) -> Difference:
-    """Mean of b minus mean of a, by Welch's t-test."""
+def absolute(a: np.ndarray, b: np.ndarray, paired: bool = False) -> Difference:
+    """Mean of b minus mean of a, by the t-test of b[k] - a[k] if paired, else by Welch's."""
     if min(len(a), len(b)) < 2:
         return NO_DIFFERENCE
     change = b.mean() - a.mean()
-    if a.std() + b.std() <= 1e-12 * abs(a.mean()):  # every run repeats every digit
+    spread = (b - a).std() if paired else a.std() + b.std()
+    if spread <= 1e-12 * abs(a.mean()):  # every run, or pair, repeats every digit
         return Difference(change, change, change, float(change == 0))
-    test = stats.ttest_ind(b, a, equal_var=False)
+    test = t_test(a, b, paired)
     interval = test.confidence_interval(0.95)
     return Difference(change, interval.low, interval.high, test.pvalue)
 
 
-def rank_p(a: np.ndarray, b: np.ndarray) -> float:
-    """Two-sided p of Mann-Whitney's U test, which outliers do not move."""
-    return stats.mannwhitneyu(b, a).pvalue
+def t_test(a: np.ndarray, b: np.ndarray, paired: bool, alternative: str = "two-sided"):
+    if paired:
+        return stats.ttest_rel(b, a, alternative=alternative)
+    return stats.ttest_ind(b, a, equal_var=False, alternative=alternative)
 
 
-def relative(a: np.ndarray, b: np.ndarray) -> Difference:
+def rank_p(a: np.ndarray, b: np.ndarray, paired: bool = False) -> float:
+    """Two-sided p by ranks, which outliers do not move: Wilcoxon's of pairs, or Mann-Whitney's."""
+    test = stats.wilcoxon if paired and np.any(b != a) else stats.mannwhitneyu
+    return test(b, a).pvalue
+
+
+def relative(a: np.ndarray, b: np.ndarray, paired: bool = False) -> Difference:
     """Ratio of the geometric means of b and a, minus 1; the test is that of the logarithms."""
-    logs = absolute(np.log(a), np.log(b))
+    logs = absolute(np.log(a), np.log(b), paired)
     if logs == NO_DIFFERENCE:
         return NO_DIFFERENCE
     change, low, high = (min(x, 700) for x in (logs.change, logs.low, logs.high))
@@ -81,11 +89,13 @@ def below_target(losses: np.ndarray, target: float) -> float:
     return stats.ttest_1samp(losses, target, alternative="less").pvalue
 
 
-def not_worse(a: np.ndarray, b: np.ndarray, margin: float = LOSS_MARGIN) -> float:
-    """p of the claim that b's mean loss exceeds a's by less than margin (non-inferiority)."""
-    if min(len(a), len(b)) < 2 or a.std() + b.std() == 0:
-        return 1.0 - float(b.mean() - a.mean() < margin)
-    return stats.ttest_ind(b - margin, a, equal_var=False, alternative="less").pvalue
+def not_worse(a: np.ndarray, b: np.ndarray, paired: bool = False) -> float:
+    """p of the claim that b's mean loss exceeds a's by less than LOSS_MARGIN (non-inferiority)."""
+    if min(len(a), len(b)) < 2:
+        return 1.0
+    if ((b - a).std() if paired else a.std() + b.std()) == 0:
+        return 1.0 - float(b.mean() - a.mean() < LOSS_MARGIN)
+    return t_test(a, b - LOSS_MARGIN, paired, "less").pvalue
 
 
 def runs_needed(sd: float, difference: float, level: float = ALPHA_DECLARED) -> int:
@@ -101,9 +111,9 @@ def sd(values: np.ndarray) -> float:
     return float(values.std(ddof=1)) if len(values) > 1 else math.nan
 
 
-def pooled_sd(a: np.ndarray, b: np.ndarray) -> float:
-    """Standard deviation within two samples, weighted alike."""
-    return math.hypot(sd(a), sd(b)) / math.sqrt(2)
+def noise(a: np.ndarray, b: np.ndarray, paired: bool = False) -> float:
+    """Standard deviation of one run as the test meets it: within samples, or left within pairs."""
+    return (sd(b - a) if paired else math.hypot(sd(a), sd(b))) / math.sqrt(2)
 
 
 def outliers(values: np.ndarray) -> list[tuple[int, float]]:

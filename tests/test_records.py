@@ -274,6 +274,25 @@ def test_welch_is_that_of_the_textbook():
     assert (found.low, found.high) == pytest.approx((found.change - half, found.change + half))
 
 
+def test_pairs_are_tested_by_their_differences():
+    rng = np.random.default_rng(0)
+    a = rng.normal(10, 3, 8)
+    b = a + rng.normal(0.1, 0.2, 8)
+    d = b - a
+    error = d.std(ddof=1) / math.sqrt(8)
+    found = stats.absolute(a, b, paired=True)
+    assert found.p == pytest.approx(2 * special.stdtr(7, -abs(d.mean() / error)), rel=1e-9)
+    half = special.stdtrit(7, 0.975) * error
+    assert (found.low, found.high) == pytest.approx((d.mean() - half, d.mean() + half))
+    not_worse = special.stdtr(7, (d.mean() - stats.LOSS_MARGIN) / error)
+    assert stats.not_worse(a, b, paired=True) == pytest.approx(not_worse, rel=1e-9)
+    signs = np.array(np.meshgrid(*8 * [[0, 1]])).reshape(8, -1)  # every way the signs can fall
+    ranks = 1 + np.argsort(np.argsort(abs(d)))
+    least = min(ranks[d > 0].sum(), ranks[d < 0].sum())
+    rarer = np.minimum(ranks @ signs, ranks @ (1 - signs)) <= least
+    assert stats.rank_p(a, b, paired=True) == pytest.approx(rarer.mean())
+
+
 def test_relative_differences_are_ratios_of_geometric_means():
     a, b = np.array([80.0, 82.0, 81.0]), np.array([40.0, 41.0, 40.5])
     assert stats.relative(a, b).change == pytest.approx(-0.5)
@@ -315,7 +334,7 @@ def made_runs(seconds, losses, letter: str, order: str, status="success", **conf
     places, made = [i for i, x in enumerate(order) if x == letter], []
     for place, s, loss in zip(places, seconds, losses, strict=True):
         entries = {"utc": f"2026-01-01T{place:02}:00:00Z", "target_val_loss": "1.0",
-                  "declared_runs": str(len(places)), "seed": str(place), **config}  # fmt: skip
+                  "declared_runs": str(len(places)), "seed": str(len(made)), **config}  # fmt: skip
         curve = [(0, 0.0, 5.0), (100, 1000.0 * s, loss)]
         environment = {"host": "h", "device": "cpu", "threads": "2", "matmul_dtype": "f"}
         made.append(runs.Run(Path(f"{letter}{place}.txt"), config=entries, val_curve=curve,
@@ -348,6 +367,37 @@ def test_verdicts_follow_time_target_and_loss():
     assert verdict(80, 76, a_loss=0.999, b_loss=0.999) == ("FASTER", 0)
     assert verdict(80, 76, order="AAAAABBBBB") == ("INCONCLUSIVE", 5)
     assert verdict(80, 84, order="AAAAABBBBB") == ("INCONCLUSIVE", 5)
+
+
+def compared(order: str, seeds=None, status="success"):
+    """Five runs an arm of a B that is 4% faster, on a host whose pairs of runs differ by 10%."""
+    rng = np.random.default_rng(5)
+    host = 80 * np.exp(np.repeat(0.1 * rng.standard_normal(5), 2) + 0.003 * rng.standard_normal(10))
+    arms = []
+    for letter, gain in (("A", 1.0), ("B", 0.96)):
+        seconds = gain * host[[x == letter for x in order]]
+        arms.append(comparison.Arm(letter, made_runs(seconds, [0.98] * 5, letter, order)))
+    for run, seed in zip(arms[1].runs, seeds or "01234", strict=True):
+        run.config["seed"] = seed
+    arms[1].runs[4].result["status"] = status
+    return comparison.compare(*arms)
+
+
+def test_pairs_by_seed_find_what_a_wandering_host_hides():
+    c = compared("ABBAABBAAB")
+    assert c.in_pairs and c.verdict == "FASTER" and c.time.change == pytest.approx(-0.04, abs=0.004)
+    apart = compared("ABBAABBAAB", seeds="56789")
+    assert not apart.in_pairs and apart.verdict == "INCONCLUSIVE"
+    assert stats.runs_needed(c.noise[0], 0.04) < 5 < stats.runs_needed(apart.noise[0], 0.04)
+
+
+@pytest.mark.parametrize(
+    "order, seeds, status, pairs",
+    [("ABABABABAB", "01234", "success", True), ("ABBBAABAAB", "01234", "success", False),
+     ("ABBAABBAAB", "01243", "success", False), ("ABBAABBAAB", "01234", "aborted", False)],
+)  # fmt: skip
+def test_only_finished_neighbours_of_one_seed_are_pairs(order, seeds, status, pairs):
+    assert compared(order, seeds, status).in_pairs == pairs
 
 
 def test_what_makes_times_incomparable():
