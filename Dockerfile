@@ -1,4 +1,4 @@
-# docker build -t photofinish .
+# docker build -t photofinish . && mkdir -p data logs
 # docker run --rm --gpus all --shm-size=2g -v "$PWD/data:/photofinish/data" \
 #     -v "$PWD/logs:/photofinish/logs" photofinish ./run.sh
 FROM python:3.12.11-slim-bookworm

@@ -60,12 +60,13 @@ set_up() { # set_up FILE...: make $python an interpreter with these requirements
     cat "$@" >"$stamp"
 }
 
-count_gpus() { # the largest of 1, 2, 4, 8 GPUs that are there and visible; 0 without CUDA
-    local found=0 usable=0 n
-    if [ -n "${CUDA_VISIBLE_DEVICES+set}" ]; then
-        found=$(tr ',' '\n' <<<"$CUDA_VISIBLE_DEVICES" | grep -c . || true)
-    elif command -v nvidia-smi >/dev/null; then
-        found=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
+count_gpus() { # the largest of 1, 2, 4, 8 GPUs that are visible and that torch can use
+    local listed found=0 usable=0 n
+    listed=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
+    if [ "$listed" -gt 0 ]; then
+        found=$("$python" -c 'import torch as t; print(t.cuda.is_available() * t.cuda.device_count())')
+        [ "$found" != 0 ] || [ -n "${CUDA_VISIBLE_DEVICES+set}" ] || echo "nvidia-smi lists $listed GPUs," \
+            "but torch can use none (is the driver older than torch's CUDA?): training on the CPU" >&2
     fi
     for n in 1 2 4 8; do [ "$n" -le "$found" ] && usable=$n; done
     echo "$usable"
@@ -122,5 +123,7 @@ fi
 if [ "$gpus" = 0 ]; then
     exec "$python" "$root/train_gpt.py" "${chosen[@]}" "$@"
 fi
+[ "$track" != wikitext103 ] || gpus=1 # its 30 validation rows cannot be dealt to more
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}" # to save a checkpoint
 exec "$python" -m torch.distributed.run --standalone --nproc_per_node="$gpus" \
     "$root/train_gpt.py" "${chosen[@]}" "$@"

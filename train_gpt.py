@@ -124,6 +124,9 @@ class Hyperparameters:
             values, unit = getattr(self, whole), getattr(self, part)
             if any(v % unit for v in (values if isinstance(values, tuple) else (values,))):
                 raise RunError(f"--{whole} {as_flag(values)} is not a multiple of --{part} {unit}")
+        if 0 in self.document_cap and any(self.document_cap):
+            raise RunError(f"--document_cap {as_flag(self.document_cap)} mixes 0 with caps; give "
+                           f"{self.seq_len} for no cap in some steps")  # fmt: skip
         kinds = set(self.layers)
         if not kinds & set("SLsl") or kinds - set("SLsl-"):
             raise RunError("--layers must be of S, L, s, l and -, and not of - alone")
@@ -242,7 +245,7 @@ TRACKS = {
 
 
 def fixed_bytes(hp: Hyperparameters) -> float:
-    """Memory that does not grow with the batch: fp32 weights, gradients and optimizer state."""
+    """Memory that does not grow with the batch: weights, gradients and optimizer state."""
     width, tables = hp.num_heads * hp.head_dim, 2 + hp.num_value_embeds
     matrices = len(hp.layers) * hp.model_dim * (4 * width + 2 * hp.mlp_dim)
     return 18.0 * (matrices + (tables * hp.vocab_size + hp.bigram_rows) * hp.model_dim)
@@ -287,7 +290,7 @@ def schedule(step: int, hp: Hyperparameters, device, training: bool = True) -> S
         weights += [hp.lookahead * left[0], hp.lookahead / 2 * left[1]]
     window = (0 if training else hp.val_window_tokens) or reached[-1]
     values = (window, frequency, scale, [w / sum(weights) for w in weights])
-    return Schedule(*(torch.as_tensor(v).to(device) for v in values))
+    return Schedule(*(torch.as_tensor(v).to(device, non_blocking=True) for v in values))
 
 
 BLOCK = 128  # tokens on a side of an attention block, Runtime.seq_len_unit
@@ -538,15 +541,14 @@ class GPT(nn.Module):
         hp, (B, T) = self.hp, inputs_BT.shape
         c = self.context(docs_BT, at)
         x = x0 = self.embed_tokens(inputs_BT, c.reach_JBT1[0])
+        tables = () if self.value_embeds is None else self.value_embeds.unbind()
+        values = [t[inputs_BT].type_as(x).view(B, T, hp.num_heads, hp.head_dim) for t in tables]
         kept = backed_out = None
         for i, block in enumerate(self.blocks):
             if i == hp.skip_to and kept is not None:
                 x = x + torch.sigmoid(self.skip_gate).type_as(x) * kept
-            table, value_BTHK = hp.value_table(i), None
-            if table is not None:
-                rows = self.value_embeds[table][inputs_BT].type_as(x)
-                value_BTHK = rows.view(B, T, hp.num_heads, hp.head_dim)
-            x = block(x, x0, value_BTHK, c)
+            table = hp.value_table(i)
+            x = block(x, x0, None if table is None else values[table], c)
             kept = x if i == hp.skip_from else kept
             backed_out = x if i == hp.backout_layer else backed_out
         if backed_out is not None:
@@ -568,8 +570,9 @@ class GPT(nn.Module):
                          (0, j), value=-1) for j in range(1, len(at.target_weights))]  # fmt: skip
         targets_NJ = torch.stack([targets_BT, *further], dim=-1).flatten(0, 1)
         x_ND = self.hidden(inputs_BT, docs_BT, at).flatten(0, 1)
+        fits_fp8 = self.hp.vocab_size % 16 == 0 and self.hp.model_dim % 16 == 0
         return head_loss(x_ND, self.lm_head, targets_NJ, at.target_weights, self.cap,
-                         self.rt.matmul_dtype, self.rt.has_fp8)  # fmt: skip
+                         self.rt.matmul_dtype, self.rt.has_fp8 and fits_fp8)  # fmt: skip
 
 
 # ------------------------------------------------------------------------------ Optimizer
@@ -586,13 +589,13 @@ POLAR_EXPRESS = (  # arXiv 2505.16932: each the best quintic for what the one be
 def orthogonalize(G: Tensor, dtype: torch.dtype) -> Tensor:
     """The orthogonal factor of each matrix in G (N, rows, cols): singular values become about 1."""
     X = G.to(dtype)
-    if wide := G.size(-2) > G.size(-1):
+    if tall := G.size(-2) > G.size(-1):
         X = X.mT
     X = X / (1.02 * X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
     for a, b, c in POLAR_EXPRESS:
         A = X @ X.mT
         X = torch.baddbmm(X, torch.baddbmm(A, A, A, beta=b, alpha=c), X, beta=a)
-    return (X.mT if wide else X).type_as(G)
+    return (X.mT if tall else X).type_as(G)
 
 
 def halves(W: Tensor) -> tuple[Tensor, Tensor]:
@@ -769,7 +772,10 @@ class Trainer:
         run.log.line(f"parameters: {sum(p.numel() for p in self.model.parameters())}")
 
     def flops_per_token(self) -> float:
-        """Forward and backward, the mean over the schedule: 6 a weight, 12 a key and head width."""
+        """Forward and backward: 6 a weight, 12 a visible key and head width.
+
+        Keys are counted in the first step's rows, as the mean over the windows.
+        """
         hp, model = self.hp, self.model
         rows = next(micro_batches(hp, self.rt, self.micro_seqs, self.run.options.seed, 0))[0]
         matrices = [p for group in ("attn", "mlp") for p in self.optimizers[group].params]
@@ -826,7 +832,7 @@ class Trainer:
 
     def warm_up(self):
         """Compile every graph on dummy tokens, then put back every tensor that they changed."""
-        before = {name: tensor.clone() for name, tensor in self.state().items()}
+        before = {name: tensor.to("cpu", copy=True) for name, tensor in self.state().items()}
         try:
             self.run_on_dummies()
         except COMPILE_ERRORS as error:
@@ -896,8 +902,7 @@ def predictor(saved: dict, rt: Runtime):
 
 
 def main() -> int:
-    default_track = "fineweb" if torch.cuda.is_available() else "embedded"
-    return execute(Trainer, TRACKS, default_track, SOURCES, PROCESS_START)
+    return execute(Trainer, TRACKS, "fineweb", SOURCES, PROCESS_START)
 
 
 if __name__ == "__main__":

@@ -80,6 +80,9 @@ def read_config(folder: Path) -> Hyperparameters:
     try:
         config = json.loads((folder / "config.json").read_text())
         shape = {ours: int(config[there]) for there, ours in SIZES.items()}
+        mlp_dim = int(config.get("n_inner") or 4 * shape["model_dim"])
+        start = config.get("bos_token_id")
+        start = TRACKS["124M"].document_start if start is None else int(start)
     except (OSError, ValueError, TypeError, KeyError):
         raise RunError(f"{folder} has no config.json of a GPT-2 model; give a folder that "
                        "GPT2LMHeadModel.save_pretrained wrote") from None  # fmt: skip
@@ -89,8 +92,7 @@ def read_config(folder: Path) -> Hyperparameters:
                        f"{config[other[0]]!r}, not {PUBLISHED[other[0]]!r}; "
                        "import another model")  # fmt: skip
     seq_len = shape["seq_len"]
-    return replace(TRACKS["124M"], **shape, mlp_dim=config.get("n_inner") or 4 * shape["model_dim"],
-                   document_start=config.get("bos_token_id", TRACKS["124M"].document_start),
+    return replace(TRACKS["124M"], **shape, mlp_dim=mlp_dim, document_start=start,
                    val_seq_len=seq_len, batch_tokens=512 * seq_len,
                    val_tokens=10240 * seq_len)  # fmt: skip
 

@@ -210,10 +210,10 @@ def report(track: str, hp, options: PlanOptions) -> list[str]:
     ]
 
 
-def print_plan(argv: list[str], tracks: dict, default_track: str) -> int:
+def print_plan(argv: list[str], tracks: dict, gpu_track: str) -> int:
     """Carry out --plan; return the exit code. RunError for what cannot be planned."""
     track, hp, options, _ = parse_flags(
-        argv, tracks, default_track, __doc__.splitlines()[0], PlanOptions()
+        argv, tracks, gpu_track, __doc__.splitlines()[0], PlanOptions()
     )
     if options.gpu not in MEMORY_GB:
         raise RunError(f"--gpu {options.gpu} is not known; known are {', '.join(MEMORY_GB)}")
@@ -224,10 +224,10 @@ def print_plan(argv: list[str], tracks: dict, default_track: str) -> int:
     return 0
 
 
-def planned(argv: list[str], tracks: dict, default_track: str) -> int:
+def planned(argv: list[str], tracks: dict, gpu_track: str) -> int:
     """print_plan for a terminal: errors in one line."""
     try:
-        return print_plan(argv, tracks, default_track)
+        return print_plan(argv, tracks, gpu_track)
     except RunError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -440,10 +440,9 @@ class Trainer:
 
 
 def main() -> int:
-    default_track = "124M" if torch.cuda.is_available() else "embedded"
     if "--plan" in sys.argv[1:]:
-        return planned([a for a in sys.argv[1:] if a != "--plan"], TRACKS, default_track)
-    return execute(Trainer, TRACKS, default_track, SOURCES, PROCESS_START, Options())
+        return planned([a for a in sys.argv[1:] if a != "--plan"], TRACKS, "124M")
+    return execute(Trainer, TRACKS, "124M", SOURCES, PROCESS_START, Options())
 
 
 if __name__ == "__main__":

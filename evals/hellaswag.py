@@ -76,6 +76,10 @@ def example_of(record: object) -> Example:
         raise ValueError(f"endings is no list of {ENDINGS}")
     if not all(isinstance(ending, str) and ending for ending in endings):
         raise ValueError("an ending is no text")
+    try:
+        "".join([context, *endings]).encode()
+    except UnicodeEncodeError:
+        raise ValueError("ctx or an ending has half a surrogate pair, which is no text") from None
     if label not in map(str, range(ENDINGS)):
         raise ValueError(f"label {label} is not one of 0 to {ENDINGS - 1}")
     return Example(context, tuple(endings), int(label))

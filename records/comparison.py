@@ -14,6 +14,7 @@ import numpy as np
 import stats
 from runs import InvalidLog, Run, config_changes, environment_changes, read_arm, source_changes
 
+TARGET_RANKS = {"unknown": 0, "FAIL": 0, "open": 1, "PASS": 2}
 EXIT_CODES = {"FASTER": 0, "EQUIVALENT": 0, "REGRESSION": 1, "NOT COMPARABLE": 3,
               "INCONCLUSIVE": 5}  # fmt: skip
 VOLATILE = {"temperature.gpu", "clocks.sm", "clocks.mem", "gpu_processes"}
@@ -36,10 +37,12 @@ class Arm:
         return cls(path.parent.name if path.name == "logs" else path.stem, read_arm(path), target)
 
     def require_sound(self) -> None:
-        """Raise InvalidLog for the first fault of any log."""
+        """Raise InvalidLog for the first fault of any log, or a log that is there twice."""
         for run in self.runs:
             if run.faults:
                 raise InvalidLog(run.path, *run.faults[0])
+            if sum(run.name == other.name for other in self.runs) > 1:
+                raise InvalidLog(run.path, 0, f"the run {run.name} is there more than once")
 
     def values(self, figure) -> np.ndarray:
         """A figure of every finished run."""
@@ -63,19 +66,36 @@ class Arm:
     def unfinished(self) -> Counter:
         return Counter(r.result.get("status", "killed") for r in self.runs if not r.finished)
 
+    @property
+    def doubts(self) -> list[str]:
+        """Why these runs prove no gain, however their figures look."""
+        found, n = [], len(self.runs)
+        if self.declared not in (0, n):
+            found.append(f"{self.declared} runs were declared, {n} are there")
+        seeds = Counter(run.seed for run in self.runs if not run.is_public)
+        if repeated := [seed for seed, count in seeds.items() if count > 1]:
+            found.append(f"seed {', '.join(repeated)} ran more than once")
+        if resumed := sum(run.number("resumed_from") > 0 for run in self.runs):
+            found.append(f"{resumed} of {n} runs were resumed: a checkpoint told their time")
+        return found
+
     def is_one_thing(self) -> bool:
         """Whether all runs have one source and configuration."""
         first = self.runs[0]
         return not any(source_changes(first, r) or config_changes(first, r) for r in self.runs[1:])
 
+    def reaches_target(self) -> bool:
+        """Whether the mean loss is shown to lie below the target; every run must have finished."""
+        return not self.unfinished and stats.target_p(self.losses, self.target) < self.level
+
     def target_status(self) -> tuple[str, float]:
         """(PASS, FAIL, open or unknown; p of the claim that the mean loss is below target)."""
         if math.isnan(self.target):
             return "unknown", math.nan
-        p = stats.below_target(self.losses, self.target)
+        p = stats.target_p(self.losses, self.target)
         if self.unfinished or not len(self.losses) or self.losses.mean() > self.target:
             return "FAIL", p
-        return ("PASS" if p < self.level else "open"), p
+        return ("PASS" if self.reaches_target() and not self.doubts else "open"), p
 
 
 @dataclass
@@ -97,13 +117,23 @@ class Comparison:
         return EXIT_CODES[self.verdict]
 
     @property
+    def level(self) -> float:
+        """The p below which a difference of the arms counts."""
+        declared = self.a.declared if self.a.declared == self.b.declared else 0
+        return stats.alpha(len(self.a.runs), len(self.b.runs), declared)
+
+    @property
+    def arms(self) -> tuple[tuple[str, Arm], ...]:
+        return ("A", self.a), ("B", self.b)
+
+    @property
     def times_comparable(self) -> bool:
         return self.verdict != "NOT COMPARABLE"
 
     @property
     def in_order(self) -> list[tuple[str, Run]]:
         """(A or B, run) of every run, in the order in which they began."""
-        runs = [(letter, run) for letter, arm in (("A", self.a), ("B", self.b)) for run in arm.runs]
+        runs = [(letter, run) for letter, arm in self.arms for run in arm.runs]
         return sorted(runs, key=lambda pair: pair[1].started)
 
     @property
@@ -115,15 +145,19 @@ class Comparison:
     def in_pairs(self) -> bool:
         """Whether each two runs in a row are one of either arm, with one seed, both finished.
 
-        So repeat.py and replay.py run them. What neighbours share, such as the state of the host,
-        the initial weights and the order of the data, then cancels in their difference.
+        So repeat.py and replay.py run them. What the two share, such as the state of the host and
+        the order of the data, cancels in their difference. A drift within the pairs cancels only
+        between them, so either arm must be the first of as many pairs, but for an odd one.
         """
         runs = self.in_order
         if len(self.order) < len(runs) or len(self.a.runs) != len(self.b.runs):
             return False
-        pairs = zip(runs[::2], runs[1::2], strict=True)
-        return all(x != y and one.seed == other.seed and one.finished and other.finished
-                   for (x, one), (y, other) in pairs)  # fmt: skip
+        pairs = list(zip(runs[::2], runs[1::2], strict=True))
+        first = [x for (x, _), _ in pairs]
+        return abs(first.count("A") - first.count("B")) < 2 and all(
+            x != y and one.seed == other.seed and one.finished and other.finished
+            for (x, one), (y, other) in pairs
+        )
 
     @property
     def interleaved(self) -> bool:
@@ -154,6 +188,8 @@ def what_forbids_comparing(a: Arm, b: Arm, trust: bool) -> list[str]:
     for letter, arm in (("A", a), ("B", b)):
         if not arm.is_one_thing():
             reasons.append(f"{letter} mixes runs of different sources or configurations")
+    if {r.name for r in a.runs} & {r.name for r in b.runs}:
+        reasons.append("A and B share runs")
     tasks = [{(r.data_hash, r.config.get("val_tokens")) for r in arm.runs} for arm in (a, b)]
     if tasks[0] != tasks[1]:
         reasons.append("different data")
@@ -175,14 +211,13 @@ def what_forbids_comparing(a: Arm, b: Arm, trust: bool) -> list[str]:
 def judge(c: Comparison) -> tuple[str, str]:
     """(verdict, its reason) of two comparable arms."""
     a_target, b_target = c.a.target_status()[0], c.b.target_status()[0]
-    level = stats.alpha(len(c.a.runs), len(c.b.runs), c.a.declared and c.b.declared)
-    speed = stats.time_verdict(c.time, level)
+    speed = stats.time_verdict(c.time, c.level)
     percent = f"{abs(c.time.change):.2%} {interval(c.time)}"
     if c.b.unfinished["diverged"] > c.a.unfinished["diverged"]:
         return "REGRESSION", f"{c.b.unfinished['diverged']} of {len(c.b.runs)} runs diverged"
-    if b_target == "FAIL" and a_target in ("PASS", "open") and not c.b.unfinished:
+    if a_target == "PASS" and stats.target_p(c.b.losses, c.b.target, "greater") < c.level:
         return "REGRESSION", f"B's mean loss is above the target {c.b.target}"
-    if c.loss.p < level and c.loss.change > 0 and b_target != "PASS":
+    if c.loss.p < c.level and c.loss.change > 0 and not c.b.reaches_target():
         return "REGRESSION", f"the loss is higher by {c.loss.change:.4f}"
     if c.a.unfinished or c.b.unfinished:
         return "INCONCLUSIVE", "runs that did not finish count, and have no time"
@@ -190,7 +225,9 @@ def judge(c: Comparison) -> tuple[str, str]:
         return "INCONCLUSIVE", f"{speed} by {percent}, but A and B ran in blocks: it may be drift"
     if speed == "slower":
         return "REGRESSION", f"slower by {percent}"
-    if speed == "faster" and (b_target == "PASS" or a_target != "PASS"):
+    if doubts := [f"{x}: {doubt}" for x, arm in c.arms for doubt in arm.doubts]:
+        return "INCONCLUSIVE", f"{signed(c.time, 2)}, but {'; '.join(doubts)}"
+    if speed == "faster" and TARGET_RANKS[b_target] >= TARGET_RANKS[a_target]:
         return "FASTER", f"by {percent}"
     if speed == "faster":
         return "INCONCLUSIVE", f"faster by {percent}, but the target is not shown to be reached"
@@ -216,7 +253,8 @@ def warnings(c: Comparison) -> list[str]:
     found = []
     if c.order and not c.interleaved:
         found.append(f"order {c.order} is not interleaved: a drift of the host looks like a gain")
-    for letter, arm in (("A", c.a), ("B", c.b)):
+    for letter, arm in c.arms:
+        found += [f"{letter}: {doubt}" for doubt in arm.doubts]
         for status, count in arm.unfinished.items():
             found.append(f"{letter}: {count} of {len(arm.runs)} runs {status}, they count")
         if not arm.declared and len(arm.runs) not in stats.LOOKS:
@@ -228,15 +266,16 @@ def warnings(c: Comparison) -> list[str]:
             found.append(
                 f"{letter} run {i + 1} outlier {arm.times[i]:.3f} s ({mads:.1f} MAD), kept"
             )
-        seeds = Counter(run.seed for run in arm.finished if not run.is_public)
-        if repeated := [seed for seed, count in seeds.items() if count > 1]:
-            found.append(f"{letter}: seed {', '.join(repeated)} ran more than once")
+        changed = {k for run in arm.runs[1:] for k in environment_changes(arm.runs[0], run)}
+        if changed := sorted(k for k in changed if not re.fullmatch(r"gpu.*", k)):
+            found.append(f"{letter}: {', '.join(changed)} changed between its runs")
         said = [what for run in arm.runs for what in [*run.warnings, *slowdown(run)]]
         troubles = Counter(re.sub(r" \(cpu_share \S+\)", "", what) for what in said)
         found += [f"{letter}: {what} ({n} of {len(arm.runs)} runs)" for what, n in troubles.items()]
-    means = {letter: arm.times.mean() for letter, arm in (("A", c.a), ("B", c.b)) if arm.finished}
+    means = {letter: arm.times.mean() for letter, arm in c.arms if arm.finished}
     times = [run.train_s / means[letter] for letter, run in c.in_order if run.finished]
-    if c.order and (p := stats.drift(np.array(times))) < stats.DRIFT_P:
+    drifts = c.order and not c.in_pairs  # which cancel a drift
+    if drifts and (p := stats.drift(np.array(times))) < stats.DRIFT_P:
         found.append(f"train time drifts with the order of the runs (p={p:.2g})")
     return found
 
@@ -259,14 +298,14 @@ def next_steps(c: Comparison) -> list[str]:
         steps.append("interleave them: python records/replay.py B --against A -n 10")
     n = min(len(c.a.finished), len(c.b.finished))
     if n < 2:
-        return [*steps, "at least 5 runs an arm: python records/replay.py B --against A -n 5"]
+        return [*steps, "more runs: python records/replay.py B --against A -n 10"]
     of_time, of_loss = c.noise
     if c.verdict == "INCONCLUSIVE":
         for what in (abs(c.time.change), 0.01):
-            need = stats.runs_needed(of_time, what)
+            need = stats.runs_needed(of_time, what, c.level, c.in_pairs)
             if need > n:
                 steps.append(f"{need} runs an arm would show a difference of {what:.2%} in time")
-    need = stats.runs_needed(of_loss, stats.LOSS_MARGIN)
+    need = stats.runs_needed(of_loss, stats.LOSS_MARGIN, c.level, c.in_pairs)
     if need > n:
         steps.append(f"{need} runs an arm would show |loss difference| < {stats.LOSS_MARGIN}")
     return steps

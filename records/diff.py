@@ -53,6 +53,8 @@ def loss_row(c: Comparison) -> tuple[str, ...]:
 
 
 def p_values(d: stats.Difference, a, b, paired: bool) -> tuple[str, str]:
+    if paired and len(a) < stats.LEAST_RANKED_PAIRS:
+        return f"{d.p:.2g}", "-"
     return f"{d.p:.2g}", f"{stats.rank_p(a, b, paired):.2g}"
 
 
@@ -96,10 +98,10 @@ def target_text(arm: Arm) -> str:
 def loss_text(c: Comparison) -> str:
     if not math.isfinite(c.loss.low):
         return "no test with one run"
-    if c.loss.p < stats.ALPHA_DECLARED:
+    if c.loss.p < c.level:
         return f"{'higher' if c.loss.change > 0 else 'lower'} by {abs(c.loss.change):.4f}"
     p = stats.not_worse(c.a.losses, c.b.losses, c.in_pairs)
-    if p < stats.ALPHA_DECLARED:
+    if p < c.level:
         return f"not higher by more than {stats.LOSS_MARGIN} (p={p:.2g})"
     return "not shown to be neutral"
 
@@ -162,7 +164,7 @@ def json_report(c: Comparison) -> str:
     arms = {letter: {"name": arm.name, "runs": [str(run.path) for run in arm.runs],
                      "train_s": arm.times.tolist(), "val_loss": arm.losses.tolist(),
                      "target": arm.target_status()[0], "target_p": arm.target_status()[1]}
-            for letter, arm in (("A", c.a), ("B", c.b))}  # fmt: skip
+            for letter, arm in c.arms}  # fmt: skip
     report = {"verdict": c.verdict, "exit_code": c.exit_code, "reason": c.reason, **arms,
               "time": dataclasses.asdict(c.time), "loss": dataclasses.asdict(c.loss),
               "order": c.order, "in_pairs": c.in_pairs, "environment": different,

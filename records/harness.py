@@ -8,7 +8,7 @@ Every hyperparameter is a dataclass field and a flag. The clock charges every mo
 to one account, so that timed and untimed seconds add up to its wall time. The log is one text file
 for people and programs, written line by line: sections `=== name ===` in the order source, config,
 environment, git, data, run; then the lines `step:N/M val_loss:X train_time:Yms step_avg:Zms`; last
-the line `result ...`, which ends with the sha256 of everything above it. A line `check:` holds the
+the line `result ...`, which ends with the sha256 of everything before it. A line `check:` holds the
 first digits of that hash so far, to tell where a log was changed. A section of source or git diff
 names its number of lines, so that a parser can step over it.
 """
@@ -47,7 +47,7 @@ from tqdm import tqdm
 
 from data.batches import check_shards
 
-SCHEMA = 1
+SCHEMA = 2  # in 1 the hash left out the result line itself
 ROOT = Path(__file__).resolve().parent.parent
 PEAK_BF16_TFLOPS = {  # dense, from the makers' data sheets
     "A100": 312, "H100": 989, "H200": 989, "GH200": 989, "B200": 2250, "L40S": 362, "4090": 165,
@@ -113,15 +113,16 @@ def as_flag(value):
     return ",".join(map(str, value)) if isinstance(value, tuple) else value
 
 
-def parse_flags(argv: list[str], tracks: dict, default_track: str, description: str, options=None):
+def parse_flags(argv: list[str], tracks: dict, gpu_track: str, description: str, options=None):
     """Return (track's name, its hyperparameters, options, names of overridden hyperparameters).
 
     tracks: a dataclass instance of knobs by name, whose fields are flags like those of options,
-    RunOptions() or what a trainer has in its place.
+    RunOptions() or what a trainer has in its place. Without --track it is gpu_track on a GPU.
     """
+    default = gpu_track if torch.cuda.is_available() else "embedded"
     options = options or RunOptions()
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    first.add_argument("--track", default=default_track)
+    first.add_argument("--track", default=default)
     track = first.parse_known_args(argv)[0].track
     usage = "%(prog)s [--track NAME] [--FLAG VALUE]...    (all flags: --help)"
     parser = argparse.ArgumentParser(usage=usage, description=description, allow_abbrev=False)
@@ -181,8 +182,8 @@ class Runtime:
             torch.utils.deterministic.fill_uninitialized_memory = False
         fast_bf16 = self.is_gpu or torch.cpu._is_amx_tile_supported()
         self.matmul_dtype = torch.bfloat16 if fast_bf16 and not fp32 else torch.float32
-        self.stream_dtype = torch.bfloat16 if self.is_gpu else torch.float32
-        self.has_fp8 = self.is_gpu and torch.cuda.get_device_capability() >= (9, 0)
+        self.stream_dtype = torch.bfloat16 if self.is_gpu and not fp32 else torch.float32
+        self.has_fp8 = self.is_gpu and not fp32 and torch.cuda.get_device_capability() >= (9, 0)
         self.seq_len_unit = 128 if self.is_gpu else 1  # attention works by blocks of this length
         self.steps_in_flight = 1 if self.is_gpu else 0  # begun before the last one's loss is read
         if self.world_size > 1:
@@ -215,10 +216,15 @@ class Runtime:
         """Why torch.compile cannot work here; empty where it can."""
         compiler = os.environ.get("CC", "gcc") if self.is_gpu else os.environ.get("CXX", "g++")
         if not shutil.which(compiler):
-            return f"no compiler {compiler}; for a faster run: apt install g++"
+            return f"no compiler {compiler}; {self.without_compiler}: apt install g++"
         if not Path(sysconfig.get_path("include"), "Python.h").exists():
-            return "no Python.h; for a faster run: apt install python3-dev"
+            return f"no Python.h; {self.without_compiler}: apt install python3-dev"
         return ""
+
+    @property
+    def without_compiler(self) -> str:
+        """What a missing compiler means: on a GPU attention and kernels cannot do without it."""
+        return "a GPU cannot train without" if self.is_gpu else "for a faster run"
 
     def to_host(self, tensor: Tensor):
         """Begin to copy to the host; return (host tensor, function that waits for the copy)."""
@@ -393,13 +399,14 @@ class Log:
             self.bar.update(step - self.bar.n)
 
     def close(self, result: str | None = None) -> None:
-        """End the file, with the result line and the hash over all lines above it."""
+        """End the file, with the result line and the hash over everything before that hash."""
         if self.bar is not None:
             self.bar.close()
             self.bar = None
         if self.file is not None and not self.file.closed:
             try:
                 if result is not None:
+                    self.hash.update(f"result {result}".encode())
                     self.line(f"result {result} sha256:{self.hash.hexdigest()}", show=True)
             finally:
                 self.file.close()
@@ -441,7 +448,10 @@ class Run:
 
     def compiler(self):
         """torch.compile for this run, or a function that returns what it gets; logged."""
-        problem = self.rt.compiler_problem() if self.options.compile else "--compile false"
+        problem = self.rt.compiler_problem()
+        if problem and self.rt.is_gpu:
+            raise RunError(problem)
+        problem = problem if self.options.compile else "--compile false"
         self.log.line(f"compile: {problem or 'yes'}", show=bool(problem))
         return (lambda f: f) if problem else partial(torch.compile, dynamic=False)
 
@@ -489,6 +499,8 @@ class Run:
 
     def finish(self) -> None:
         """End the timed part; a run that came to its last validation has its status from that."""
+        while self.pending:  # steps that were under way when the run was asked to end
+            self.read_pulse(*self.pending.pop(0))
         reached = self.curve and self.curve[-1][1] <= self.hp.target_val_loss
         self.status = self.status or ("success" if reached else "missed")
         self.clock.switch("end")
@@ -547,7 +559,7 @@ class Run:
 def execute(
     make_trainer,
     tracks: dict,
-    default_track: str,
+    gpu_track: str,
     sources: dict[str, str],
     started: float,
     options: RunOptions | None = None,
@@ -555,14 +567,15 @@ def execute(
     """Carry out the run that this process's flags describe; return its exit code.
 
     make_trainer(run) returns an object with warm_up(), which compiles and leaves no trace; state(),
-    every tensor that training changes, by name; and train(). tracks: hyperparameters by name.
+    every tensor that training changes, by name; and train(). tracks: hyperparameters by name;
+    gpu_track is what a GPU trains where no flag names one.
     sources: what the log embeds, the entry file first. started: perf_counter at first import.
     options: defaults, where a trainer has more of them.
     """
     stop = StopRequest()
     try:
         description = ast.get_docstring(ast.parse(next(iter(sources.values())))).splitlines()[0]
-        parsed = parse_flags(sys.argv[1:], tracks, default_track, description, options)
+        parsed = parse_flags(sys.argv[1:], tracks, gpu_track, description, options)
         track, hp, options, overrides = parsed
         run = Run(track, hp, options, overrides, Runtime(options.fp32), stop, started)
         carry_out(run, make_trainer, sources)
@@ -603,8 +616,10 @@ def carry_out(run: Run, make_trainer, sources: dict[str, str]) -> None:
             f"add --micro_batch_seqs {max(1, rows // 2)}, or lower --seq_len"
         ) from None
     finally:
-        log.line(run.clock.ledger(), show=True)
-        log.close(run.result())
+        try:
+            log.line(run.clock.ledger(), show=True)
+        finally:  # after an error of the GPU no clock can wait for it
+            log.close(run.result())
 
 
 def header_sections(

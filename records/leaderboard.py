@@ -13,7 +13,7 @@ from pathlib import Path
 
 import stats
 from comparison import Arm, compare, signed
-from runs import ineligible
+from runs import MISSED, ineligible
 from tool import ToolError, finish
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -28,9 +28,15 @@ class Record:
         self.folder, self.arm = folder, Arm.read(folder)
         self.track, self.date = folder.parent.name, folder.name.partition("_")[0]
         self.arm.require_sound()
-        readme = (folder / "README.md").read_text()
-        self.title = readme.splitlines()[0].lstrip("# ").strip()
-        self.eligible = not any(set(ineligible(r)) - set(r.warnings) for r in self.arm.runs)
+        self.title = next(iter((folder / "README.md").read_text().splitlines()), "").lstrip("# ")
+        if not self.title:
+            raise ToolError(f"{folder / 'README.md'} lacks a first line that says what changed")
+        forgiven = {MISSED}  # one run may miss a target that the mean is shown to reach
+        self.eligible = (
+            len(self.arm.runs) >= min(stats.LOOKS)
+            and self.arm.target_status()[0] == "PASS"
+            and not any(set(ineligible(r)) - set(r.warnings) - forgiven for r in self.arm.runs)
+        )
         self.disturbed = sum(bool(run.warnings) for run in self.arm.runs)
 
     @property
@@ -98,7 +104,7 @@ def table(group: tuple, records: list[Record], base: Path) -> list[str]:
 
 def picture(group: tuple) -> Path:
     track, target, hardware = group
-    name = "".join(c if c.isalnum() else "-" for c in f"{target:g}-{hardware.split(',')[0]}")
+    name = "".join(c if c.isalnum() else "-" for c in f"{target:g}-{hardware}")
     return RECORDS / track / f"progress_{name}.png"
 
 

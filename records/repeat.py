@@ -20,6 +20,8 @@ from tqdm import tqdm
 
 def attempts(paths: list[Path], flags: list[str], processes: int, entry: str) -> list[Attempt]:
     """The attempts to run; a new one gets this checkout's source of the trainer entry."""
+    if len({path.resolve() for path in paths}) < len(paths):
+        raise ToolError("an attempt is named twice; name each folder once")
     found = [Attempt(path, tuple(flags), processes) for path in paths]
     for attempt in found:
         if attempt.folder.is_file():

@@ -17,7 +17,7 @@ from attempts import Attempt, flags_of, interleaved, last_words, read_origin, st
 from comparison import Arm, compare
 from diff import text_report
 from runs import Run, find_logs, read_arm, read_log
-from tool import ToolError, finish
+from tool import EXIT_MISUSE, ToolError, finish
 from tqdm import tqdm
 
 
@@ -32,16 +32,21 @@ def attempt_like(origin: Path, folder: Path, flags: list[str]) -> tuple[Attempt,
     return attempt, run
 
 
-def run_once(attempt: Attempt, seed: int, declared: int) -> Run:
-    """One finished run; ToolError if it left no such log."""
+def run_once(attempt: Attempt, seed: int, declared: int) -> tuple[Run, str]:
+    """One run, and the last words of its process; ToolError if it left no log."""
     before = set(find_logs([attempt.folder]))
     done = start(attempt, seed, "replay", declared)
     new = set(find_logs([attempt.folder])) - before
     if not new:
         raise ToolError(f"the run of {attempt.folder} left no log: {last_words(done)}")
-    run = read_log(new.pop())
+    return read_log(new.pop()), last_words(done)
+
+
+def finished_run(attempt: Attempt, seed: int) -> Run:
+    """A run that counts in no comparison; ToolError if it does not finish."""
+    run, words = run_once(attempt, seed, 0)
     if not run.finished:
-        raise ToolError(f"the run {run.path} did not finish: {last_words(done)}")
+        raise ToolError(f"the run {run.path} did not finish: {words}")
     return run
 
 
@@ -71,17 +76,19 @@ def replay_one(origin: Path, out: Path, flags: list[str]) -> int:
     if origin.is_dir():
         raise ToolError(f"{origin} is no log; name one, or give --against and -n")
     attempt, old = attempt_like(origin, out / "replay", flags)
-    return same_losses(old, run_once(attempt, int(old.seed), 0))
+    return same_losses(old, finished_run(attempt, int(old.seed)))
 
 
 def replay_against(b: Path, a: Path, count: int, out: Path, flags: list[str]) -> int:
     """Interleave count runs of each after one burn-in run each, which is discarded."""
     pair = [attempt_like(x, out / letter, flags)[0] for x, letter in ((a, "A"), (b, "B"))]
     for attempt in tqdm(pair, desc="burn-in", unit="run", disable=not sys.stderr.isatty()):
-        run_once(attempt, 0, 0).path.unlink()
+        finished_run(attempt, 0).path.unlink()
     order = list(interleaved(2, count))
     for i, seed in tqdm(order, unit="run", disable=not sys.stderr.isatty()):
-        run_once(pair[i], seed, count)
+        run, words = run_once(pair[i], seed, count)
+        if not run.finished:
+            tqdm.write(f"{'AB'[i]} seed {seed} did not finish, and counts: {words}")
     comparison = compare(*(Arm(origin.resolve().stem, read_arm(attempt.folder))
                            for origin, attempt in zip((a, b), pair, strict=True)))  # fmt: skip
     print(text_report(comparison))
@@ -94,7 +101,7 @@ def main() -> int:
     )
     parser.add_argument("b", type=Path, metavar="B", help="a log; with --against also a folder")
     parser.add_argument("--against", type=Path, metavar="A", help="what to interleave it with")
-    parser.add_argument("-n", type=int, default=5, help="runs each with --against (default: 5)")
+    parser.add_argument("-n", type=int, default=10, help="runs each with --against (default: 10)")
     parser.add_argument("--out", type=Path, help="keep sources and logs here (default: discard)")
     args, flags = parser.parse_known_args()
     if args.n < 1:
@@ -112,4 +119,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    finish(main)
+    finish(main, failed=EXIT_MISUSE)  # 1 is a regression, or a loss that differs

@@ -16,6 +16,7 @@ from pathlib import Path
 LINE_SECTIONS = ("config", "environment", "data", "run")  # the others are text, counted in lines
 CONFIG_TYPES = {"seed": int, "target_val_loss": float, "declared_runs": int, "argv": json.loads}
 RESULT_FIELDS = "status val_loss target train_time steps tokens seed overrides resumed_from sha256"
+MISSED = "it missed the target"
 PUBLIC_RULE = "=" * 100  # between the source, the environment and the steps of a public log
 
 
@@ -60,6 +61,11 @@ class Run:
     def started(self) -> tuple[str, str]:
         """What sorts runs in the order in which they began; empty first where a log has no date."""
         return self.config.get("utc", ""), self.path.name
+
+    @property
+    def name(self) -> str:
+        """What no other run has."""
+        return self.config.get("run", str(self.path))
 
     @property
     def seed(self) -> str:
@@ -223,6 +229,8 @@ class OwnLog:
 
     def read_result(self, line: str) -> None:
         self.run.result = dict(w.split(":", 1) for w in line.split()[1:] if ":" in w)
+        if self.run.config.get("schema") != "1":
+            self.hash.update(line.rpartition(" sha256:")[0].encode())
         if not self.changed and self.run.result.get("sha256") != self.hash.hexdigest():
             self.fault(f"of the lines {self.checked + 1} to {self.at + 1} at least one was changed")
         if self.at != len(self.lines) - 1:
@@ -331,7 +339,7 @@ def ineligible(run: Run) -> list[str]:
         return ["a log of the public speedrun: no seed, no data hash, no result line"]
     reasons, status = [], run.result.get("status", "none")
     if status != "success":
-        reasons.append(f"status is {status}, not success")
+        reasons.append(MISSED if status == "missed" else f"status is {status}, not success")
     if (overrides := run.config.get("overrides", "none")) != "none":
         reasons.append(f"hyperparameters were overridden: {overrides}")
     if run.number("resumed_from") > 0 or run.config.get("resume"):

@@ -14,6 +14,7 @@ ALPHA_LOOK = 0.003  # of each look, where one may stop early; 0.004 would let 1.
 LOOKS = (5, 10, 20)  # runs an arm after which one may look
 FLOOR = 0.002  # a relative difference of times below this is no gain, however significant
 LOSS_MARGIN = 0.002  # nats a token: what counts as the same loss
+LEAST_RANKED_PAIRS = 8  # of fewer no order of ranks has a p below 0.01
 OUTLIER_MADS = 5.0
 DRIFT_P = 0.01
 POWER = 0.9  # of the runs that `runs_needed` asks for
@@ -80,13 +81,11 @@ def time_verdict(time: Difference, level: float) -> str:
     return "unclear"
 
 
-def below_target(losses: np.ndarray, target: float) -> float:
-    """p of the claim that the mean loss lies below target; 1 with fewer than two runs."""
-    if len(losses) < 2:
+def target_p(losses: np.ndarray, target: float, side: str = "less") -> float:
+    """p of the claim that the mean loss is less, or greater, than target; 1 of equal losses."""
+    if len(losses) < 2 or losses.std() <= 1e-12:
         return 1.0
-    if losses.std() <= 1e-12:
-        return float(losses.mean() >= target)
-    return stats.ttest_1samp(losses, target, alternative="less").pvalue
+    return stats.ttest_1samp(losses, target, alternative=side).pvalue
 
 
 def not_worse(a: np.ndarray, b: np.ndarray, paired: bool = False) -> float:
@@ -98,12 +97,22 @@ def not_worse(a: np.ndarray, b: np.ndarray, paired: bool = False) -> float:
     return t_test(a, b - LOSS_MARGIN, paired, "less").pvalue
 
 
-def runs_needed(sd: float, difference: float, level: float = ALPHA_DECLARED) -> int:
+def runs_needed(
+    sd: float, difference: float, level: float = ALPHA_DECLARED, paired: bool = False
+) -> int:
     """Runs an arm after which a true difference is found with POWER, at two-sided level."""
     if not 0 < sd < math.inf or not difference:
         return 0
-    z = stats.norm.isf(level / 2) + stats.norm.isf(1 - POWER)
-    return max(3, math.ceil(2 * (z * sd / difference) ** 2))
+
+    def enough(n: float) -> float:
+        freedom = (n - 1) * (1 if paired else 2)
+        t = stats.t.isf(level / 2, freedom) + stats.t.isf(1 - POWER, freedom)
+        return 2 * (t * sd / difference) ** 2
+
+    n = max(3, math.ceil(enough(math.inf)))
+    while n < enough(n):
+        n += 1
+    return n
 
 
 def sd(values: np.ndarray) -> float:

@@ -78,7 +78,9 @@ def forge(log: Path, target: Path, *changes: tuple[str, str]) -> Path:
         if line.startswith("check: "):
             line = f"check: {hashed.hexdigest()[:12]}"
         if line.startswith("result "):
-            line = re.sub(r"sha256:\w+", f"sha256:{hashed.hexdigest()}", line)
+            fields = line.rpartition(" sha256:")[0]
+            hashed.update(b"" if "schema: 1\n" in lines else fields.encode())
+            line = f"{fields} sha256:{hashed.hexdigest()}"
         hashed.update(f"{line}\n".encode())
         lines.append(f"{line}\n")
     target.write_text("".join(lines))
@@ -308,17 +310,27 @@ def test_blocks_are_told_from_interleaved_orders(order, mixed):
     assert stats.is_interleaved(order) == bool(mixed)
 
 
-def test_runs_needed_find_the_difference_as_often_as_they_say():
+@pytest.mark.parametrize("paired", [False, True])
+@pytest.mark.parametrize("difference", [0.02, 0.03, 0.05])
+def test_runs_needed_find_the_difference_as_often_as_they_say(paired, difference):
     rng = np.random.default_rng(1)
-    n = stats.runs_needed(sd=0.02, difference=0.03)
-    found = [stats.absolute(0.02 * rng.standard_normal(n), 0.03 + 0.02 * rng.standard_normal(n)).p
-             < stats.ALPHA_DECLARED for _ in range(400)]  # fmt: skip
-    assert 0.8 < np.mean(found) < 0.97
+    n = stats.runs_needed(0.02, difference, stats.ALPHA_LOOK, paired)
+    a, b = 0.02 * rng.standard_normal((2, 400, n))
+    found = [stats.absolute(x, y + difference, paired).p < stats.ALPHA_LOOK
+             for x, y in zip(a, b, strict=True)]  # fmt: skip
+    assert 0.84 < np.mean(found) < 0.97
 
 
 def test_identical_losses_differ_by_nothing_and_constant_shifts_by_all():
     same = np.full(5, 1.25)
     assert stats.absolute(same, same).p == 1 and stats.absolute(same, same + 0.1).p == 0
+
+
+def test_equal_losses_are_not_seeds_and_prove_nothing_of_a_target():
+    assert stats.target_p(np.full(5, 0.9), 1.0) == 1
+    losses = np.array([0.9, 0.91, 0.89])
+    below, above = (stats.target_p(losses, 1.0, side) for side in ("less", "greater"))
+    assert below < 0.01 and below + above == pytest.approx(1)
 
 
 def test_one_run_an_arm_has_no_interval():
@@ -388,13 +400,15 @@ def test_pairs_by_seed_find_what_a_wandering_host_hides():
     assert c.in_pairs and c.verdict == "FASTER" and c.time.change == pytest.approx(-0.04, abs=0.004)
     apart = compared("ABBAABBAAB", seeds="56789")
     assert not apart.in_pairs and apart.verdict == "INCONCLUSIVE"
-    assert stats.runs_needed(c.noise[0], 0.04) < 5 < stats.runs_needed(apart.noise[0], 0.04)
+    few, many = (stats.runs_needed(x.noise[0], 0.04, paired=x.in_pairs) for x in (c, apart))
+    assert few <= 5 < 50 < many
 
 
 @pytest.mark.parametrize(
     "order, seeds, status, pairs",
-    [("ABABABABAB", "01234", "success", True), ("ABBBAABAAB", "01234", "success", False),
-     ("ABBAABBAAB", "01243", "success", False), ("ABBAABBAAB", "01234", "aborted", False)],
+    [("ABBABAABAB", "01234", "success", True), ("ABBBAABAAB", "01234", "success", False),
+     ("ABBAABBAAB", "01243", "success", False), ("ABBAABBAAB", "01234", "aborted", False),
+     ("BABABABABA", "01234", "success", False)],  # which a drift would favour
 )  # fmt: skip
 def test_only_finished_neighbours_of_one_seed_are_pairs(order, seeds, status, pairs):
     assert compared(order, seeds, status).in_pairs == pairs
@@ -425,12 +439,73 @@ def test_runs_that_did_not_finish_are_never_dropped():
     assert comparison.compare(a, comparison.Arm("b", broken)).verdict == "REGRESSION"
 
 
+def doubtful(change) -> comparison.Comparison:
+    order = "ABBAABBAAB"
+    rng = np.random.default_rng(7)
+    arms = [made_runs(s + rng.normal(0, 0.1, 5), 0.97 + rng.normal(0, 0.001, 5), x, order)
+            for x, s in (("A", 80), ("B", 70))]  # fmt: skip
+    change(arms[1])
+    return comparison.compare(*(comparison.Arm(x, arm) for x, arm in zip("AB", arms, strict=True)))
+
+
+def test_runs_taken_away_repeated_or_resumed_prove_no_gain():
+    def more_declared(runs):
+        for run in runs:
+            run.config["declared_runs"] = "7"
+
+    def one_seed_twice(runs):
+        runs[3].config["seed"] = "0"
+
+    def resumed(runs):
+        runs[1].result["resumed_from"] = "50"
+
+    assert doubtful(lambda runs: None).verdict == "FASTER"
+    for change, words in ((more_declared, "7 runs were declared, 5 are there"),
+                          (one_seed_twice, "seed 0 ran more than once"),
+                          (resumed, "1 of 5 runs were resumed")):  # fmt: skip
+        c = doubtful(change)
+        assert c.verdict == "INCONCLUSIVE" and words in c.reason, c.reason
+        assert c.b.target_status()[0] == "open"
+
+
+def test_levels_of_two_declared_numbers_do_not_mix():
+    def five_of_ten(runs):
+        for run in runs:
+            run.config["declared_runs"] = "10"
+
+    assert doubtful(lambda runs: None).level == stats.ALPHA_DECLARED
+    assert doubtful(five_of_ten).level == stats.ALPHA_LOOK
+
+
+def test_a_mean_just_above_the_target_is_no_regression_by_itself():
+    order, rng, verdicts = "ABBAABBAAB", np.random.default_rng(8), []
+    for _ in range(100):  # an attempt against itself, its true mean on the target
+        arms = [comparison.Arm(x, made_runs(80 + rng.normal(0, 1, 5), rng.normal(1, 0.004, 5), x,
+                                            order)) for x in "AB"]  # fmt: skip
+        verdicts.append(comparison.compare(*arms).verdict)
+    assert verdicts.count("REGRESSION") <= 3 and verdicts.count("FASTER") <= 3
+
+
+def test_a_run_is_never_compared_with_itself(log, tmp_path):
+    done = tool("diff", log, log)
+    assert done.returncode == 3 and "A and B share runs" in done.stdout
+    shutil.copy(log, tmp_path / "one.txt")
+    shutil.copy(log, tmp_path / "two.txt")
+    done = tool("diff", tmp_path, REAL / "same")
+    assert done.returncode == 4 and "is there more than once" in done.stderr
+
+
 def test_drift_outliers_and_undeclared_counts_are_warned_of():
     order = "ABBAABBAAB"
     drifting = [80 + 2 * i for i, x in enumerate(order) if x == "A"]
     a = made_runs(drifting, [0.98] * 5, "A", order)
     b = made_runs([80 + 2 * i for i, x in enumerate(order) if x == "B"], [0.98] * 5, "B", order)
+    assert "drifts" not in warnings_of(a, b)  # pairs cancel it
+    for run in b:
+        run.config["seed"] = f"1{run.config['seed']}"
     assert "drifts" in warnings_of(a, b)
+    b[2].environment["torch"] = "other"
+    assert "torch changed between its runs" in warnings_of(a, b)
     for run in b:
         run.config.pop("declared_runs")
     b[3].val_curve[-1] = (100, 300e3, 0.98)
@@ -582,12 +657,14 @@ def test_runs_that_cannot_begin_stop_the_attempt(tmp_path):
     assert len(logs) == 1
     for words in (["validate", *logs], ["diff", attempt, attempt, "--markdown"]):
         done = tool(*words)
-        assert done.returncode in (1, 5) and not done.stderr, done.stderr
+        assert done.returncode in (1, 3) and not done.stderr, done.stderr
     shutil.rmtree(attempt / "source")
     done = tool("repeat", "-n", 3, attempt)
     assert done.returncode == 1 and "has logs but no source/" in done.stderr
     done = tool("repeat", logs[0])
     assert done.returncode == 1 and "is a file" in done.stderr
+    done = tool("repeat", attempt, attempt / "../2026-01-01_NoData")
+    assert done.returncode == 1 and "named twice" in done.stderr
 
 
 def test_sigterm_ends_the_run_too(attempt_flags, tmp_path):
@@ -654,7 +731,7 @@ def test_every_module_that_the_trainer_imports_is_in_its_log(log):
 def test_what_cannot_be_replayed_gets_one_clear_error(words, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     done = tool("replay", *words)
-    assert done.returncode in (1, 4) and len(done.stderr.strip().splitlines()) == 1
+    assert done.returncode in (2, 4) and len(done.stderr.strip().splitlines()) == 1
     assert not list(tmp_path.iterdir())
 
 
@@ -691,7 +768,8 @@ def test_the_leaderboard_never_mixes_classes_and_notices_a_stale_readme(
     log, tmp_path, monkeypatch, capsys
 ):
     good = [(r"^overrides: .*", "overrides: none"), (r"\(DIFFERENT.*\)", "(as expected)"),
-            (r"changed:\S+ ", "changed:none ")]  # fmt: skip
+            (r"changed:\S+ ", "changed:none "),
+            (r"^declared_runs: .*", "declared_runs: 5")]  # fmt: skip
     text = re.sub(r"^warning: .*\n", "", log.read_text(), flags=re.M)
     plain = tmp_path / "plain.txt"
     plain.write_text(text)
@@ -699,7 +777,15 @@ def test_the_leaderboard_never_mixes_classes_and_notices_a_stale_readme(
         folder = tmp_path / "records/embedded" / f"2026-01-0{len(slug) - 2}_{slug}"
         (folder / "logs").mkdir(parents=True)
         (folder / "README.md").write_text(f"# The idea {slug}\n")
-        forge(plain, folder / "logs/run.txt", *good, (r"^device: .*", f"device: {device}"))
+        for i in range(5):
+            own = [
+                (r"^device: .*", f"device: {device}"),
+                (r"^run: .*", f"run: {slug}{i}"),
+                (r"^seed: .*", f"seed: {i}"),
+                (r" seed:0 ", f" seed:{i} "),
+                (r"^(step:20/20 |result .*)val_loss:\S+", rf"\1val_loss:4.{i}00000"),
+            ]
+            forge(plain, folder / f"logs/{i}.txt", *good, *own)  # fmt: skip
     (tmp_path / "README.md").write_text(f"a\n{leaderboard.BEGIN}\n{leaderboard.END}\nz\n")
     monkeypatch.setattr(leaderboard, "ROOT", tmp_path)
     monkeypatch.setattr(leaderboard, "RECORDS", tmp_path / "records")
@@ -718,13 +804,14 @@ def test_the_leaderboard_never_mixes_classes_and_notices_a_stale_readme(
 
 
 def test_reports_for_programs_and_readmes(log, tmp_path):
-    report = json.loads(tool("diff", log, log, "--json").stdout)
+    other = forge(log, tmp_path / "other.txt", (r"^run: .*", "run: other"))
+    report = json.loads(tool("diff", log, other, "--json").stdout)
     assert report["verdict"] == "INCONCLUSIVE" and report["exit_code"] == 5
     assert report["A"]["val_loss"] == [runs.read_log(log).val_loss]
-    markdown = tool("diff", log, log, "--markdown").stdout.splitlines()
+    markdown = tool("diff", log, other, "--markdown").stdout.splitlines()
     assert [line.count("|") for line in markdown if line.startswith("|")][0] == 8
     picture = tmp_path / "x.png"
-    tool("diff", log, log, "--plot", picture)
+    tool("diff", log, other, "--plot", picture)
     assert picture.read_bytes()[1:4] == b"PNG"
 
 

@@ -15,7 +15,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 PROCESS_START = time.perf_counter()
 
-import torch  # noqa: E402
 from torch.profiler import ProfilerActivity, profile, record_function  # noqa: E402
 
 from data.batches import Prefetcher, micro_batches  # noqa: E402
@@ -117,8 +116,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--steps", type=int, default=5, help="steps to profile")
     own, flags = parser.parse_known_args()
-    default_track = "fineweb" if torch.cuda.is_available() else "embedded"
-    track, hp, options, overrides = parse_flags(flags, TRACKS, default_track, __doc__)
+    parsed = parse_flags(flags, TRACKS, "fineweb", __doc__)
+    track, hp, options, overrides = parsed
     try:
         if not 1 <= own.steps <= hp.num_steps - SETTLING_STEPS:
             raise RunError(f"--steps {own.steps} does not fit into --num_steps {hp.num_steps}")
