@@ -5,7 +5,8 @@
     python baselines/train_gpt2.py --track 13B --plan --gpus 64 --gpu H100    what it would need
 
 The same command serves any number of GPUs and, with --nnodes, machines: above one GPU the model is
-sharded. Data, log, clock and flags are those of train_gpt.py.
+sharded. Data, log, clock and flags are those of train_gpt.py. There is no dropout, and the
+betas of AdamW are (0.9, 0.95), as GPT-2 is trained today.
 Lines of code, blanks and comments not counted, by their authors: nanoGPT 639, gigaGPT 565. Here,
 with docstrings: this file 347, with plan.py, sharding.py and checkpoints.py 674.
 """

@@ -297,8 +297,8 @@ class Runtime:
         if self.is_gpu or cpu_share > 0.95:
             return ""
         return (
-            f"other processes took this CPU (cpu_share {cpu_share:.2f}): the times of this run "
-            "are not comparable; run again on a quiet machine"
+            f"other processes, or a virtual machine's host, took this CPU (cpu_share "
+            f"{cpu_share:.2f}): the times of this run are not comparable; run again on a quiet one"
         )
 
     def close(self):

@@ -1,10 +1,13 @@
 """Small shards, small models, and the trainer as a process of its own."""
 
 import dataclasses
+import multiprocessing
 import os
 import re
+import runpy
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +20,9 @@ from data.shards import write_shard  # noqa: E402
 from records.harness import as_flag  # noqa: E402
 from train_gpt import TRACKS  # noqa: E402
 
+SERVER = multiprocessing.get_context("forkserver")
+SERVER.set_forkserver_preload(["torch._dynamo", "torch._inductor.exc", "tqdm",
+                               "torch.nn.attention.flex_attention", "triton"])  # fmt: skip
 VOCAB, START = 64, 63
 TINY = dict(
     vocab_size=VOCAB,
@@ -108,6 +114,9 @@ def command(flags: list[str], ranks: int = 1) -> list[str]:
 
 
 def train(flags: list[str], ranks: int = 1, **changes) -> subprocess.CompletedProcess:
+    """Run the trainer in a process of its own, forked after the slow imports where that may be."""
+    if ranks == 1 and not changes:
+        return forked(flags)
     return subprocess.run(
         command(flags, ranks),
         env=clean_environment(**changes),
@@ -115,6 +124,32 @@ def train(flags: list[str], ranks: int = 1, **changes) -> subprocess.CompletedPr
         text=True,
         timeout=180,
     )
+
+
+def forked(flags: list[str]) -> subprocess.CompletedProcess:
+    """`python train_gpt.py FLAGS`, in a process that is forked after the slow imports."""
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = ([*command(flags)[1:]], clean_environment(), folder)
+        process = SERVER.Process(target=be_trainer, args=arguments)
+        with pytest.MonkeyPatch.context() as patch:  # the server starts with the first process
+            patch.setenv("OMP_NUM_THREADS", "1")
+            process.start()
+        process.join(180)
+        code = process.exitcode
+        process.kill()
+        output = (Path(folder, name).read_text() for name in ("stdout", "stderr"))
+        assert code is not None, "the run took more than 180 s"
+        return subprocess.CompletedProcess(command(flags), code, *output)
+
+
+def be_trainer(argv: list[str], environment: dict[str, str], folder: str) -> None:
+    os.environ.clear()
+    os.environ.update(environment)
+    for stream, name in ((1, "stdout"), (2, "stderr")):
+        os.dup2(os.open(Path(folder, name), os.O_WRONLY | os.O_CREAT), stream)
+    sys.argv = argv
+    sys.path.insert(0, str(ROOT))
+    runpy.run_path(argv[0], run_name="__main__")
 
 
 def losses(log: Path) -> dict[tuple[str, int], str]:

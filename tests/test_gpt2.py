@@ -169,6 +169,16 @@ def test_logits_equal_transformers_after_import(hp, tmp_path):
     assert ours.hp.document_start == 96
 
 
+def test_a_model_without_a_first_token_takes_the_published_one(hp, tmp_path):
+    export_hf.export(saved(randomized(hp), tmp_path / "checkpoint"), tmp_path / "hf")
+    path = tmp_path / "hf/config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"bos_token_id": None}))
+    assert export_hf.read_config(tmp_path / "hf").document_start == 50256
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"n_inner": "many"}))
+    with pytest.raises(RunError, match="no config.json of a GPT-2 model"):
+        export_hf.read_config(tmp_path / "hf")
+
+
 @pytest.mark.parametrize("track", [name for name in TRACKS if name != "embedded"])
 def test_parameter_counts_are_the_published_ones(track):
     hp = TRACKS[track]

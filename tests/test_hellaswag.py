@@ -228,6 +228,7 @@ GOOD = {"ctx": "a man", "endings": ["a", "b", "c", "d"], "label": 2}
         ("[1, 2]", "no object with ctx, endings and label"),
         (json.dumps({"ctx": "a", "label": 1}), "no object with ctx, endings and label"),
         (json.dumps(GOOD | {"ctx": " "}), "ctx is no text"),
+        (json.dumps(GOOD | {"ctx": "a \ud800"}), "half a surrogate pair"),
         (json.dumps(GOOD | {"endings": ["a", "b", "c"]}), "endings is no list of 4"),
         (json.dumps(GOOD | {"endings": "abcd"}), "endings is no list of 4"),
         (json.dumps(GOOD | {"endings": ["a", "b", "c", None]}), "an ending is no text"),

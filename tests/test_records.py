@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import runs
 import stats
+import tool as tool_errors
 from conftest import ROOT, TINY, as_flag, clean_environment, only_log, train
 from scipy import special
 
@@ -704,6 +705,24 @@ def test_replay_repeats_every_digit_and_sees_a_change(log):
     assert "first train at step" in done.stdout
 
 
+def test_replay_against_counts_a_run_that_fails(log, tmp_path):
+    """B's second run diverges, for with seed 1 a learning rate is infinite."""
+    b = tmp_path / "b"
+    texts, _ = attempts.read_origin(log)
+    texts["train_gpt.py"] = texts["train_gpt.py"].replace(
+        "\n        self.optimizers = optimizers(",
+        "\n        hp = dataclasses.replace(hp, head_lr=(hp.head_lr, math.inf)[run.options.seed])"
+        "\n        self.optimizers = optimizers(",
+    )
+    texts["train_gpt.py"] = texts["train_gpt.py"].replace(
+        "import sys\n", "import dataclasses\nimport sys\n", 1
+    )
+    attempts.Attempt(b).freeze(texts)
+    done = tool("replay", b, "--against", log, "-n", 2, "--out", tmp_path / "out", *runs_flags(log))
+    assert "seed 1 did not finish, and counts" in done.stderr + done.stdout, done.stderr
+    assert done.returncode == 1 and "1 of 2 runs diverged" in done.stdout, done.stdout
+
+
 def test_replay_against_interleaves_and_compares(log, tmp_path):
     done = tool("replay", log, "--against", ROOT, "-n", 1, "--out", tmp_path / "out",
                 *runs_flags(log))  # fmt: skip
@@ -757,6 +776,18 @@ def test_records_are_small_and_described():
         sizes = [p.stat().st_size for p in folder.rglob("*") if p.is_file()]
         logs = sum(p.stat().st_size for p in (folder / "logs").iterdir())
         assert logs < 1.2e6 and sum(sizes) < 1.5e6, folder
+
+
+def test_a_record_needs_a_title_and_five_runs_that_pass(tmp_path):
+    folder = tmp_path / "embedded/2026-01-01_X"
+    shutil.copytree(ROOT / "records/embedded/2026-11-22_Muon", folder)
+    assert leaderboard.Record(folder).eligible
+    logs = sorted((folder / "logs").iterdir())
+    logs[0].unlink()
+    assert not leaderboard.Record(folder).eligible
+    (folder / "README.md").write_text("")
+    with pytest.raises(tool_errors.ToolError, match="lacks a first line"):
+        leaderboard.Record(folder)
 
 
 def test_readme_holds_the_leaderboard():

@@ -1,5 +1,6 @@
 """The trainer as its user meets it: a process, its exit code, its log and its messages."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -23,11 +24,21 @@ from records.harness import (
     Runtime,
     StopRequest,
     Stopwatch,
+    carry_out,
     parse_flags,
     read_checkpoint,
     time_to_target,
 )
-from train_gpt import PROCESS_START, TRACKS, Hyperparameters, Trainer, micro_batches, predictor
+from train_gpt import (
+    GPT,
+    PROCESS_START,
+    TRACKS,
+    Hyperparameters,
+    Trainer,
+    micro_batches,
+    predictor,
+    schedule,
+)
 
 
 def start(flags, ranks=1, **changes) -> subprocess.Popen:
@@ -77,7 +88,7 @@ def test_a_run_learns_and_its_log_holds_everything(flags, tmp_path):
     assert float(seen["val", 0]) == pytest.approx(np.log(64), abs=0.05)
     assert float(seen["val", 60]) < 3.0 and result["val_loss"] == seen["val", 60]
     assert all(("train", step) in seen for step in range(1, 61))
-    above = text.rpartition(" sha256:")[0].rpartition("result ")[0]
+    above = text.rpartition(" sha256:")[0]
     assert hashlib.sha256(above.encode()).hexdigest() == result["sha256"]
     source = (ROOT / "train_gpt.py").read_text()
     assert f"=== source train_gpt.py lines:{len(source.splitlines())} sha256:" in lines[0]
@@ -225,6 +236,7 @@ def refused(done, *messages):
         ("--track=mars", r"invalid choice: 'mars'"),
         ("--log_dir=/proc/nowhere", r"/proc/nowhere"),
         ("--resume=/nowhere.pt", r"/nowhere\.pt is no usable checkpoint"),
+        ("--document_cap=64,0", r"--document_cap 64,0 mixes 0 with caps"),
         ("--layers=SXL", r"--layers must be of S, L, s, l and -"),
         ("--layers=--", r"--layers must be of S, L, s, l and -, and not of - alone"),
         ("--num_heads=3", r"--num_heads 3 is odd: no pairs in --layers sL-S"),
@@ -366,6 +378,85 @@ def test_the_first_signal_in_the_loop_asks_and_the_second_interrupts():
     finally:
         signal.signal(signal.SIGINT, signal.default_int_handler)
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+class GPULike(Runtime):
+    """A CPU on which, as on a GPU, a step's loss is read while the next one runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.steps_in_flight = 1
+
+
+def a_run(hp, folder, rt) -> Run:
+    options = parse_flags([f"--log_dir={folder}"], TRACKS, "embedded", "")[2]
+    run = Run("embedded", hp, options, [], rt, StopRequest(), PROCESS_START)
+    run.log.open()
+    return run
+
+
+def test_a_run_that_is_asked_to_end_logs_the_step_under_way(tiny_hp, tmp_path):
+    run = a_run(tiny_hp, tmp_path, GPULike())
+    run.start()
+    for step in range(1, 6):
+        run.stop.signal = signal.SIGTERM if step >= 4 else 0
+        run.end_step(torch.tensor(3.0), 512)
+    assert run.status == "aborted"
+    run.finish()
+    run.log.close(run.result())
+    text = only_log(tmp_path).read_text()
+    assert re.findall(r"^step:(\d+)", text, re.M) == list("12345") and "steps:5 " in text
+
+
+def test_a_broken_device_leaves_the_result_line(tiny_hp, tmp_path):
+    rt, sources = Runtime(), {"train_gpt.py": (ROOT / "train_gpt.py").read_text()}
+    run = a_run(tiny_hp, tmp_path, rt)
+    run.log.close()
+    only_log(tmp_path).unlink()
+
+    def broken(run):
+        def synchronize():
+            raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+        run.clock.synchronize = synchronize
+        raise RuntimeError("the first error")
+
+    with pytest.raises(RuntimeError):
+        carry_out(run, broken, sources)
+    assert only_log(tmp_path).read_text().splitlines()[-1].startswith("result status:aborted")
+
+
+def test_sizes_that_fp8_cannot_multiply_are_not_multiplied_in_fp8(tiny_hp, monkeypatch):
+    asked, rt = [], Runtime()
+    rt.has_fp8 = True
+
+    def head_loss(*arguments):
+        asked.append(arguments[-1])
+        return arguments[0].sum()
+
+    monkeypatch.setattr("train_gpt.head_loss", head_loss)
+    for vocab_size in (64, 257):
+        hp = dataclasses.replace(tiny_hp, vocab_size=vocab_size)
+        tokens = torch.zeros(1, 64, dtype=torch.int64)
+        GPT(hp, rt)(tokens, tokens, schedule(0, hp, "cpu"))
+    assert asked == [True, False]
+
+
+NVIDIA_SMI = "#!/bin/sh\necho 'GPU 0: NVIDIA H100'\necho 'GPU 1: NVIDIA H100'\n"
+
+
+@pytest.mark.parametrize("usable, chosen", [(0, 0), (1, 1), (2, 2), (3, 2), (8, 8)])
+def test_run_sh_counts_the_gpus_that_torch_can_use(tmp_path, usable, chosen):
+    function = re.search(r"^count_gpus\(\) .*?^}$", (ROOT / "run.sh").read_text(), re.M | re.S)[0]
+    for name, text in (("nvidia-smi", NVIDIA_SMI), ("python", f"#!/bin/sh\necho {usable}\n")):
+        (tmp_path / name).write_text(text)
+        (tmp_path / name).chmod(0o755)
+    script = f"set -euo pipefail\npython={tmp_path}/python\n{function}\ncount_gpus"
+    environment = clean_environment(PATH=f"{tmp_path}:{os.environ['PATH']}")
+    del environment["CUDA_VISIBLE_DEVICES"]
+    done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True)
+    assert done.stdout == f"{chosen}\n" and done.returncode == 0
+    assert ("torch can use none" in done.stderr) == (usable == 0)
 
 
 def test_files_stay_small_enough_to_read():
