@@ -520,8 +520,8 @@ def warnings_of(a, b) -> str:
 
 # ------------------------------------------------------------------------------ Real logs
 #
-# Made by repeat.py -n 10 on one CPU: the embedded track with 160 steps (its first five runs
-# interleaved with 152 steps), and with every learning rate ten times lower (3 runs, after them).
+# Made by repeat.py on one shared CPU: the embedded track with 160 steps (10 runs), and with every
+# learning rate ten times lower (3 runs, after them); 120 steps and 114 in turns (30 runs each).
 
 REAL = ROOT / "tests/logs"
 
@@ -544,7 +544,6 @@ def test_two_halves_of_ten_identical_runs_do_not_differ(tmp_path, first, second)
 
 
 def test_fewer_steps_are_faster_where_they_stand_out_of_the_noise():
-    """Times of one attempt differ by 6% from run to run on that CPU, which hides 5%."""
     ladder = ROOT / "records/embedded"
     modern, muon = ladder / "2026-11-22_ModernBlock-Adam", ladder / "2026-11-22_Muon"
     done = tool("diff", modern, muon)
@@ -552,8 +551,20 @@ def test_fewer_steps_are_faster_where_they_stand_out_of_the_noise():
     assert "same host, interleaved" in done.stdout
     done = tool("diff", muon, modern)
     assert done.returncode == 1 and "VERDICT   B REGRESSION slower by" in done.stdout
-    done = tool("diff", REAL / "same", REAL / "fewer_steps")
-    assert done.returncode == 5 and "num_steps 160 -> 152" in done.stdout, done.stdout
+
+
+def test_five_percent_of_the_steps_show_in_the_loss_and_hide_in_that_hosts_times():
+    """The times of a pair differ by 13% there, so that thirty pairs leave 9 points of interval."""
+    a, b = REAL / "steps_120", REAL / "steps_114"
+    report = json.loads(tool("diff", a, b, "--json").stdout)
+    assert report["verdict"] == "INCONCLUSIVE" and report["in_pairs"]
+    logs = np.log(report["B"]["train_s"]) - np.log(report["A"]["train_s"])
+    half = special.stdtrit(29, 0.975) * logs.std(ddof=1) / 30**0.5
+    assert report["time"]["low"] == pytest.approx(np.expm1(logs.mean() - half))
+    assert report["time"]["low"] < math.log(0.95) < 0 < report["time"]["high"]
+    assert 0.02 < report["loss"]["low"] < report["loss"]["high"] < 0.025
+    done = tool("diff", a, b)
+    assert done.returncode == 5 and "num_steps 120 -> 114" in done.stdout, done.stdout
     assert re.search(r"^NEXT      \d+ runs an arm would show a difference", done.stdout, re.M)
 
 
@@ -755,7 +766,7 @@ def test_what_cannot_be_replayed_gets_one_clear_error(words, tmp_path, monkeypat
 
 
 def test_a_checked_in_record_is_reproduced_digit_for_digit():
-    run = runs.read_log(REAL_LOGS[0])
+    run = runs.read_log(min((REAL / "steps_114/logs").iterdir()))
     from records.harness import Runtime, environment
 
     here = environment(on_gpu=False) | {"matmul_dtype": Runtime().matmul_dtype}
