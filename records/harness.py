@@ -29,7 +29,7 @@ import sys
 import sysconfig
 import time
 import uuid
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import pairwise
@@ -616,10 +616,9 @@ def carry_out(run: Run, make_trainer, sources: dict[str, str]) -> None:
             f"add --micro_batch_seqs {max(1, rows // 2)}, or lower --seq_len"
         ) from None
     finally:
-        try:
+        with suppress(RuntimeError):  # after an error of the GPU no clock can wait for it
             log.line(run.clock.ledger(), show=True)
-        finally:  # after an error of the GPU no clock can wait for it
-            log.close(run.result())
+        log.close(run.result())
 
 
 def header_sections(

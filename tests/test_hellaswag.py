@@ -228,7 +228,10 @@ GOOD = {"ctx": "a man", "endings": ["a", "b", "c", "d"], "label": 2}
         ("[1, 2]", "no object with ctx, endings and label"),
         (json.dumps({"ctx": "a", "label": 1}), "no object with ctx, endings and label"),
         (json.dumps(GOOD | {"ctx": " "}), "ctx is no text"),
-        (json.dumps(GOOD | {"ctx": "a \ud800"}), "half a surrogate pair"),
+        (
+            json.dumps(GOOD | {"ctx": "a \ud800"}),
+            "ctx or an ending has half a surrogate pair, which is no text",
+        ),
         (json.dumps(GOOD | {"endings": ["a", "b", "c"]}), "endings is no list of 4"),
         (json.dumps(GOOD | {"endings": "abcd"}), "endings is no list of 4"),
         (json.dumps(GOOD | {"endings": ["a", "b", "c", None]}), "an ending is no text"),
@@ -333,9 +336,9 @@ def test_the_result_is_printed_and_closes_a_log(checkpoint, tmp_path):
     )
     (log,) = (checkpoint.parent / "hellaswag").glob("tiny_*.txt")
     text = log.read_text()
-    above, _, last = text.rpartition("result ")
-    assert f"result {last}" == done.stdout
-    assert hashlib.sha256(above.encode()).hexdigest() in last
+    assert text.endswith(f"\n{done.stdout}")
+    before, _, last = text.rpartition(" sha256:")
+    assert hashlib.sha256(before.encode()).hexdigest() == last.strip()
     assert f"val.jsonl sha256:{digest} (not the original)" in text
     assert (ROOT / "evals" / "hellaswag.py").read_text() in text
 

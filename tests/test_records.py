@@ -721,12 +721,9 @@ def test_replay_against_counts_a_run_that_fails(log, tmp_path):
     b = tmp_path / "b"
     texts, _ = attempts.read_origin(log)
     texts["train_gpt.py"] = texts["train_gpt.py"].replace(
-        "\n        self.optimizers = optimizers(",
-        "\n        hp = dataclasses.replace(hp, head_lr=(hp.head_lr, math.inf)[run.options.seed])"
-        "\n        self.optimizers = optimizers(",
-    )
-    texts["train_gpt.py"] = texts["train_gpt.py"].replace(
-        "import sys\n", "import dataclasses\nimport sys\n", 1
+        "\n        self.loss = compiled(self.model)",
+        "\n        self.optimizers['head'].lr *= (1.0, math.inf)[run.options.seed]"
+        "\n        self.loss = compiled(self.model)",
     )
     attempts.Attempt(b).freeze(texts)
     done = tool("replay", b, "--against", log, "-n", 2, "--out", tmp_path / "out", *runs_flags(log))
