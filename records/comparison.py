@@ -21,6 +21,10 @@ VOLATILE = {"temperature.gpu", "clocks.sm", "clocks.mem", "gpu_processes"}
 SLOWDOWN = 0.10  # change of a calibration within a run that is worth a warning
 
 
+def repeated(values) -> list:
+    return [value for value, count in Counter(values).items() if count > 1]
+
+
 class Arm:
     """All runs of one attempt, in the order in which they began."""
 
@@ -41,8 +45,8 @@ class Arm:
         for run in self.runs:
             if run.faults:
                 raise InvalidLog(run.path, *run.faults[0])
-            if sum(run.name == other.name for other in self.runs) > 1:
-                raise InvalidLog(run.path, 0, f"the run {run.name} is there more than once")
+        if names := repeated(run.name for run in self.runs):
+            raise InvalidLog(self.runs[0].path.parent, 0, f"{names[0]} is there more than once")
 
     def values(self, figure) -> np.ndarray:
         """A figure of every finished run."""
@@ -72,9 +76,8 @@ class Arm:
         found, n = [], len(self.runs)
         if self.declared not in (0, n):
             found.append(f"{self.declared} runs were declared, {n} are there")
-        seeds = Counter(run.seed for run in self.runs if not run.is_public)
-        if repeated := [seed for seed, count in seeds.items() if count > 1]:
-            found.append(f"seed {', '.join(repeated)} ran more than once")
+        if seeds := repeated(run.seed for run in self.runs if not run.is_public):
+            found.append(f"seed {', '.join(seeds)} ran more than once")
         if resumed := sum(run.number("resumed_from") > 0 for run in self.runs):
             found.append(f"{resumed} of {n} runs were resumed: a checkpoint told their time")
         return found

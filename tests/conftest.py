@@ -129,7 +129,7 @@ def train(flags: list[str], ranks: int = 1, **changes) -> subprocess.CompletedPr
 def forked(flags: list[str]) -> subprocess.CompletedProcess:
     """`python train_gpt.py FLAGS`, in a process that is forked after the slow imports."""
     with tempfile.TemporaryDirectory() as folder:
-        arguments = ([*command(flags)[1:]], clean_environment(), folder)
+        arguments = (command(flags)[1:], clean_environment(), folder)
         process = SERVER.Process(target=be_trainer, args=arguments)
         with pytest.MonkeyPatch.context() as patch:  # the server starts with the first process
             patch.setenv("OMP_NUM_THREADS", "1")

@@ -116,8 +116,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--steps", type=int, default=5, help="steps to profile")
     own, flags = parser.parse_known_args()
-    parsed = parse_flags(flags, TRACKS, "fineweb", __doc__)
-    track, hp, options, overrides = parsed
+    track, hp, options, overrides = parse_flags(flags, TRACKS, "fineweb", __doc__)
     try:
         if not 1 <= own.steps <= hp.num_steps - SETTLING_STEPS:
             raise RunError(f"--steps {own.steps} does not fit into --num_steps {hp.num_steps}")
