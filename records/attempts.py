@@ -9,18 +9,25 @@ import ast
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
+from tempfile import TemporaryDirectory, TemporaryFile
 
 from runs import Run, find_logs, read_log
 from tool import Terminated, ToolError
 
 ROOT = Path(__file__).resolve().parent.parent
 ENTRIES = ("train_gpt.py", "baselines/train_gpt2.py")  # the first is what a checkout is run for
+TURNS_HELP = (
+    "start each pair of runs at once and let them take turns of so many steps, such as 10: what a "
+    "shared host does then falls on both alike (default: one run after the other)"
+)
 
 
 @dataclass
@@ -30,6 +37,10 @@ class Attempt:
     folder: Path
     flags: tuple[str, ...] = ()
     processes: int = 1
+
+    @property
+    def name(self) -> str:
+        return self.folder.resolve().name
 
     @property
     def source(self) -> Path:
@@ -43,6 +54,16 @@ class Attempt:
     def entry(self) -> str | None:
         """The trainer in source/; None if there is none."""
         return entry_of(self.source)
+
+    def command(self, scratch: Path) -> list[str]:
+        """The command of a run from a copy of the source in scratch."""
+        command = [sys.executable]
+        if self.processes > 1:
+            command += ["-m", "torch.distributed.run", "--standalone"]
+            command += [f"--nproc_per_node={self.processes}"]
+        slug = self.name.partition("_")[2] or self.name
+        return [*command, str(scratch / self.entry), *self.flags, "--slug", slug,
+                "--log_dir", str(self.logs), "--source_dir", str(self.source)]  # fmt: skip
 
     def freeze(self, texts: dict[str, str]) -> None:
         """Write the trainer's files, by path, into source/."""
@@ -100,7 +121,8 @@ def read_origin(origin: Path) -> tuple[dict[str, str], Run | None]:
 def flags_of(run: Run) -> list[str]:
     """The flags that a run was given, but for those that name the single run."""
     words, kept = json.loads(run.config.get("argv", "[]")), []
-    single = {"--seed", "--slug", "--log_dir", "--source_dir", "--declared_runs", "--resume"}
+    single = {"--seed", "--slug", "--log_dir", "--source_dir", "--declared_runs", "--resume",
+              "--turn_steps"}  # fmt: skip
     words = [
         part for word in words for part in (word.split("=", 1) if word[:2] == "--" else [word])
     ]
@@ -118,39 +140,94 @@ def interleaved(count: int, runs: int) -> Iterator[tuple[int, int]]:
         yield from ((arm, turn) for arm in order)
 
 
-def start(attempt: Attempt, seed: int, slug: str, declared: int) -> subprocess.CompletedProcess:
-    """One run of an attempt, from a scratch copy of its source; the log lands in its logs/.
+@dataclass
+class Ended:
+    """A run that ended: its attempt and seed, its log (None if it left none), what it printed."""
 
-    On ctrl-C the run gets it too, SIGTERM is passed on; it then ends its log by itself.
+    attempt: Attempt
+    seed: int
+    log: Path | None
+    code: int
+    output: str
+    errors: str
+
+    @property
+    def last_words(self) -> str:
+        """What a failed run said last."""
+        lines = (self.errors.strip() or self.output.strip()).splitlines()
+        return lines[-1] if lines else f"it exited with {self.code}"
+
+    @property
+    def run(self) -> Run:
+        """What its log says; ToolError if it left none."""
+        if not self.log:
+            raise ToolError(f"no run of {self.attempt.folder} began: {self.last_words}")
+        return read_log(self.log)
+
+
+def carry_out(jobs: list[tuple[Attempt, int]], declared: int, turn_steps: int) -> Iterator[Ended]:
+    """Run every job (attempt, seed) and tell how it ended.
+
+    One after the other; with turn_steps those two in a row that share a seed take turns.
     """
-    with tempfile.TemporaryDirectory(prefix="photofinish_") as scratch:
-        stage(attempt.source, Path(scratch))
-        command = [sys.executable]
-        if attempt.processes > 1:
-            command += ["-m", "torch.distributed.run", "--standalone"]
-            command += [f"--nproc_per_node={attempt.processes}"]
-        command += [str(Path(scratch, attempt.entry)), *attempt.flags, "--seed", str(seed),
-                    "--slug", slug, "--log_dir", str(attempt.logs), "--declared_runs",
-                    str(declared), "--source_dir", str(attempt.source)]  # fmt: skip
-        process = subprocess.Popen(command, env=os.environ | git_places(scratch), text=True,
-                                   stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
-        try:
-            output = process.communicate()
-        except KeyboardInterrupt as stop:
+    groups = (list(pair) for _, pair in groupby(jobs, key=lambda job: job[1]))
+    for group in groups if turn_steps else ([job] for job in jobs):
+        yield from start(group, declared, turn_steps)
+
+
+def start(jobs: list[tuple[Attempt, int]], declared: int, turn_steps: int = 0) -> list[Ended]:
+    """Run one job, or two that take turns of so many steps; each log lands in its attempt's logs/.
+
+    Each runs from a scratch copy of its source. On ctrl-C the runs get it too, SIGTERM is passed
+    on; they then end their logs by themselves.
+    """
+    before = {path for attempt, _ in jobs for path in find_logs([attempt.folder])}
+    with ExitStack() as stack:
+        ends = [stack.enter_context(end) for end in socket.socketpair()]
+        ends[1].send(b".")  # the first turn is the first job's; a job without another has all
+        processes, files = [], []
+        for (attempt, seed), end in zip(jobs, ends, strict=False):
+            scratch = Path(stack.enter_context(TemporaryDirectory(prefix="photofinish_")))
+            stage(attempt.source, scratch)
+            command = [*attempt.command(scratch), f"--seed={seed}", f"--declared_runs={declared}"]
+            command += [f"--turn_steps={turn_steps}"] if turn_steps else []
+            out, err = said = [stack.enter_context(TemporaryFile("w+")) for _ in range(2)]
+            processes.append(subprocess.Popen(
+                command, env=os.environ | git_places(scratch),
+                stdin=end if turn_steps else None, stdout=out, stderr=err,
+            ))  # fmt: skip
+            files.append(said)
+        for end in ends:
+            end.close()
+        wait_for(processes)
+        ended = []
+        for (attempt, seed), process, said in zip(jobs, processes, files, strict=True):
+            log = next((p for p in find_logs([attempt.folder]) if p not in before), None)
+            texts = [file.seek(0) or file.read() for file in said]
+            ended.append(Ended(attempt, seed, log, process.returncode, *texts))
+        return ended
+
+
+def wait_for(processes: list[subprocess.Popen]) -> None:
+    try:
+        for process in processes:
+            process.wait()
+    except KeyboardInterrupt as stop:
+        for process in processes:
             if isinstance(stop, Terminated):
                 process.terminate()
-            process.communicate()
-            raise
-        return subprocess.CompletedProcess(command, process.returncode, *output)
+        for process in processes:
+            process.wait()
+        raise
 
 
-def git_places(scratch: str) -> dict[str, str]:
+def git_places(scratch: Path) -> dict[str, str]:
     """Variables by which git compares the scratch copy with this checkout's last commit."""
     if not shutil.which("git"):
         return {}
     git = subprocess.run(["git", "rev-parse", "--absolute-git-dir"], cwd=ROOT,
                          capture_output=True, text=True)  # fmt: skip
-    return {"GIT_DIR": git.stdout.strip(), "GIT_WORK_TREE": scratch} if git.stdout else {}
+    return {"GIT_DIR": git.stdout.strip(), "GIT_WORK_TREE": str(scratch)} if git.stdout else {}
 
 
 def stage(source: Path, scratch: Path) -> None:
@@ -159,9 +236,3 @@ def stage(source: Path, scratch: Path) -> None:
     for folder in (ROOT / "data").iterdir():
         if folder.is_dir() and folder.name != "__pycache__":
             (scratch / "data" / folder.name).symlink_to(folder)
-
-
-def last_words(done: subprocess.CompletedProcess) -> str:
-    """What a failed run said last."""
-    lines = (done.stderr.strip() or done.stdout.strip()).splitlines()
-    return lines[-1] if lines else f"it exited with {done.returncode}"

@@ -198,10 +198,10 @@ def what_forbids_comparing(a: Arm, b: Arm, trust: bool) -> list[str]:
         reasons.append("different data")
     if a.target != b.target and not (math.isnan(a.target) and math.isnan(b.target)):
         reasons.append(f"different targets, {a.target} and {b.target}")
-    classes = [{r.hardware for r in arm.runs} for arm in (a, b)]
+    classes = [{r.machine_class for r in arm.runs} for arm in (a, b)]
     if classes[0] != classes[1]:
         names = [" and ".join(sorted(c)) for c in classes]
-        reasons.append(f"different hardware, {names[0]} and {names[1]}")
+        reasons.append(f"different classes, {names[0]} and {names[1]}")
     elif not trust:
         hosts = {r.host for arm in (a, b) for r in arm.runs}
         if "unknown" in hosts:

@@ -112,7 +112,9 @@ def order_text(c: Comparison) -> str:
     if not c.times_comparable:
         return ""
     if c.in_pairs and c.interleaved:
-        return "same host, interleaved, in pairs by seed"
+        turns = c.a.runs[0].turn_steps
+        how = f"in pairs by seed, in turns of {turns} steps" if turns else "in pairs by seed"
+        return f"same host, interleaved, {how}"
     return f"same host, {'interleaved' if c.interleaved else 'in blocks'}"
 
 

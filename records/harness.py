@@ -24,6 +24,8 @@ import platform
 import resource
 import shutil
 import signal
+import socket
+import stat
 import subprocess
 import sys
 import sysconfig
@@ -31,6 +33,7 @@ import time
 import uuid
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
@@ -88,6 +91,7 @@ class RunOptions:
     micro_batch_seqs: int = knob(0, "rows a forward pass of one rank; 0: what fits in memory")
     compile: bool = knob(True, "use torch.compile where it works")
     fp32: bool = knob(False, "multiply matrices in fp32 even where bf16 is faster")
+    turn_steps: int = knob(0, "steps between turns with the other run of a pair; 0: none")
 
 
 def flag_type(kind: type):
@@ -311,6 +315,44 @@ class Runtime:
         return torch.cuda.max_memory_allocated() >> 20 if self.is_gpu else kib >> 10
 
 
+class Turns:
+    """The turns in which two runs work, one of them at a time; of a run alone, nothing.
+
+    What a shared machine does for longer than a turn then falls on both alike. Duet benchmarking
+    (Bulej et al. 2020, doi:10.1145/3358960.3379132) runs both at once to that end; here they would
+    disturb each other. A socket at stdin joins the two (repeat.py --turns): a byte hands the
+    machine over, and the end of a run leaves it to the other.
+    """
+
+    def __init__(self, steps: int):
+        """Wait until it is this run's turn to be set up. steps: of a turn; 0 of a run alone."""
+        self.steps, self.other = steps, None
+        if not steps:
+            return
+        if not stat.S_ISSOCK(os.fstat(0).st_mode) or "RANK" in os.environ:
+            raise RunError("--turn_steps needs a second run, of one process like this one; start "
+                           "both: python records/repeat.py --turns 10 A B")  # fmt: skip
+        self.other = socket.socket(fileno=os.dup(0))
+        with open(os.devnull) as nothing:
+            os.dup2(nothing.fileno(), 0)  # no child shall keep the socket open after this run
+        self.wait()
+        self.hand_over()  # the other run has loaded its modules when the machine comes back
+
+    def hand_over(self) -> None:
+        """Let the other run work, until it hands back or ends."""
+        with suppress(ConnectionError):
+            self.other.send(b".")
+        self.wait()
+
+    def wait(self) -> None:
+        with suppress(ConnectionError):
+            self.other.recv(1)
+
+    def are_over_at(self, step: int) -> bool:
+        """Whether the machine changes hands after so many steps."""
+        return self.steps > 0 and step % self.steps == 0
+
+
 class Stopwatch:
     """Accounts of seconds since start; only the account `train` is a run's time.
 
@@ -421,6 +463,7 @@ class Run:
     """
 
     def __init__(self, track: str, hp, options: RunOptions, overrides, rt: Runtime, stop, started):
+        self.turns = Turns(options.turn_steps)
         self.checkpoints = OneFile()
         self.track, self.hp, self.options, self.overrides = track, hp, options, overrides
         self.rt, self.stop, self.clock = rt, stop, Stopwatch(started, rt.synchronize)
@@ -458,7 +501,14 @@ class Run:
     def start(self) -> None:
         """Begin the timed part; from here on the first signal asks for a clean end."""
         self.stop.deferred = True
+        self.give_turn()
         self.clock.switch("train")
+
+    def give_turn(self) -> None:
+        """Let the other run of a pair take its steps."""
+        if self.turns.other:
+            with self.clock.charged_to("turn"):
+                self.turns.hand_over()
 
     def end_step(self, loss: Tensor, tokens: int) -> None:
         """Count an optimizer step of so many tokens over all ranks; loss: this rank's mean, 0-D.
@@ -471,6 +521,8 @@ class Run:
         self.pending.append((self.step, *self.rt.to_host(pulse)))
         while len(self.pending) > self.rt.steps_in_flight * (self.step < self.hp.num_steps):
             self.read_pulse(*self.pending.pop(0))
+        if self.turns.are_over_at(self.step) and self.step < self.hp.num_steps:
+            self.give_turn()
 
     def read_pulse(self, step: int, pulse: Tensor, wait) -> None:
         """Log the step whose pulse [loss, stop request] arrives; end the run if it must end."""
@@ -636,7 +688,7 @@ def header_sections(
             log.section(f"{heading} kept:{os.path.relpath(kept, log.path.parent)}")
         else:
             log.section(heading, lines)
-    utc = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    utc = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")  # it tells the order of runs
     config = {"schema": SCHEMA, "utc": utc, "argv": json.dumps(sys.argv[1:]), **config}
     log.section("config", [f"{key}: {as_flag(value)}" for key, value in config.items()])
     entries = {**device, **environment(on_gpu=torch.cuda.is_available())}

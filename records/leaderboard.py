@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Write README's tables of records, and their pictures, from the logs below records/.
 
-One table a class: track, target and hardware, which are never mixed. A record is a folder
+One table a class: track, target and machine class, which are never mixed. A record is a folder
 records/<track>/<date>_<Slug> with a README.md, whose title says what changed, and logs/. Runs
 that other processes disturbed are kept and marked. With --check nothing is written, and the exit
 code is 1 if README is stale.
@@ -46,7 +46,7 @@ class Record:
 
     @property
     def group(self) -> tuple[str, float, str]:
-        return self.track, self.arm.target, self.arm.runs[0].hardware
+        return self.track, self.arm.target, self.arm.runs[0].machine_class
 
 
 def mean_and_sd(values, digits: int) -> str:
@@ -89,8 +89,8 @@ def groups(records: list[Record]) -> dict[tuple, list[Record]]:
 
 
 def table(group: tuple, records: list[Record], base: Path) -> list[str]:
-    track, target, hardware = group
-    lines = [f"**{track}, target {target:g}**, on {hardware}", "",
+    track, target, machine_class = group
+    lines = [f"**{track}, target {target:g}**, on {machine_class}", "",
              "| | time s (sd) | against the one before | val_loss (sd) | steps | what | record |",
              "|---|---|---|---|---|---|---|"]  # fmt: skip
     for i, record in enumerate(records):
@@ -103,8 +103,8 @@ def table(group: tuple, records: list[Record], base: Path) -> list[str]:
 
 
 def picture(group: tuple) -> Path:
-    track, target, hardware = group
-    name = "".join(c if c.isalnum() else "-" for c in f"{target:g}-{hardware}")
+    track, target, machine_class = group
+    name = "".join(c if c.isalnum() else "-" for c in f"{target:g}-{machine_class}")
     return RECORDS / track / f"progress_{name}.png"
 
 

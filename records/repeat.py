@@ -3,7 +3,8 @@
 
 An attempt is a folder such as records/embedded/2026-11-30_MyIdea. The first call freezes the
 trainer's source in it; runs then start from there. Calling it again goes on with the next seeds,
-up to n. Crashed and aborted runs keep their logs, and count.
+up to n. Crashed and aborted runs keep their logs, and count. On a host whose speed wanders, --turns
+lets the two runs of a pair advance side by side, one of them at a time.
 """
 
 import argparse
@@ -11,9 +12,9 @@ import sys
 from pathlib import Path
 
 import stats
-from attempts import ENTRIES, ROOT, Attempt, interleaved, last_words, source_texts, start
+from attempts import ENTRIES, ROOT, TURNS_HELP, Attempt, carry_out, interleaved, source_texts
 from comparison import Arm
-from runs import find_logs, read_log
+from runs import find_logs
 from tool import ToolError, finish
 from tqdm import tqdm
 
@@ -34,27 +35,22 @@ def attempts(paths: list[Path], flags: list[str], processes: int, entry: str) ->
     return found
 
 
-def run_all(attempts: list[Attempt], count: int) -> None:
+def run_all(attempts: list[Attempt], count: int, turn_steps: int) -> None:
     """Run every attempt until it has count logs, interleaved; a failed run is told and counted."""
     have = [len(find_logs([attempt.folder])) for attempt in attempts]
     todo = [(attempts[i], seed) for i, seed in interleaved(len(attempts), count) if seed >= have[i]]
-    bar = tqdm(todo, unit="run", disable=not sys.stderr.isatty())
-    for attempt, seed in bar:
-        name = attempt.folder.resolve().name
-        bar.set_description(f"{name} seed {seed}")
-        before = set(find_logs([attempt.folder]))
-        done = start(attempt, seed, name.partition("_")[2] or "run", count)
-        new = set(find_logs([attempt.folder])) - before
-        if not new:
-            raise ToolError(f"no run of {attempt.folder} began: {last_words(done)}")
-        result = (done.stdout or "").strip().splitlines()[-1:] or [""]
-        tqdm.write(f"{name} seed {seed}: {result[0].partition(' time_to_target')[0]}")
-        if done.returncode:
-            tqdm.write(f"  exit code {done.returncode}: {last_words(done)}")
-        log = new.pop()
-        if not read_log(log).val_curve:
-            raise ToolError(f"{log} ended before its first validation, as every run would: "
-                            f"{last_words(done)}")  # fmt: skip
+    with tqdm(total=len(todo), unit="run", disable=not sys.stderr.isatty()) as bar:
+        for ended in carry_out(todo, count, turn_steps):
+            bar.update()
+            run = ended.run
+            result = ended.output.strip().splitlines()[-1:] or [""]
+            name = f"{ended.attempt.name} seed {ended.seed}"
+            tqdm.write(f"{name}: {result[0].partition(' time_to_target')[0]}")
+            if ended.code:
+                tqdm.write(f"  exit code {ended.code}: {ended.last_words}")
+            if not run.val_curve:
+                raise ToolError(f"{ended.log} ended before its first validation, as every run "
+                                f"would: {ended.last_words}")  # fmt: skip
 
 
 def summary(arm: Arm) -> str:
@@ -86,11 +82,14 @@ def main() -> int:
     parser.add_argument("--nproc_per_node", type=int, default=1, help="GPUs (default: 1)")
     parser.add_argument("--entry", choices=ENTRIES, default=ENTRIES[0],
                         help="trainer of new attempts (default: %(default)s)")  # fmt: skip
+    parser.add_argument("--turns", type=int, default=0, metavar="STEPS", help=TURNS_HELP)
     args, flags = parser.parse_known_args()
-    if args.n < 1 or args.nproc_per_node < 1:
-        parser.error("-n and --nproc_per_node must be at least 1")
+    if args.n < 1 or args.nproc_per_node < 1 or args.turns < 0:
+        parser.error("-n and --nproc_per_node must be at least 1, --turns at least 0")
+    if args.turns and (len(args.attempts) != 2 or args.nproc_per_node > 1):
+        parser.error("--turns needs two attempts, of one process a run")
     try:
-        run_all(attempts(args.attempts, flags, args.nproc_per_node, args.entry), args.n)
+        run_all(attempts(args.attempts, flags, args.nproc_per_node, args.entry), args.n, args.turns)
     except KeyboardInterrupt:
         print("interrupted: the run that was going counts; the same command goes on after it",
               file=sys.stderr)  # fmt: skip

@@ -13,10 +13,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from attempts import Attempt, flags_of, interleaved, last_words, read_origin, start
+from attempts import TURNS_HELP, Attempt, carry_out, flags_of, interleaved, read_origin, start
 from comparison import Arm, compare
 from diff import text_report
-from runs import Run, find_logs, read_arm, read_log
+from runs import Run, read_arm
 from tool import EXIT_MISUSE, ToolError, finish
 from tqdm import tqdm
 
@@ -32,21 +32,12 @@ def attempt_like(origin: Path, folder: Path, flags: list[str]) -> tuple[Attempt,
     return attempt, run
 
 
-def run_once(attempt: Attempt, seed: int, declared: int) -> tuple[Run, str]:
-    """One run, and the last words of its process; ToolError if it left no log."""
-    before = set(find_logs([attempt.folder]))
-    done = start(attempt, seed, "replay", declared)
-    new = set(find_logs([attempt.folder])) - before
-    if not new:
-        raise ToolError(f"the run of {attempt.folder} left no log: {last_words(done)}")
-    return read_log(new.pop()), last_words(done)
-
-
 def finished_run(attempt: Attempt, seed: int) -> Run:
     """A run that counts in no comparison; ToolError if it does not finish."""
-    run, words = run_once(attempt, seed, 0)
+    (ended,) = start([(attempt, seed)], 0)
+    run = ended.run
     if not run.finished:
-        raise ToolError(f"the run {run.path} did not finish: {words}")
+        raise ToolError(f"the run {ended.log} did not finish: {ended.last_words}")
     return run
 
 
@@ -79,16 +70,21 @@ def replay_one(origin: Path, out: Path, flags: list[str]) -> int:
     return same_losses(old, finished_run(attempt, int(old.seed)))
 
 
-def replay_against(b: Path, a: Path, count: int, out: Path, flags: list[str]) -> int:
+def replay_against(
+    b: Path, a: Path, count: int, turn_steps: int, out: Path, flags: list[str]
+) -> int:
     """Interleave count runs of each after one burn-in run each, which is discarded."""
     pair = [attempt_like(x, out / letter, flags)[0] for x, letter in ((a, "A"), (b, "B"))]
+    if turn_steps and any(attempt.processes > 1 for attempt in pair):
+        raise ToolError("--turns is for runs of one process; leave it out")
     for attempt in tqdm(pair, desc="burn-in", unit="run", disable=not sys.stderr.isatty()):
         finished_run(attempt, 0).path.unlink()
-    order = list(interleaved(2, count))
-    for i, seed in tqdm(order, unit="run", disable=not sys.stderr.isatty()):
-        run, words = run_once(pair[i], seed, count)
-        if not run.finished:
-            tqdm.write(f"{'AB'[i]} seed {seed} did not finish, and counts: {words}")
+    todo = [(pair[i], seed) for i, seed in interleaved(2, count)]
+    runs = carry_out(todo, count, turn_steps)
+    for ended in tqdm(runs, total=len(todo), unit="run", disable=not sys.stderr.isatty()):
+        if not ended.run.finished:
+            tqdm.write(f"{ended.attempt.name} seed {ended.seed} did not finish, and counts: "
+                       f"{ended.last_words}")  # fmt: skip
     comparison = compare(*(Arm(origin.resolve().stem, read_arm(attempt.folder))
                            for origin, attempt in zip((a, b), pair, strict=True)))  # fmt: skip
     print(text_report(comparison))
@@ -103,16 +99,19 @@ def main() -> int:
     parser.add_argument("--against", type=Path, metavar="A", help="what to interleave it with")
     parser.add_argument("-n", type=int, default=10, help="runs each with --against (default: 10)")
     parser.add_argument("--out", type=Path, help="keep sources and logs here (default: discard)")
+    parser.add_argument("--turns", type=int, default=0, metavar="STEPS", help=TURNS_HELP)
     args, flags = parser.parse_known_args()
-    if args.n < 1:
-        parser.error("-n must be at least 1")
+    if args.n < 1 or args.turns < 0:
+        parser.error("-n must be at least 1, --turns at least 0")
+    if args.turns and not args.against:
+        parser.error("--turns needs --against")
     if args.out and args.out.exists() and (args.out.is_file() or any(args.out.iterdir())):
         parser.error(f"--out {args.out} is a file, or not empty")
     out = args.out or Path(tempfile.mkdtemp(prefix="photofinish_replay_"))
     try:
         if args.against is None:
             return replay_one(args.b, out, flags)
-        return replay_against(args.b, args.against, args.n, out, flags)
+        return replay_against(args.b, args.against, args.n, args.turns, out, flags)
     finally:
         if not args.out:
             shutil.rmtree(out, ignore_errors=True)

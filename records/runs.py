@@ -14,7 +14,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 LINE_SECTIONS = ("config", "environment", "data", "run")  # the others are text, counted in lines
-CONFIG_TYPES = {"seed": int, "target_val_loss": float, "declared_runs": int, "argv": json.loads}
+CONFIG_TYPES = {
+    "seed": int,
+    "target_val_loss": float,
+    "declared_runs": int,
+    "turn_steps": int,
+    "argv": json.loads,
+}
 RESULT_FIELDS = "status val_loss target train_time steps tokens seed overrides resumed_from sha256"
 MISSED = "it missed the target"
 PUBLIC_RULE = "=" * 100  # between the source, the environment and the steps of a public log
@@ -92,13 +98,20 @@ class Run:
         return self.environment.get("host", "unknown")
 
     @property
-    def hardware(self) -> str:
-        """The class within which times may be ranked: device, count, arithmetic."""
+    def turn_steps(self) -> int:
+        """Steps after which it gave the machine to the other run of its pair; 0 if it ran alone."""
+        return int(self.config.get("turn_steps", 0))
+
+    @property
+    def machine_class(self) -> str:
+        """The class within which times may be ranked: device, count, arithmetic, turns."""
         env = self.environment
         count = f"{env.get('world_size', '?')}x "
         if "gpu0" not in env:
             count = f"{env.get('threads', '?')} threads of "
-        return f"{count}{env.get('device', 'unknown')}, {env.get('matmul_dtype', 'unknown')}"
+        turns = f", in turns of {self.turn_steps} steps" if self.turn_steps else ""
+        device, dtype = env.get("device", "unknown"), env.get("matmul_dtype", "unknown")
+        return f"{count}{device}, {dtype}{turns}"
 
     @property
     def data_hash(self) -> str:

@@ -579,7 +579,7 @@ def test_two_hardware_classes_are_not_comparable(tmp_path):
         forge(path, path, (r"^device: .*", "device: NVIDIA H200"))
     done = tool("diff", REAL / "same", other)
     assert done.returncode == 3 and "VERDICT   B NOT COMPARABLE" in done.stdout
-    assert "different hardware" in done.stdout and "H200" in done.stdout
+    assert "different classes" in done.stdout and "H200" in done.stdout
 
 
 @pytest.mark.parametrize("damage", ["cut", "edited"])
@@ -628,6 +628,45 @@ def test_attempts_interleave_freeze_their_source_and_go_on(attempt_flags, tmp_pa
     assert "n=2" in done.stdout and "a look is allowed at 5, 10, 20 runs only" in done.stdout
     (a / "source/data/shards.py").write_text("tampered")
     assert any("not what its sha256 says" in what for _, what in both_faults(a))
+
+
+def test_attempts_take_turns(attempt_flags, tmp_path):
+    a, b = tmp_path / "2026-01-01_A", tmp_path / "2026-01-01_B"
+    for misuse in ([a], [a, b, tmp_path / "c"], [a, b, "--nproc_per_node=2"]):
+        done = tool("repeat", "--turns", 2, *misuse)
+        assert done.returncode == 2 and "--turns needs two attempts" in done.stderr
+    done = tool("repeat", "-n", 2, "--turns", 2, a, b, *attempt_flags)
+    assert done.returncode == 0, done.stderr
+    both = [comparison.Arm.read(folder) for folder in (a, b)]
+    c = comparison.compare(*both)
+    assert (c.order, c.in_pairs) == ("ABBA", True) and both_faults(a) == both_faults(b) == []
+    for one, other in zip(*(arm.runs for arm in both), strict=True):
+        assert one.val_curve[-1][2] == other.val_curve[-1][2]
+        for run, partner in ((one, other), (other, one)):
+            assert run.ledger["turn"] > 0.9 * partner.ledger["train"]
+    assert "in pairs by seed, in turns of 2 steps" in tool("diff", a, b).stdout
+
+    alone = tmp_path / "2026-01-01_Alone"
+    tool("repeat", "-n", 2, alone, *attempt_flags)
+    done = tool("diff", a, alone)
+    assert done.returncode == 3 and "in turns of 2 steps" in done.stdout
+
+
+def test_a_run_goes_on_when_the_one_it_takes_turns_with_is_killed(attempt_flags, tmp_path):
+    a, b = tmp_path / "2026-01-01_A", tmp_path / "2026-01-01_B"
+    words = ["-n", "1", "--turns", "2", str(a), str(b), *attempt_flags]
+    with subprocess.Popen(
+        [sys.executable, str(ROOT / "records/repeat.py"), *words], env=clean_environment()
+    ) as process:
+        while not any("step:2/" in p.read_text() for p in a.glob("logs/*.txt")):
+            assert process.poll() is None
+            time.sleep(0.02)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+        os.kill(int(children.split()[0]), signal.SIGKILL)
+        assert process.wait(60) == 0
+    (killed,), (whole,) = ([runs.read_log(p) for p in runs.find_logs([x])] for x in (a, b))
+    assert not killed.finished and whole.finished and not whole.faults
+    assert tool("diff", a, b).returncode == 4
 
 
 def both_faults(folder) -> list:
@@ -743,7 +782,7 @@ def runs_flags(log) -> list[str]:
 
 
 def test_flags_of_a_run_leave_out_what_names_the_run():
-    words = ["--seed", "3", "--muon_lr=0.1", "--slug=x", "--log_dir", "y", "--fp32", "true"]
+    words = "--seed 3 --muon_lr=0.1 --slug=x --turn_steps=9 --log_dir y --fp32 true".split()
     run = runs.Run(Path("x"), config={"argv": json.dumps(words)})
     assert attempts.flags_of(run) == ["--muon_lr", "0.1", "--fp32", "true"]
 

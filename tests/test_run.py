@@ -7,6 +7,7 @@ import os
 import re
 import resource
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -50,6 +51,40 @@ def start(flags, ranks=1, **changes) -> subprocess.Popen:
         text=True,
         start_new_session=True,
     )
+
+
+def test_two_runs_take_turns_of_so_many_steps(flags, tmp_path):
+    """This test is the other run: between two of its bytes the trainer takes so many steps."""
+    flags = [*flags, "--num_steps=10", "--val_every=5"]
+    for folder in ("alone", "turns"):
+        (tmp_path / folder).mkdir()
+    assert train([*flags, f"--log_dir={tmp_path / 'alone'}"]).returncode == 0
+    alone = only_log(tmp_path / "alone")
+    ours, its = socket.socketpair()
+    words = command([*flags, f"--log_dir={tmp_path / 'turns'}", "--turn_steps=3"])
+    with ours, subprocess.Popen(words, env=clean_environment(), stdin=its) as process:
+        its.close()
+        ours.settimeout(60)
+        ours.send(b".")
+        assert ours.recv(1) == b"." and not list((tmp_path / "turns").iterdir())
+        for last_step in ([], [3], [6], [9]):
+            ours.send(b".")
+            assert ours.recv(1) == b"."
+            time.sleep(0.3)
+            steps = [n for kind, n in losses(only_log(tmp_path / "turns")) if kind == "train"]
+            assert steps[-1:] == last_step and process.poll() is None
+        ours.close()  # the other run is killed: this one goes on
+        assert process.wait(60) == 0
+    log = only_log(tmp_path / "turns")
+    assert losses(log) == losses(alone)
+    (waited,) = re.findall(r"^ledger: .* turn:([\d.]+)s", log.read_text(), re.M)
+    assert float(waited) > 4 * 0.3 and " turn:" not in alone.read_text()
+
+
+def test_turns_need_another_run(flags, tmp_path):
+    done = train([*flags, "--turn_steps=3"])
+    assert done.returncode == 1 and "records/repeat.py --turns" in done.stderr
+    assert "Traceback" not in done.stderr and not list(tmp_path.glob("*.txt"))
 
 
 def wait_for(folder, pattern: str, process, seconds=90) -> str:
