@@ -24,7 +24,6 @@ import platform
 import resource
 import shutil
 import signal
-import socket
 import stat
 import subprocess
 import sys
@@ -326,27 +325,29 @@ class Turns:
 
     def __init__(self, steps: int):
         """Wait until it is this run's turn to be set up. steps: of a turn; 0 of a run alone."""
-        self.steps, self.other = steps, None
+        self.steps, self.other = steps, -1
         if not steps:
             return
         if not stat.S_ISSOCK(os.fstat(0).st_mode) or "RANK" in os.environ:
             raise RunError("--turn_steps needs a second run, of one process like this one; start "
                            "both: python records/repeat.py --turns 10 A B")  # fmt: skip
-        self.other = socket.socket(fileno=os.dup(0))
+        # A number, for an object would close it before the interpreter has cleared up; and not 0,
+        # for no child shall keep it open after this run.
+        self.other = os.dup(0)
         with open(os.devnull) as nothing:
-            os.dup2(nothing.fileno(), 0)  # no child shall keep the socket open after this run
+            os.dup2(nothing.fileno(), 0)
         self.wait()
         self.hand_over()  # the other run has loaded its modules when the machine comes back
 
     def hand_over(self) -> None:
         """Let the other run work, until it hands back or ends."""
         with suppress(ConnectionError):
-            self.other.send(b".")
+            os.write(self.other, b".")
         self.wait()
 
     def wait(self) -> None:
         with suppress(ConnectionError):
-            self.other.recv(1)
+            os.read(self.other, 1)
 
     def are_over_at(self, step: int) -> bool:
         """Whether the machine changes hands after so many steps."""
@@ -506,7 +507,7 @@ class Run:
 
     def give_turn(self) -> None:
         """Let the other run of a pair take its steps."""
-        if self.turns.other:
+        if self.turns.steps:
             with self.clock.charged_to("turn"):
                 self.turns.hand_over()
 

@@ -11,6 +11,7 @@ import socket
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -73,7 +74,9 @@ def test_two_runs_take_turns_of_so_many_steps(flags, tmp_path):
             time.sleep(0.3)
             steps = [n for kind, n in losses(only_log(tmp_path / "turns")) if kind == "train"]
             assert steps[-1:] == last_step and process.poll() is None
-        ours.close()  # the other run is killed: this one goes on
+        ours.send(b".")
+        assert ours.recv(1) == b""  # only when nothing of the process can disturb the other
+        assert not Path(f"/proc/{process.pid}/maps").read_text()
         assert process.wait(60) == 0
     log = only_log(tmp_path / "turns")
     assert losses(log) == losses(alone)
