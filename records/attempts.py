@@ -13,17 +13,19 @@ import socket
 import subprocess
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from tempfile import TemporaryDirectory, TemporaryFile
+from tempfile import TemporaryDirectory
 
 from runs import Run, find_logs, read_log
-from tool import Terminated, ToolError
+from tool import ToolError
 
 ROOT = Path(__file__).resolve().parent.parent
 ENTRIES = ("train_gpt.py", "baselines/train_gpt2.py")  # the first is what a checkout is run for
+HARNESS = "records/harness.py"
 TURNS_HELP = (
     "start each pair of runs at once and let them take turns of so many steps, such as 10: what a "
     "shared host does then falls on both alike (default: one run after the other)"
@@ -165,6 +167,22 @@ class Ended:
         return read_log(self.log)
 
 
+def check_turns(attempts: list[Attempt], turn_steps: int) -> None:
+    """ToolError where the attempts cannot begin, or go on, with turns of so many steps."""
+    arms = [[read_log(path) for path in find_logs([attempt.folder])] for attempt in attempts]
+    for attempt, runs in zip(attempts, arms, strict=True):
+        if turn_steps and "turn_steps" not in source_texts(attempt.source, attempt.entry).get(
+            HARNESS, ""
+        ):
+            raise ToolError(f"the source of {attempt.folder} is of before --turns; leave it out")
+        if runs and runs[0].turn_steps != turn_steps:
+            raise ToolError(f"the runs of {attempt.folder} have turns of {runs[0].turn_steps} "
+                            f"steps; go on with --turns {runs[0].turn_steps}")  # fmt: skip
+    if turn_steps and len(counts := {len(runs) for runs in arms}) > 1:
+        raise ToolError(f"one attempt has {min(counts)} runs, the other {max(counts)}, so a run "
+                        "would lack its pair; name new folders")  # fmt: skip
+
+
 def carry_out(jobs: list[tuple[Attempt, int]], declared: int, turn_steps: int) -> Iterator[Ended]:
     """Run every job (attempt, seed) and tell how it ended.
 
@@ -176,49 +194,43 @@ def carry_out(jobs: list[tuple[Attempt, int]], declared: int, turn_steps: int) -
 
 
 def start(jobs: list[tuple[Attempt, int]], declared: int, turn_steps: int = 0) -> list[Ended]:
-    """Run one job, or two that take turns of so many steps; each log lands in its attempt's logs/.
+    """Run one job, or two that take turns of so many steps; return them in the order they ended.
 
-    Each runs from a scratch copy of its source. On ctrl-C the runs get it too, SIGTERM is passed
-    on; they then end their logs by themselves.
+    Each runs from a scratch copy of its source, and its log lands in its attempt's logs/. On ctrl-C
+    the runs get it too, SIGTERM is passed on; they then end their logs by themselves.
     """
     before = {path for attempt, _ in jobs for path in find_logs([attempt.folder])}
     with ExitStack() as stack:
-        ends = [stack.enter_context(end) for end in socket.socketpair()]
-        ends[1].send(b".")  # the first turn is the first job's; a job without another has all
-        processes, files = [], []
-        for (attempt, seed), end in zip(jobs, ends, strict=False):
-            scratch = Path(stack.enter_context(TemporaryDirectory(prefix="photofinish_")))
+        scratches = [Path(stack.enter_context(TemporaryDirectory(prefix="photofinish_")))
+                     for _ in jobs]  # fmt: skip
+        for (attempt, _), scratch in zip(jobs, scratches, strict=True):
             stage(attempt.source, scratch)
-            command = [*attempt.command(scratch), f"--seed={seed}", f"--declared_runs={declared}"]
-            command += [f"--turn_steps={turn_steps}"] if turn_steps else []
-            out, err = said = [stack.enter_context(TemporaryFile("w+")) for _ in range(2)]
-            processes.append(subprocess.Popen(
-                command, env=os.environ | git_places(scratch),
-                stdin=end if turn_steps else None, stdout=out, stderr=err,
-            ))  # fmt: skip
-            files.append(said)
-        for end in ends:
-            end.close()
-        wait_for(processes)
-        ended = []
-        for (attempt, seed), process, said in zip(jobs, processes, files, strict=True):
-            log = next((p for p in find_logs([attempt.folder]) if p not in before), None)
-            texts = [file.seek(0) or file.read() for file in said]
-            ended.append(Ended(attempt, seed, log, process.returncode, *texts))
-        return ended
+        ends = [stack.enter_context(end) for end in socket.socketpair()]
+        ends[1].send(b"1")  # the first turn is the first job's
+        pool, ended = stack.enter_context(ThreadPoolExecutor()), {}
+        try:
+            for (attempt, seed), scratch, end in zip(jobs, scratches, ends, strict=False):
+                turns = [f"--turn_steps={turn_steps}"] if turn_steps else []
+                process = subprocess.Popen(
+                    [*attempt.command(scratch), f"--seed={seed}", f"--declared_runs={declared}",
+                     *turns], env=os.environ | git_places(scratch), text=True,
+                    stdin=end if turns else None, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                )  # fmt: skip
+                ended[pool.submit(process.communicate)] = process, attempt, seed
+            for end in ends:
+                end.close()
+            return [ended_run(*ended[future], *future.result(), before)
+                    for future in as_completed(ended)]  # fmt: skip
+        except BaseException as stop:
+            if type(stop) is not KeyboardInterrupt:  # of which the runs know
+                for process, *_ in ended.values():
+                    process.terminate()
+            raise
 
 
-def wait_for(processes: list[subprocess.Popen]) -> None:
-    try:
-        for process in processes:
-            process.wait()
-    except KeyboardInterrupt as stop:
-        for process in processes:
-            if isinstance(stop, Terminated):
-                process.terminate()
-        for process in processes:
-            process.wait()
-        raise
+def ended_run(process, attempt: Attempt, seed: int, output: str, errors: str, before) -> Ended:
+    log = next((path for path in find_logs([attempt.folder]) if path not in before), None)
+    return Ended(attempt, seed, log, process.returncode, output, errors)
 
 
 def git_places(scratch: Path) -> dict[str, str]:

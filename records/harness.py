@@ -57,6 +57,9 @@ PEAK_BF16_TFLOPS = {  # dense, from the makers' data sheets
 SMALL_FLEX_BLOCKS = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_M1": 32, "BLOCK_N1": 64,
                      "BLOCK_M2": 64, "BLOCK_N2": 32}  # fmt: skip
 DIVERGED_STEPS = 50  # so many steps in a row above the loss of a uniform guess end a run
+OTHER_ENDED = (
+    "the other run of the pair ended before its first step; mend what it says, start again"
+)
 COMPILE_ERRORS = (TorchDynamoException, InductorError)
 LOGGED_VARIABLES = ("CUDA_", "NCCL_", "TORCH", "PYTORCH_", "OMP_", "GOMP_", "KMP_", "MKL_")
 
@@ -170,7 +173,7 @@ class Runtime:
     once on one process.
     """
 
-    def __init__(self, fp32: bool = False):
+    def __init__(self, fp32: bool = False, runs_a_device: int = 1):
         self.rank = int(os.environ.get("RANK", 0))
         self.world_size = int(os.environ.get("WORLD_SIZE", 1))
         self.is_main, self.is_gpu = self.rank == 0, torch.cuda.is_available()
@@ -178,6 +181,7 @@ class Runtime:
         self.flex_options = None
         if self.is_gpu:
             self.use_gpu(int(os.environ.get("LOCAL_RANK", 0)))
+            self.memory_bytes /= runs_a_device
         else:
             torch.set_flush_denormal(True)
             # Two threads would add the gradients of an embedding in an order of their own.
@@ -320,34 +324,44 @@ class Turns:
     What a shared machine does for longer than a turn then falls on both alike. Duet benchmarking
     (Bulej et al. 2020, doi:10.1145/3358960.3379132) runs both at once to that end; here they would
     disturb each other. A socket at stdin joins the two (repeat.py --turns): a byte hands the
-    machine over, and the end of a run leaves it to the other.
+    machine over, and the end of a process leaves it to the other.
     """
 
+    FIRST = b"1"  # the byte that the first of the two finds; all others are points
+
     def __init__(self, steps: int):
-        """Wait until it is this run's turn to be set up. steps: of a turn; 0 of a run alone."""
-        self.steps, self.other = steps, -1
+        """steps: of a turn; 0 of a run alone."""
+        self.steps, self.other, self.is_first = steps, -1, False
         if not steps:
             return
-        if not stat.S_ISSOCK(os.fstat(0).st_mode) or "RANK" in os.environ:
-            raise RunError("--turn_steps needs a second run, of one process like this one; start "
-                           "both: python records/repeat.py --turns 10 A B")  # fmt: skip
-        # A number, for an object would close it before the interpreter has cleared up; and not 0,
-        # for no child shall keep it open after this run.
-        self.other = os.dup(0)
-        with open(os.devnull) as nothing:
-            os.dup2(nothing.fileno(), 0)
-        self.wait()
-        self.hand_over()  # the other run has loaded its modules when the machine comes back
+        with suppress(OSError):  # of a closed stdin
+            if stat.S_ISSOCK(os.fstat(0).st_mode) and "RANK" not in os.environ:
+                # A number, for an object would close it before the interpreter has cleared up; and
+                # not 0, for no child shall keep it open after this run.
+                self.other = os.dup(0)
+                with open(os.devnull) as nothing:
+                    os.dup2(nothing.fileno(), 0)
+                return
+        raise RunError("--turn_steps needs a second run, of one process like this one; start "
+                       "both: python records/repeat.py --turns 10 A B")  # fmt: skip
 
-    def hand_over(self) -> None:
-        """Let the other run work, until it hands back or ends."""
+    def begin(self) -> None:
+        """Wait until both have loaded their modules, and the second until the first is set up."""
+        byte = self.wait()
+        self.is_first = byte == self.FIRST
+        if not (byte and self.hand_over()):
+            raise RunError(OTHER_ENDED)
+
+    def hand_over(self) -> bytes:
+        """Let the other run work until it hands back; return its byte, nothing if it has ended."""
         with suppress(ConnectionError):
             os.write(self.other, b".")
-        self.wait()
+        return self.wait()
 
-    def wait(self) -> None:
+    def wait(self) -> bytes:
         with suppress(ConnectionError):
-            os.read(self.other, 1)
+            return os.read(self.other, 1)
+        return b""
 
     def are_over_at(self, step: int) -> bool:
         """Whether the machine changes hands after so many steps."""
@@ -464,10 +478,13 @@ class Run:
     """
 
     def __init__(self, track: str, hp, options: RunOptions, overrides, rt: Runtime, stop, started):
-        self.turns = Turns(options.turn_steps)
         self.checkpoints = OneFile()
         self.track, self.hp, self.options, self.overrides = track, hp, options, overrides
         self.rt, self.stop, self.clock = rt, stop, Stopwatch(started, rt.synchronize)
+        self.turns = Turns(options.turn_steps)
+        if self.turns.steps:
+            with self.clock.charged_to("turn"):
+                self.turns.begin()
         stamp = time.strftime("%Y-%m-%dT%H%M%SZ", time.gmtime())
         name = f"{stamp}_{track}_{options.slug}_{uuid.uuid4().hex[:8]}"
         self.name = rt.on_main(lambda: name)
@@ -502,14 +519,14 @@ class Run:
     def start(self) -> None:
         """Begin the timed part; from here on the first signal asks for a clean end."""
         self.stop.deferred = True
-        self.give_turn()
+        if self.turns.steps and not self.give_turn() and self.turns.is_first:
+            raise RunError(OTHER_ENDED)
         self.clock.switch("train")
 
-    def give_turn(self) -> None:
-        """Let the other run of a pair take its steps."""
-        if self.turns.steps:
-            with self.clock.charged_to("turn"):
-                self.turns.hand_over()
+    def give_turn(self) -> bytes:
+        """Let the other run of the pair work; return nothing if it has ended."""
+        with self.clock.charged_to("turn"):
+            return self.turns.hand_over()
 
     def end_step(self, loss: Tensor, tokens: int) -> None:
         """Count an optimizer step of so many tokens over all ranks; loss: this rank's mean, 0-D.
@@ -522,7 +539,8 @@ class Run:
         self.pending.append((self.step, *self.rt.to_host(pulse)))
         while len(self.pending) > self.rt.steps_in_flight * (self.step < self.hp.num_steps):
             self.read_pulse(*self.pending.pop(0))
-        if self.turns.are_over_at(self.step) and self.step < self.hp.num_steps:
+        ends = self.status or self.step == self.hp.num_steps
+        if self.turns.are_over_at(self.step) and not ends:
             self.give_turn()
 
     def read_pulse(self, step: int, pulse: Tensor, wait) -> None:
@@ -630,7 +648,8 @@ def execute(
         description = ast.get_docstring(ast.parse(next(iter(sources.values())))).splitlines()[0]
         parsed = parse_flags(sys.argv[1:], tracks, gpu_track, description, options)
         track, hp, options, overrides = parsed
-        run = Run(track, hp, options, overrides, Runtime(options.fp32), stop, started)
+        rt = Runtime(options.fp32, 2 if options.turn_steps else 1)
+        run = Run(track, hp, options, overrides, rt, stop, started)
         carry_out(run, make_trainer, sources)
         return {"success": 0, "missed": 0, "diverged": 1}.get(run.status, 128 + stop.signal)
     except KeyboardInterrupt:

@@ -12,7 +12,16 @@ import sys
 from pathlib import Path
 
 import stats
-from attempts import ENTRIES, ROOT, TURNS_HELP, Attempt, carry_out, interleaved, source_texts
+from attempts import (
+    ENTRIES,
+    ROOT,
+    TURNS_HELP,
+    Attempt,
+    carry_out,
+    check_turns,
+    interleaved,
+    source_texts,
+)
 from comparison import Arm
 from runs import find_logs
 from tool import ToolError, finish
@@ -37,6 +46,7 @@ def attempts(paths: list[Path], flags: list[str], processes: int, entry: str) ->
 
 def run_all(attempts: list[Attempt], count: int, turn_steps: int) -> None:
     """Run every attempt until it has count logs, interleaved; a failed run is told and counted."""
+    check_turns(attempts, turn_steps)
     have = [len(find_logs([attempt.folder])) for attempt in attempts]
     todo = [(attempts[i], seed) for i, seed in interleaved(len(attempts), count) if seed >= have[i]]
     with tqdm(total=len(todo), unit="run", disable=not sys.stderr.isatty()) as bar:
@@ -91,7 +101,7 @@ def main() -> int:
     try:
         run_all(attempts(args.attempts, flags, args.nproc_per_node, args.entry), args.n, args.turns)
     except KeyboardInterrupt:
-        print("interrupted: the run that was going counts; the same command goes on after it",
+        print("interrupted: what was running counts; the same command goes on after it",
               file=sys.stderr)  # fmt: skip
         raise
     for folder in args.attempts:

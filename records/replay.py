@@ -13,7 +13,16 @@ import sys
 import tempfile
 from pathlib import Path
 
-from attempts import TURNS_HELP, Attempt, carry_out, flags_of, interleaved, read_origin, start
+from attempts import (
+    TURNS_HELP,
+    Attempt,
+    carry_out,
+    check_turns,
+    flags_of,
+    interleaved,
+    read_origin,
+    start,
+)
 from comparison import Arm, compare
 from diff import text_report
 from runs import Run, read_arm
@@ -77,6 +86,7 @@ def replay_against(
     pair = [attempt_like(x, out / letter, flags)[0] for x, letter in ((a, "A"), (b, "B"))]
     if turn_steps and any(attempt.processes > 1 for attempt in pair):
         raise ToolError("--turns is for runs of one process; leave it out")
+    check_turns(pair, turn_steps)
     for attempt in tqdm(pair, desc="burn-in", unit="run", disable=not sys.stderr.isatty()):
         finished_run(attempt, 0).path.unlink()
     todo = [(pair[i], seed) for i, seed in interleaved(2, count)]

@@ -366,7 +366,7 @@ def ineligible(run: Run) -> list[str]:
         reasons.append(f"{changed} differs from commit {run.git['commit'][:10]}: commit it")
     if run.number("recompiled") > 0:
         reasons.append(f"{run.result['recompiled']} graphs were compiled inside the timed part")
-    untimed = {"startup", "compile", "validation", "checkpoint", "train", "end", "total"}
+    untimed = {"startup", "compile", "turn", "validation", "checkpoint", "train", "end", "total"}
     if unknown := set(run.ledger) - untimed:
         reasons.append(f"untimed work of an unknown kind: {', '.join(sorted(unknown))}")
     return reasons + run.warnings

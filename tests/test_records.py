@@ -475,7 +475,8 @@ def test_levels_of_two_declared_numbers_do_not_mix():
             run.config["declared_runs"] = "10"
 
     assert doubtful(lambda runs: None).level == stats.ALPHA_DECLARED
-    assert doubtful(five_of_ten).level == stats.ALPHA_LOOK
+    c = doubtful(five_of_ten)
+    assert c.level == comparison.Comparison(c.b, c.a).level == stats.ALPHA_LOOK
 
 
 def test_a_mean_just_above_the_target_is_no_regression_by_itself():
@@ -645,11 +646,40 @@ def test_attempts_take_turns(attempt_flags, tmp_path):
         for run, partner in ((one, other), (other, one)):
             assert run.ledger["turn"] > 0.9 * partner.ledger["train"]
     assert "in pairs by seed, in turns of 2 steps" in tool("diff", a, b).stdout
+    assert "unknown kind" not in tool("validate", runs.find_logs([a])[0]).stdout
 
     alone = tmp_path / "2026-01-01_Alone"
-    tool("repeat", "-n", 2, alone, *attempt_flags)
+    tool("repeat", "-n", 1, alone, *attempt_flags)
     done = tool("diff", a, alone)
     assert done.returncode == 3 and "in turns of 2 steps" in done.stdout
+    older = ROOT / "records/embedded/2026-11-22_Muon"
+    for misuse, problem in (
+        ([a, b], "go on with --turns 2"),
+        (["--turns", 2, a, alone], "go on with --turns 0"),
+        (["--turns", 2, a, tmp_path / "new"], "one attempt has 0 runs, the other 2"),
+        (
+            ["--turns", 2, older, tmp_path / "new"],
+            "is of before",
+        ),
+    ):
+        done = tool("repeat", "-n", 9, *misuse)
+        assert done.returncode == 1 and problem in done.stderr, done.stderr
+        assert len(done.stderr.splitlines()) == 1
+
+
+def test_a_run_that_fails_in_its_set_up_ends_its_pair(attempt_flags, tmp_path):
+    a, b = tmp_path / "2026-01-01_A", tmp_path / "2026-01-01_B"
+    texts = attempts.source_texts(ROOT, "train_gpt.py")
+    attempts.Attempt(a).freeze(texts)
+    texts["train_gpt.py"] = texts["train_gpt.py"].replace(
+        "        check_supply(hp)\n", "        raise RunError('B is broken')\n"
+    )
+    attempts.Attempt(b).freeze(texts)
+    done = tool("repeat", "-n", 3, "--turns", 2, a, b, *attempt_flags)
+    assert done.returncode == 1 and "2026-01-01_B" in done.stderr.splitlines()[-1]
+    assert "B is broken" in done.stderr and "Traceback" not in done.stderr
+    (run,) = [runs.read_log(p) for p in runs.find_logs([a])]
+    assert run.result["status"] == "aborted" and not run.train_curve
 
 
 def test_a_run_goes_on_when_the_one_it_takes_turns_with_is_killed(attempt_flags, tmp_path):
@@ -831,7 +861,10 @@ def test_a_record_needs_a_title_and_five_runs_that_pass(tmp_path):
     assert leaderboard.Record(folder).eligible
     logs = sorted((folder / "logs").iterdir())
     logs[0].unlink()
-    assert not leaderboard.Record(folder).eligible
+    for log in logs[1:]:
+        forge(log, log, (r"^declared_runs: .*", "declared_runs: 4"))
+    four = leaderboard.Record(folder)
+    assert four.arm.target_status()[0] == "PASS" and not four.eligible
     (folder / "README.md").write_text("")
     with pytest.raises(tool_errors.ToolError, match="lacks a first line"):
         leaderboard.Record(folder)
