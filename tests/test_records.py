@@ -569,6 +569,25 @@ def test_five_percent_of_the_steps_show_in_the_loss_and_hide_in_that_hosts_times
     assert re.search(r"^NEXT      \d+ runs an arm would show a difference", done.stdout, re.M)
 
 
+def test_five_percent_fewer_steps_are_faster_in_turns():
+    """Of the same host, whose runs differ by 10%: its speed cancels within a pair."""
+    a, b = REAL / "turns_120", REAL / "turns_114"
+    done = tool("diff", a, b)
+    assert done.returncode == 0 and "VERDICT   B FASTER by 6.00% [4.68, 7.30]" in done.stdout
+    assert "in turns of 10 steps" in done.stdout and "num_steps 120 -> 114" in done.stdout
+    done = tool("diff", b, a)
+    assert done.returncode == 1 and "VERDICT   B REGRESSION slower by" in done.stdout
+    arms = [comparison.Arm.read(folder) for folder in (a, b)]
+    gains = np.log(arms[1].times) - np.log(arms[0].times)
+    assert gains.std() < 0.02 < 0.05 < np.log(np.concatenate([arm.times for arm in arms])).std()
+
+
+def test_equal_runs_in_turns_are_not_told_apart():
+    done = tool("diff", REAL / "turns_same_a", REAL / "turns_same_b")
+    assert done.returncode in (0, 5), done.stdout
+    assert re.search(r"^VERDICT   B (INCONCLUSIVE|EQUIVALENT)", done.stdout, re.M)
+
+
 def test_learning_rates_ten_times_too_low_are_a_regression():
     done = tool("diff", REAL / "same", REAL / "low_rate")
     assert done.returncode == 1 and "VERDICT   B REGRESSION" in done.stdout, done.stdout
