@@ -174,7 +174,7 @@ def check_turns(attempts: list[Attempt], turn_steps: int) -> None:
         if turn_steps and "turn_steps" not in source_texts(attempt.source, attempt.entry).get(
             HARNESS, ""
         ):
-            raise ToolError(f"the source of {attempt.folder} is of before --turns; leave it out")
+            raise ToolError(f"the source of {attempt.name} is of before --turns; leave it out")
         if runs and runs[0].turn_steps != turn_steps:
             raise ToolError(f"the runs of {attempt.folder} have turns of {runs[0].turn_steps} "
                             f"steps; go on with --turns {runs[0].turn_steps}")  # fmt: skip
