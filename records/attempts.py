@@ -25,7 +25,6 @@ from tool import ToolError
 
 ROOT = Path(__file__).resolve().parent.parent
 ENTRIES = ("train_gpt.py", "baselines/train_gpt2.py")  # the first is what a checkout is run for
-HARNESS = "records/harness.py"
 TURNS_HELP = (
     "start each pair of runs at once and let them take turns of so many steps, such as 10: what a "
     "shared host does then falls on both alike (default: one run after the other)"
@@ -56,6 +55,11 @@ class Attempt:
     def entry(self) -> str | None:
         """The trainer in source/; None if there is none."""
         return entry_of(self.source)
+
+    @property
+    def knows_turns(self) -> bool:
+        harness = self.source / "records/harness.py"
+        return harness.exists() and "turn_steps" in harness.read_text()
 
     def command(self, scratch: Path) -> list[str]:
         """The command of a run from a copy of the source in scratch."""
@@ -171,9 +175,7 @@ def check_turns(attempts: list[Attempt], turn_steps: int) -> None:
     """ToolError where the attempts cannot begin, or go on, with turns of so many steps."""
     arms = [[read_log(path) for path in find_logs([attempt.folder])] for attempt in attempts]
     for attempt, runs in zip(attempts, arms, strict=True):
-        if turn_steps and "turn_steps" not in source_texts(attempt.source, attempt.entry).get(
-            HARNESS, ""
-        ):
+        if turn_steps and not attempt.knows_turns:
             raise ToolError(f"the source of {attempt.name} is of before --turns; leave it out")
         if runs and runs[0].turn_steps != turn_steps:
             raise ToolError(f"the runs of {attempt.folder} have turns of {runs[0].turn_steps} "

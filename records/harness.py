@@ -57,9 +57,7 @@ PEAK_BF16_TFLOPS = {  # dense, from the makers' data sheets
 SMALL_FLEX_BLOCKS = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_M1": 32, "BLOCK_N1": 64,
                      "BLOCK_M2": 64, "BLOCK_N2": 32}  # fmt: skip
 DIVERGED_STEPS = 50  # so many steps in a row above the loss of a uniform guess end a run
-OTHER_ENDED = (
-    "the other run of the pair ended before its first step; mend what it says, start again"
-)
+OTHER_ENDED = "the other run of the pair ended before its first step; see what it said"
 COMPILE_ERRORS = (TorchDynamoException, InductorError)
 LOGGED_VARIABLES = ("CUDA_", "NCCL_", "TORCH", "PYTORCH_", "OMP_", "GOMP_", "KMP_", "MKL_")
 
