@@ -522,7 +522,8 @@ def warnings_of(a, b) -> str:
 # ------------------------------------------------------------------------------ Real logs
 #
 # Made by repeat.py on one shared CPU: the embedded track with 160 steps (10 runs), and with every
-# learning rate ten times lower (3 runs, after them); 120 steps and 114 in turns (30 runs each).
+# learning rate ten times lower (3 runs, after them); 120 steps and 114, one run after the other
+# (30 runs each) and in turns of 10 steps (10 each); 120 steps twice, in turns (10 each).
 
 REAL = ROOT / "tests/logs"
 
