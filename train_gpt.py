@@ -315,6 +315,24 @@ def dense_mask(docs_BT: Tensor, window: Tensor) -> Tensor:
     return may_attend(index[:, None], index[None, :], docs_q, docs_k, window)
 
 
+@torch.library.custom_op("photofinish::block_lists", mutates_args=())
+def block_lists(chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, rows, columns) bool to counts (B, 1, rows) and column indices, chosen ones first.
+
+    An opaque operator, because FlexAttention's kernel reads row b's list at b times the stride of
+    the heads' dimension of size 1, and Inductor gives that stride 0 to tensors that it computes.
+    """
+    order = chosen.to(torch.int32).argsort(dim=-1, descending=True, stable=True)
+    return chosen.sum(-1, dtype=torch.int32)[:, None], order.to(torch.int32)[:, None]
+
+
+@block_lists.register_fake
+def _(chosen):
+    B, rows, columns = chosen.shape
+    shapes = (B, 1, rows), (B, 1, rows, columns)
+    return tuple(chosen.new_empty(shape, dtype=torch.int32) for shape in shapes)
+
+
 def block_mask(docs_BT: Tensor, window: Tensor) -> BlockMask:
     """The same mask by blocks, from each block's first and last document: no (T, T) tensor.
 
@@ -334,15 +352,11 @@ def block_mask(docs_BT: Tensor, window: Tensor) -> BlockMask:
     some = meets & (apart >= 0) & (apart - BLOCK + 1 < window)
     full = inside & (apart > 0) & (apart + BLOCK - 1 < window)
 
-    def listed(chosen):  # (B, rows, columns) -> counts, and columns with the chosen ones first
-        order = chosen.to(torch.int32).argsort(dim=-1, descending=True, stable=True)
-        return chosen.sum(-1, dtype=torch.int32)[:, None], order.to(torch.int32)[:, None]
-
     def mask_mod(b, h, q, k):
         return may_attend(q, k, docs_BT[b, q], docs_BT[b, k], window)
 
     return BlockMask.from_kv_blocks(
-        *listed(some & ~full), *listed(full), BLOCK_SIZE=BLOCK, mask_mod=mask_mod
+        *block_lists(some & ~full), *block_lists(full), BLOCK_SIZE=BLOCK, mask_mod=mask_mod
     )
 
 

@@ -1,5 +1,7 @@
 import dataclasses
 import math
+from contextlib import nullcontext
+from itertools import product
 from types import SimpleNamespace
 
 import pytest
@@ -19,6 +21,7 @@ from train_gpt import (
     Schedule,
     Softcap,
     attend,
+    block_lists,
     block_mask,
     dense_mask,
     norm,
@@ -103,6 +106,33 @@ def test_block_mask_lists_only_blocks_that_the_mask_touches_and_full_ones_as_ful
     touched, full = mask.flatten(2).any(-1), mask.flatten(2).all(-1)
     assert torch.equal(blocks.full_kv_num_blocks[0, 0], full.sum(-1).int())
     assert torch.equal(blocks.kv_num_blocks[0, 0], (touched & ~full).sum(-1).int())
+
+
+@pytest.mark.parametrize("B", [1, 2, 4])
+def test_block_lists_are_dense_for_every_row_also_in_a_graph(B):
+    chosen = torch.rand(B, 5, 7) < 0.5
+    for mode in (nullcontext(), FakeTensorMode()):
+        with mode:
+            made = block_lists(torch.zeros(B, 5, 7, dtype=torch.bool))
+        assert [t.stride() for t in made] == [(5, 5, 1), (35, 35, 7, 1)]
+    graphs = []
+
+    def keep_graph(graph, _):
+        graphs.append(graph)
+        return graph
+
+    @torch.compile(backend=keep_graph, fullgraph=True)
+    def mask_inside(inputs):
+        blocks = block_mask(docs_of(inputs), torch.tensor(300))
+        return blocks.kv_num_blocks, blocks.full_kv_indices
+
+    mask_inside(tokens(B, 512))
+    (graph,) = graphs
+    assert str(graph.graph).count("photofinish.block_lists") == 2
+    counts, order = block_lists(chosen)
+    for b, row in product(range(B), range(5)):
+        listed = order[b, 0, row, : counts[b, 0, row]].tolist()
+        assert listed == chosen[b, row].nonzero().flatten().tolist()
 
 
 def test_rotary_scores_depend_on_distance_only():

@@ -36,12 +36,17 @@ def test_flex_attention_equals_sdpa_in_fp64_forward_and_backward(window, seed):
     docs = (torch.rand(2, T, device="cuda") < 0.004).cumsum(1)
     q, k, v, dy = torch.randn(4, 2, 3, T, 128, device="cuda", dtype=torch.bfloat16)
     q, at = 0.1 * F.rms_norm(q, (128,)), torch.tensor(window, device="cuda")
-    compiled, found, expected = torch.compile(flex_attention, dynamic=False), [], []
+    found, expected = [], []
+
+    @torch.compile(dynamic=False, fullgraph=True)
+    def compiled(q, k, v, docs, at):  # the mask inside, as training compiles it
+        blocks = block_mask(docs, at)
+        return flex_attention(q, k, v, block_mask=blocks, scale=1.0, kernel_options=options)
+
     for results, dtype in ((found, torch.bfloat16), (expected, torch.float64)):
         inputs = [t.detach().to(dtype).requires_grad_() for t in (q, k, v)]
         if dtype == torch.bfloat16:
-            blocks = block_mask(docs, at)
-            y = compiled(*inputs, block_mask=blocks, scale=1.0, kernel_options=options)
+            y = compiled(*inputs, docs, at)
         else:
             y = F.scaled_dot_product_attention(*inputs, attn_mask=dense_mask(docs, at), scale=1.0)
         y.backward(dy.to(dtype))
