@@ -1,24 +1,28 @@
-"""The head's loss and the MLP: each by its definition, and on a GPU by a Triton kernel.
+"""Attention, the head's loss and the MLP: each by its definition, and on a GPU by a kernel.
 
-`head_loss` and `relu_squared_mlp`, at the end, are what the model calls, and show the definitions;
-a first reading may stop there. Shapes: N tokens, V vocabulary, D model_dim, M mlp_dim, J targets a
-token. Speed-ups over the definitions: not measured yet. tools/compile_kernels.py compiles every
-kernel without a GPU and prints registers, spills and shared memory.
+What the model calls stands last in each section, and shows the definition: `attend`, `head_loss`,
+`relu_squared_mlp`. A first reading may skip the rest. Shapes: B sequences, T tokens, N = B * T, H
+heads, K head_dim, V vocabulary, D model_dim, M mlp_dim, J targets per token. Speed-ups over the
+definitions: not measured yet. tools/compile_kernels.py compiles every Triton kernel without a GPU
+and prints registers, spills and shared memory.
 """
 
 from collections import namedtuple
-from functools import partial
 from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
 HAS_TRITON = find_spec("triton") is not None
+BLOCK = 128  # tokens per side of an attention block
+SMALL_FLEX_BLOCKS = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_M1": 32, "BLOCK_N1": 64,
+                     "BLOCK_M2": 64, "BLOCK_N2": 32}  # fmt: skip
 HEAD_CHUNK_ROWS = 16384  # tokens whose logits are in memory at a time
-# What 1 stands for in fp8: in x and weight (e4m3), and in the gradient of a token's loss (e5m2),
-# which the 1/N of the mean would push below the least that e5m2 can hold.
-FP8_UNITS = (100 / 448, 1.6 / 448, 0.75 / 448)
+# The value that fp8's 1 stands for in x, in the weight (both e4m3) and in the gradient of a token's
+# loss (e5m2). That gradient is not yet divided by N, which would underflow e5m2.
+FP8_SCALES = (100 / 448, 1.6 / 448, 0.75 / 448)
 LARGE_TILE = dict(BLOCK_N=128, BLOCK_M=256, BLOCK_K=64, num_warps=8, num_stages=4)  # 192 KiB
 SMALL_TILE = dict(BLOCK_N=128, BLOCK_M=128, BLOCK_K=32, num_warps=8, num_stages=4)
 Softcap = namedtuple("Softcap", "height shift slope")  # logit z: height * sigmoid((z+shift)/slope)
@@ -39,8 +43,8 @@ if HAS_TRITON:
     ):  # fmt: skip
         """softcapped_loss of ROWS rows, and its gradient, which may replace the logits.
 
-        Any float: logits (N, V), gradient (N, V) or None, both of this row stride, its transpose
-        (V, N) or None. Targets (N, J) int64; weights (J,), loss (N,) fp32. Tested to 1e-5 in fp32.
+        Any float: logits and gradient (N, V), both of this row stride; its transpose (V, N), or
+        None. Targets (N, J) int64; weights (J,), loss (N,) fp32. Tested to 1e-5 in fp32.
         """
         # 64 bits, for row 42,690 of 50,304 logits passes the end of 32.
         rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
@@ -62,19 +66,18 @@ if HAS_TRITON:
             exp_sums += tl.where(inside, tl.exp(height * shares), 0.0)
         log_sum = tl.log(tl.sum(exp_sums, 1, keep_dims=True))
         tl.store(loss_ptr + rows, weight_sum * log_sum - target_sum, mask=rows < N)
-        if grad_ptr is not None:
-            for start in range(0, V, COLS):
-                cols = start + tl.arange(0, COLS)[None, :]
-                inside = (rows < N) & (cols < V)
-                shares = squashed(logits_ptr + rows * stride + cols, inside, shift, slope)
-                grad = weight_sum * tl.exp(height * shares - log_sum)
-                for j in tl.static_range(J):
-                    target = tl.load(targets_ptr + rows * J + j, mask=rows < N, other=-1)
-                    grad -= tl.where(target == cols, tl.load(weights_ptr + j), 0.0)
-                grad *= grad_scale * height / slope * shares * (1 - shares)
-                tl.store(grad_ptr + rows * stride + cols, grad, mask=inside)
-                if grad_T_ptr is not None:
-                    tl.store(grad_T_ptr + cols.to(tl.int64) * N + rows, grad, mask=inside)
+        for start in range(0, V, COLS):
+            cols = start + tl.arange(0, COLS)[None, :]
+            inside = (rows < N) & (cols < V)
+            shares = squashed(logits_ptr + rows * stride + cols, inside, shift, slope)
+            grad = weight_sum * tl.exp(height * shares - log_sum)
+            for j in tl.static_range(J):
+                target = tl.load(targets_ptr + rows * J + j, mask=rows < N, other=-1)
+                grad -= tl.where(target == cols, tl.load(weights_ptr + j), 0.0)
+            grad *= grad_scale * height / slope * shares * (1 - shares)
+            tl.store(grad_ptr + rows * stride + cols, grad, mask=inside)
+            if grad_T_ptr is not None:
+                tl.store(grad_T_ptr + cols.to(tl.int64) * N + rows, grad, mask=inside)
 
     @triton.jit
     def relu_squared_kernel(
@@ -108,12 +111,101 @@ if HAS_TRITON:
 
 
 def linear(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
-    """x (..., in) times weight (out, in), multiplied in dtype, in x's dtype again."""
+    """x (..., in) times weight (out, in), multiplied in dtype; the result has x's dtype."""
     return F.linear(x.to(dtype), weight.to(dtype)).type_as(x)
 
 
 def use_kernels(x: Tensor) -> bool:
     return HAS_TRITON and x.is_cuda
+
+
+# ------------------------------------------------------------------------------ Attention
+
+
+def may_attend(q_index, k_index, q_doc, k_doc, window):
+    """Whether a query sees a key: causal, in the same document, within window tokens."""
+    distance = q_index - k_index
+    return (distance >= 0) & (distance < window) & (q_doc == k_doc)
+
+
+def mean_visible_keys(rows_BT: Tensor, document_start: int, window: int) -> float:
+    """Mean number of keys that a query of these rows sees through a window."""
+    index = torch.arange(rows_BT.size(1)).expand_as(rows_BT)
+    opened = torch.where(rows_BT == document_start, index, 0).cummax(1).values
+    return (index - opened + 1).clamp(max=window).float().mean().item()
+
+
+def dense_mask(docs_BT: Tensor, window: Tensor) -> Tensor:
+    """Boolean (B, 1, T, T) mask of may_attend."""
+    index = torch.arange(docs_BT.size(1), device=docs_BT.device)
+    docs_q, docs_k = docs_BT[:, None, :, None], docs_BT[:, None, None, :]
+    return may_attend(index[:, None], index[None, :], docs_q, docs_k, window)
+
+
+@torch.library.custom_op("photofinish::block_lists", mutates_args=())
+def block_lists(chosen: Tensor) -> tuple[Tensor, Tensor]:
+    """(B, rows, columns) bool to counts (B, 1, rows) and column indices, chosen ones first.
+
+    An opaque operator, because FlexAttention's kernel reads row b's list at b times the stride of
+    the heads' dimension of size 1, and Inductor gives that stride 0 to tensors that it computes.
+    """
+    order = chosen.to(torch.int32).argsort(dim=-1, descending=True, stable=True)
+    return chosen.sum(-1, dtype=torch.int32)[:, None], order.to(torch.int32)[:, None]
+
+
+@block_lists.register_fake
+def _(chosen):
+    B, rows, columns = chosen.shape
+    shapes = (B, 1, rows), (B, 1, rows, columns)
+    return tuple(chosen.new_empty(shape, dtype=torch.int32) for shape in shapes)
+
+
+def block_mask(docs_BT: Tensor, window: Tensor) -> BlockMask:
+    """The mask of may_attend by blocks, without a (T, T) tensor.
+
+    docs_BT counts up along a row, so a block's first and last document tell what it meets. window
+    is a tensor, so that one graph serves every window. Blocks that lie inside the mask as a whole
+    are listed as full, and skip may_attend.
+    """
+    count = docs_BT.size(1) // BLOCK
+    first_doc, last_doc = docs_BT[:, ::BLOCK], docs_BT[:, BLOCK - 1 :: BLOCK]
+    block = torch.arange(count, device=docs_BT.device)
+    distance = (block[:, None] - block[None, :]) * BLOCK  # from a key block to a query block
+    shares_document = (first_doc[:, :, None] <= last_doc[:, None, :]) & (
+        last_doc[:, :, None] >= first_doc[:, None, :]
+    )
+    one_document = (first_doc[:, :, None] == last_doc[:, None, :]) & (
+        last_doc[:, :, None] == first_doc[:, None, :]
+    )
+    some = shares_document & (distance >= 0) & (distance - BLOCK + 1 < window)
+    full = one_document & (distance > 0) & (distance + BLOCK - 1 < window)
+
+    def mask_mod(b, h, q, k):
+        return may_attend(q, k, docs_BT[b, q], docs_BT[b, k], window)
+
+    return BlockMask.from_kv_blocks(
+        *block_lists(some & ~full), *block_lists(full), BLOCK_SIZE=BLOCK, mask_mod=mask_mod
+    )
+
+
+def attention_mask(docs_BT: Tensor, window: Tensor) -> BlockMask | Tensor:
+    return block_mask(docs_BT, window) if docs_BT.is_cuda else dense_mask(docs_BT, window)
+
+
+def flex_options(shared_memory_bytes: int) -> dict | None:
+    """FlexAttention's options on a GPU with so much shared memory per thread block; 0: a CPU."""
+    return SMALL_FLEX_BLOCKS if 0 < shared_memory_bytes < 160 << 10 else None
+
+
+def attend(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, mask, kernel_options=None) -> Tensor:
+    """Softmax attention (B, H, T, K) of scaled q: FlexAttention for a BlockMask, else SDPA."""
+    if isinstance(mask, BlockMask):
+        return flex_attention(q_BHTK, k_BHTK, v_BHTK, block_mask=mask, scale=1.0,
+                              kernel_options=kernel_options)  # fmt: skip
+    return F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK, attn_mask=mask, scale=1.0)
+
+
+# ------------------------------------------------------------------------------ Head and loss
 
 
 def softcapped(logits: Tensor, cap: Softcap) -> Tensor:
@@ -123,7 +215,7 @@ def softcapped(logits: Tensor, cap: Softcap) -> Tensor:
 def softcapped_loss(logits_NV, targets_NJ, weights_J, cap: Softcap) -> Tensor:
     """Sum over j of weights_J[j] times the cross-entropy of target j, (N,) fp32: the definition.
 
-    A target of -1 counts nothing. Several targets a token: arXiv 2404.19737.
+    A target of -1 does not count. Several targets per token: arXiv 2404.19737.
     """
     capped_NV = softcapped(logits_NV, cap)
     capped_NJ = capped_NV.gather(1, targets_NJ.clamp(min=0))
@@ -131,10 +223,10 @@ def softcapped_loss(logits_NV, targets_NJ, weights_J, cap: Softcap) -> Tensor:
     return (weights_J * (targets_NJ >= 0) * losses_NJ).sum(1)
 
 
-def loss_by_kernel(logits_NV, targets_NJ, weights_J, cap, grad_NV=None, grad_VN=None, scale=1.0):
-    """softcapped_loss (N,), which also fills grad_NV and grad_VN with scale times its gradient.
+def loss_by_kernel(logits_NV, targets_NJ, weights_J, cap, grad_NV, grad_VN=None, scale=1.0):
+    """softcapped_loss (N,); fills grad_NV, and grad_VN unless None, with scale times its gradient.
 
-    grad_NV may be logits_NV. The transposed one serves fp8, which is multiplied along rows only.
+    grad_NV may be logits_NV. The transposed one is for fp8, whose operands must be row-major.
     """
     (N, V), J = logits_NV.shape, targets_NJ.size(1)
     loss_N = torch.empty(N, device=logits_NV.device)
@@ -146,45 +238,83 @@ def loss_by_kernel(logits_NV, targets_NJ, weights_J, cap, grad_NV=None, grad_VN=
     return loss_N
 
 
-def product(A_NK: Tensor, B_MK: Tensor, unit: float, dtype: torch.dtype, fast=False) -> Tensor:
-    """A @ B.T in dtype; of fp8 times unit, and if fast summed in fewer bits."""
+def matmul_NT(A_NK: Tensor, B_MK: Tensor, scale: float, dtype: torch.dtype, fast=False) -> Tensor:
+    """A @ B.T in dtype. fp8 operands: times scale; fast accumulates in fewer bits."""
     if A_NK.dtype.itemsize == 1:
-        units = [torch.full((), u, device=A_NK.device) for u in (unit, 1.0)]
-        return torch._scaled_mm(A_NK, B_MK.T, *units, out_dtype=dtype, use_fast_accum=fast)
-    return A_NK @ B_MK.T if A_NK.dtype == dtype else torch.mm(A_NK, B_MK.T, out_dtype=dtype)
+        scales = [torch.full((), s, device=A_NK.device) for s in (scale, 1.0)]
+        return torch._scaled_mm(A_NK, B_MK.T, *scales, out_dtype=dtype, use_fast_accum=fast)
+    if A_NK.dtype == dtype:
+        return A_NK @ B_MK.T
+    return torch.mm(A_NK, B_MK.T, out_dtype=dtype)
 
 
 def head_loss_and_gradients(
     x_ND: Tensor, weight_VD: Tensor, targets_NJ: Tensor, weights_J: Tensor, cap: list[float],
-    fp8: bool, with_grad: bool,
+    fp8: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Mean loss, and with_grad (which fp8 needs) the gradients of x and weight, by chunks of N."""
-    N, dtype, number = len(x_ND), x_ND.dtype, torch.float8_e4m3fn if fp8 else x_ND.dtype
+    """(mean loss, its gradients of x and of weight), by chunks of N."""
+    N, dtype, operand = len(x_ND), x_ND.dtype, torch.float8_e4m3fn if fp8 else x_ND.dtype
     loss = x_ND.new_zeros((), dtype=torch.float32)
     dx_ND, dW_VD = torch.empty_like(x_ND), torch.zeros_like(weight_VD)
-    x_unit, W_unit, grad_unit = FP8_UNITS if fp8 else (1, 1, N)
-    top = torch.finfo(number).max  # beyond it some versions of torch cast to NaN
-    W_VD = (weight_VD / W_unit).clamp(-top, top).to(number)
+    x_scale, W_scale, grad_scale = FP8_SCALES if fp8 else (1, 1, N)
+    top = torch.finfo(operand).max  # beyond it some versions of torch cast to NaN
+    W_VD = (weight_VD / W_scale).clamp(-top, top).to(operand)
     W_DV = W_VD.T.contiguous()
     for start in range(0, N, HEAD_CHUNK_ROWS):
         rows = slice(start, start + HEAD_CHUNK_ROWS)
-        x = (x_ND[rows] / x_unit).clamp(-top, top).to(number)
-        logits = product(x, W_VD, x_unit * W_unit, dtype, fast=True)
-        grad_NV, grad_VN = logits if with_grad else None, None
+        x = (x_ND[rows] / x_scale).clamp(-top, top).to(operand)
+        logits = matmul_NT(x, W_VD, x_scale * W_scale, dtype, fast=True)
+        grad_NV, grad_VN = logits, None
         if fp8:
             grad_NV = torch.empty_like(logits, dtype=torch.float8_e5m2)
             grad_VN = grad_NV.new_empty(grad_NV.T.shape)
-        chunk = (logits, targets_NJ[rows], weights_J, cap, grad_NV, grad_VN, 1 / grad_unit)
+        chunk = (logits, targets_NJ[rows], weights_J, cap, grad_NV, grad_VN, 1 / grad_scale)
         loss += loss_by_kernel(*chunk).sum() / N
-        if with_grad:
-            grad_VN = logits.T if grad_VN is None else grad_VN
-            dx_ND[rows] = product(grad_NV, W_DV, grad_unit * W_unit / N, dtype)
-            dW_VD += product(grad_VN, x.T.contiguous(), grad_unit * x_unit / N, torch.float32)
+        grad_VN = logits.T if grad_VN is None else grad_VN
+        dx_ND[rows] = matmul_NT(grad_NV, W_DV, grad_scale * W_scale / N, dtype)
+        dW_VD += matmul_NT(grad_VN, x.T.contiguous(), grad_scale * x_scale / N, torch.float32)
     return loss, dx_ND, dW_VD
 
 
+def head_setup(ctx, inputs, output):
+    _, dx_ND, dW_VD = output
+    ctx.mark_non_differentiable(dx_ND, dW_VD)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(dx_ND, dW_VD)
+
+
+def head_backward(ctx, grad_loss, *_):
+    dx_ND, dW_VD = ctx.saved_tensors
+    return grad_loss * dx_ND, grad_loss * dW_VD, None, None, None, None
+
+
+# torch.compile takes such operators as they are; register_fake gives their results' shapes.
+head_op = torch.library.custom_op(
+    "photofinish::head_loss", head_loss_and_gradients, mutates_args=()
+)
+head_op.register_fake(lambda x, W, *_: (x.new_empty((), dtype=torch.float32), x.clone(), W.clone()))
+head_op.register_autograd(head_backward, setup_context=head_setup)
+
+
+def head_loss(x_ND, weight_VD, targets_NJ, weights_J, cap: Softcap, dtype, fp8: bool) -> Tensor:
+    """Mean over N tokens of softcapped_loss of x @ weight.T, 0-D fp32, multiplied in dtype.
+
+    weight is fp32. fp8: multiply in fp8 where there is a kernel, and N, V and D divide by 16. On a
+    GPU the gradients are computed with the loss, and only one chunk of logits is in memory.
+    """
+    x_ND = x_ND.to(dtype)
+    if not use_kernels(x_ND):
+        logits_NV = F.linear(x_ND, weight_VD.to(dtype))
+        return softcapped_loss(logits_NV, targets_NJ, weights_J, cap).mean()
+    fits_fp8 = all(size % 16 == 0 for size in (*x_ND.shape, len(weight_VD)))
+    return head_op(x_ND, weight_VD, targets_NJ, weights_J, list(cap), fp8 and fits_fp8)[0]
+
+
+# ------------------------------------------------------------------------------ MLP
+
+
 def relu_squared(A_NK: Tensor, B_MK: Tensor, post_NM: Tensor | None = None) -> Tensor:
-    """relu(A @ B.T)**2, (N, M), or where post, such a result, is given: A @ B.T * 2 sqrt(post)."""
+    """relu(A @ B.T)**2, (N, M). Given post, such a result: A @ B.T * 2 sqrt(post), its backward."""
     (N, K), M, out_NM = A_NK.shape, len(B_MK), A_NK.new_empty(len(A_NK), len(B_MK))
     shared_bytes = torch.cuda.get_device_properties(A_NK.device).shared_memory_per_block_optin
     tile = LARGE_TILE if shared_bytes > 200_000 else SMALL_TILE
@@ -199,16 +329,11 @@ def mlp_and_hidden(x_ND: Tensor, up_MD: Tensor, down_MD: Tensor) -> tuple[Tensor
     return post_NM @ down_MD, post_NM
 
 
-def keep_for_backward(ctx, inputs, output):
-    """Keep what came beside the result; of the MLP, which returns two, its inputs too."""
-    ctx.mark_non_differentiable(*output[1:])
+def mlp_setup(ctx, inputs, output):
+    _, post_NM = output
+    ctx.mark_non_differentiable(post_NM)
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(*output[1:], *(inputs if len(output) == 2 else ()))
-
-
-def head_backward(ctx, grad_loss, *_):
-    dx_ND, dW_VD = ctx.saved_tensors
-    return grad_loss * dx_ND, grad_loss * dW_VD, *[None] * 5
+    ctx.save_for_backward(post_NM, *inputs)
 
 
 def mlp_backward(ctx, dy_ND, _):
@@ -217,31 +342,13 @@ def mlp_backward(ctx, dy_ND, _):
     return dpre_NM @ up_MD, dpre_NM.T @ x_ND, post_NM.T @ dy_ND
 
 
-# Operators that torch.compile takes as they are, by functions that give their shapes alone.
-operator = partial(torch.library.custom_op, mutates_args=())
-head_op = operator("photofinish::head_loss", head_loss_and_gradients)
-head_op.register_fake(lambda x, W, *_: (x.new_empty((), dtype=torch.float32), x.clone(), W.clone()))
-head_op.register_autograd(head_backward, setup_context=keep_for_backward)
-relu_squared_op = operator("photofinish::relu_squared", relu_squared)
+relu_squared_op = torch.library.custom_op(
+    "photofinish::relu_squared", relu_squared, mutates_args=()
+)
 relu_squared_op.register_fake(lambda A, B, post=None: A.new_empty(len(A), len(B)))
-mlp_op = operator("photofinish::relu_squared_mlp", mlp_and_hidden)
+mlp_op = torch.library.custom_op("photofinish::relu_squared_mlp", mlp_and_hidden, mutates_args=())
 mlp_op.register_fake(lambda x, up, down: (x.new_empty(x.shape), x.new_empty(len(x), len(up))))
-mlp_op.register_autograd(mlp_backward, setup_context=keep_for_backward)
-
-
-def head_loss(x_ND, weight_VD, targets_NJ, weights_J, cap: Softcap, dtype, fp8: bool) -> Tensor:
-    """Mean over N tokens of softcapped_loss of x @ weight.T, 0-D fp32, multiplied in dtype.
-
-    weight is fp32. fp8: multiply in fp8 where gradients are wanted, on Hopper; N, V and D must
-    divide by 16. On a GPU only the logits of one chunk are in memory.
-    """
-    x_ND = x_ND.to(dtype)
-    if not use_kernels(x_ND):
-        logits_NV = F.linear(x_ND, weight_VD.to(dtype))
-        return softcapped_loss(logits_NV, targets_NJ, weights_J, cap).mean()
-    with_grad = torch.is_grad_enabled() and (x_ND.requires_grad or weight_VD.requires_grad)
-    settings = (list(cap), fp8 and with_grad, with_grad)
-    return head_op(x_ND, weight_VD, targets_NJ, weights_J, *settings)[0]
+mlp_op.register_autograd(mlp_backward, setup_context=mlp_setup)
 
 
 def relu_squared_mlp(x_ND: Tensor, up_MD: Tensor, down_MD: Tensor, dtype) -> Tensor:

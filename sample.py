@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from evals.models import LanguageModel, load_model
-from records.harness import RunError
+from harness import RunError
 
 LARGE = 1 << 62  # a bound for integers that need none
 

@@ -13,23 +13,22 @@ import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
+import bootstrap  # noqa: F401
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from baselines.checkpoints import write_folder
 from baselines.train_gpt2 import GPT2, TRACKS, Hyperparameters, load_gpt2, weights
-from records.harness import RunError, Runtime
+from checkpoints import read_checkpoint, write_checkpoint
+from harness import TASKS, RunError, Runtime
 
 THEIRS = {  # their names by ours
     "embed": "wte.weight", "positions": "wpe.weight", "blocks": "h", "norm": "ln_f",
     "norm1": "ln_1", "qkv": "attn.c_attn", "out": "attn.c_proj",
     "norm2": "ln_2", "up": "mlp.c_fc", "down": "mlp.c_proj",
 }  # fmt: skip
-SIZES = {"vocab_size": "vocab_size", "n_positions": "seq_len", "n_embd": "model_dim",
+SIZES = {"vocab_size": "embed_rows", "n_positions": "seq_len", "n_embd": "model_dim",
          "n_layer": "num_layers", "n_head": "num_heads"}  # fmt: skip
 PUBLISHED = {  # settings that GPT-2 was published with; every other model is another one
     "model_type": "gpt2",
@@ -55,7 +54,8 @@ def turned(name: str, tensor: Tensor) -> Tensor:
 
 def export(source: Path, out: Path) -> None:
     """Write the checkpoint at source to the folder out, its configuration last."""
-    model = load_gpt2(source)
+    facts = read_checkpoint(source, Runtime())
+    model, document_start = load_gpt2(source, facts), facts["config"]["document_start"]
     if (out / "config.json").exists():
         raise RunError(f"{out} holds a model already; name a new folder")
     hp = model.hp
@@ -65,8 +65,8 @@ def export(source: Path, out: Path) -> None:
         **PUBLISHED,
         **{there: getattr(hp, ours) for there, ours in SIZES.items()},
         "n_inner": hp.mlp_dim,
-        "bos_token_id": hp.document_start,
-        "eos_token_id": hp.document_start,
+        "bos_token_id": document_start,
+        "eos_token_id": document_start,
         **{f"{place}_pdrop": 0.0 for place in ("attn", "embd", "resid")},
         "dtype": "float32",
     }
@@ -75,14 +75,14 @@ def export(source: Path, out: Path) -> None:
     (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
 
 
-def read_config(folder: Path) -> Hyperparameters:
-    """The shape of a GPT-2 of transformers; the rest is as in the track 124M."""
+def read_config(folder: Path) -> tuple[Hyperparameters, int]:
+    """(shape of a GPT-2 of transformers, the rest as in the track 124M; its document start)."""
     try:
         config = json.loads((folder / "config.json").read_text())
         shape = {ours: int(config[there]) for there, ours in SIZES.items()}
         mlp_dim = int(config.get("n_inner") or 4 * shape["model_dim"])
         start = config.get("bos_token_id")
-        start = TRACKS["124M"].document_start if start is None else int(start)
+        start = TASKS["fineweb"].document_start if start is None else int(start)
     except (OSError, ValueError, TypeError, KeyError):
         raise RunError(f"{folder} has no config.json of a GPT-2 model; give a folder that "
                        "GPT2LMHeadModel.save_pretrained wrote") from None  # fmt: skip
@@ -91,10 +91,8 @@ def read_config(folder: Path) -> Hyperparameters:
         raise RunError(f"{folder} is no GPT-2 as published: its {other[0]} is "
                        f"{config[other[0]]!r}, not {PUBLISHED[other[0]]!r}; "
                        "import another model")  # fmt: skip
-    seq_len = shape["seq_len"]
-    return replace(TRACKS["124M"], **shape, mlp_dim=mlp_dim, document_start=start,
-                   val_seq_len=seq_len, batch_tokens=512 * seq_len,
-                   val_tokens=10240 * seq_len)  # fmt: skip
+    hp = replace(TRACKS["124M"], **shape, mlp_dim=mlp_dim, batch_tokens=512 * shape["seq_len"])
+    return hp, start
 
 
 def read_tensors(folder: Path, hp: Hyperparameters) -> dict[str, Tensor]:
@@ -118,12 +116,13 @@ def read_tensors(folder: Path, hp: Hyperparameters) -> dict[str, Tensor]:
 
 def import_hf(source: Path, out: Path) -> None:
     """Write the model in the folder source, of transformers, as a checkpoint of step 0."""
-    hp = read_config(source)
+    hp, document_start = read_config(source)
     tensors = read_tensors(source, hp)
     if out.exists():
         raise RunError(f"{out} is there already; name a new folder")
-    facts = {"step": 0, "tokens": 0, "curve": [], "train_ms": 0.0, "config": asdict(hp)}
-    write_folder(out, tensors, facts, Runtime())
+    config = {**asdict(hp), "document_start": document_start}
+    facts = {"trainer": "baselines/train_gpt2.py", "step": 0, "data_sha256": "", "config": config}
+    write_checkpoint(out, tensors, facts, Runtime())
 
 
 def main() -> int:

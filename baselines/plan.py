@@ -10,7 +10,8 @@ import os
 import sys
 from dataclasses import dataclass, fields, replace
 
-from records.harness import PEAK_BF16_TFLOPS, RunError, Runtime, knob, parse_flags
+from environment import PEAK_BF16_TFLOPS
+from harness import RunError, Runtime, option, parse_flags
 
 MEMORY_GB = {  # of one GPU, from the makers' data sheets
     "A100": 80, "H100": 80, "H200": 141, "GH200": 96, "B200": 180, "L40S": 48, "4090": 24,
@@ -64,7 +65,7 @@ def block_parameters(hp) -> int:
 
 def outer_parameters(hp) -> int:
     """Token embedding, which is the head too, positions, the last LayerNorm."""
-    return (hp.vocab_size + hp.seq_len + 2) * hp.model_dim
+    return (hp.embed_rows + hp.seq_len + 2) * hp.model_dim
 
 
 def parameters(hp) -> int:
@@ -74,7 +75,7 @@ def parameters(hp) -> int:
 def flops_per_token(hp) -> float:
     """Forward and backward: 6 a weight that multiplies, 6 a key and width (half are masked)."""
     D = hp.model_dim
-    matrices = hp.num_layers * (4 * D * D + 2 * D * hp.mlp_dim) + hp.vocab_size * D
+    matrices = hp.num_layers * (4 * D * D + 2 * D * hp.mlp_dim) + hp.embed_rows * D
     return 6 * matrices + 6 * hp.num_layers * D * hp.seq_len
 
 
@@ -89,7 +90,7 @@ def activation_bytes(hp, layout: Layout) -> float:
     D, M, width = hp.model_dim, hp.mlp_dim, layout.matmul_bytes
     block = 8 * D + 16 + width * (6 * D + 2 * M) + 4 * hp.num_heads
     gradients = 2 * width * M
-    head = 4 * D + 8 + width * D + (8 + (width if width < 4 else 0)) * hp.vocab_size
+    head = 4 * D + 8 + width * D + (8 + (width if width < 4 else 0)) * hp.embed_rows
     if layout.checkpoint_blocks:
         return hp.num_layers * width * D + max(block + gradients, head)
     return hp.num_layers * block + max(gradients, head)
@@ -172,17 +173,15 @@ def shortage(hp, layout: Layout, micro_seqs: int, available: float) -> str:
 class PlanOptions:
     """For what to plan."""
 
-    gpus: int = knob(8, "number of GPUs")
-    gpu: str = knob("H100", f"their kind: {', '.join(MEMORY_GB)}")
-    mfu: float = knob(0.4, "share of the GPUs' dense bf16 peak that is used")
-    micro_batch_seqs: int = knob(0, "rows a forward pass of one GPU; 0: what fits")
-    checkpoint_blocks: bool = knob(False, "recompute blocks in the backward pass")
-    cpu_offload: bool = knob(False, "keep weights, gradients and state in host memory")
+    gpus: int = option(8, "number of GPUs")
+    gpu: str = option("H100", f"their kind: {', '.join(MEMORY_GB)}")
+    mfu: float = option(0.4, "share of the GPUs' dense bf16 peak that is used")
+    micro_batch_seqs: int = option(0, "rows per forward pass of one GPU; 0: what fits")
 
 
 def report(track: str, hp, options: PlanOptions) -> list[str]:
     """The plan's lines; it need not fit."""
-    layout = Layout(options.gpus, options.checkpoint_blocks, options.cpu_offload)
+    layout = Layout(options.gpus, hp.checkpoint_blocks, hp.cpu_offload)
     available, verdict, note = 1e9 * MEMORY_GB[options.gpu], "fits: yes", []
     if problem := dealing_problem(hp, layout, options.micro_batch_seqs):
         unit = layout.ranks * (options.micro_batch_seqs or 1)
@@ -212,9 +211,8 @@ def report(track: str, hp, options: PlanOptions) -> list[str]:
 
 def print_plan(argv: list[str], tracks: dict, gpu_track: str) -> int:
     """Carry out --plan; return the exit code. RunError for what cannot be planned."""
-    track, hp, options, _ = parse_flags(
-        argv, tracks, gpu_track, __doc__.splitlines()[0], PlanOptions()
-    )
+    description = __doc__.splitlines()[0]
+    track, _, hp, options, _ = parse_flags(argv, tracks, gpu_track, description, PlanOptions())
     if options.gpu not in MEMORY_GB:
         raise RunError(f"--gpu {options.gpu} is not known; known are {', '.join(MEMORY_GB)}")
     if options.gpus < 1 or not 0 < options.mfu <= 1 or options.micro_batch_seqs < 0:

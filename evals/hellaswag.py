@@ -27,18 +27,17 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "data")]
+import bootstrap  # noqa: F401
+import pyarrow.parquet
+import torch
+import torch.nn.functional as F
+from torch import Tensor
 
-import pyarrow.parquet  # noqa: E402
-import torch  # noqa: E402
-import torch.nn.functional as F  # noqa: E402
-from torch import Tensor  # noqa: E402
-
-from data.hub import HubError, download, list_files  # noqa: E402
-from data.shards import file_sha256  # noqa: E402
-from evals.models import LanguageModel, load_model  # noqa: E402
-from records.harness import Log, RunError, header_sections  # noqa: E402
+from data.hub import HubError, download, list_files
+from data.shards import file_sha256
+from environment import ROOT, write_header
+from evals.models import LanguageModel, load_model
+from harness import Log, RunError
 
 # Where the hub keeps its own parquet copy of a dataset, whatever the dataset's form.
 REPO, REVISION, PREFIX = "Rowan/hellaswag", "refs/convert/parquet", "default/validation/"
@@ -246,7 +245,7 @@ def open_log(checkpoint: Path, about: dict, data: str, count: int) -> Log:
     log = Log(str(folder), f"{checkpoint.stem}_{stamp}", ENDINGS * count)
     log.open()
     sources = {path: (ROOT / path).read_text() for path in SOURCES}
-    header_sections(log, sources, "", about, {"matmul_dtype": "torch.float32"})
+    write_header(log, sources, "", about, {"matmul_dtype": "torch.float32"})
     log.section("data", [data])
     return log
 

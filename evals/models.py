@@ -1,25 +1,22 @@
 """A checkpoint of either trainer as one kind of object: text to tokens, tokens to logits.
 
-train_gpt.py writes files NAME.pt, baselines/train_gpt2.py folders with a config.json. Text becomes
-tokens as in training: GPT-2's BPE where documents open with token 50256, bytes where they open with
-256. Networks are run in fp32, so that a result hardly depends on what else is in the batch.
+Text becomes tokens as in training: GPT-2's BPE where documents open with token 50256, bytes where
+they open with 256. Networks are run in fp32, so that a result hardly depends on what else is in the
+batch.
 """
 
-import json
-import sys
-import zipfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from records.harness import RunError, Runtime, read_checkpoint
-
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "data"))  # whose scripts import one another by their bare names
+import train_gpt
+from baselines.train_gpt2 import load_gpt2
+from checkpoints import fill, read_checkpoint
+from harness import RunError, Runtime, Task
 
 BYTES_START, GPT2_START = 256, 50256  # the token that opens a document tells the tokenizer
 
@@ -85,35 +82,40 @@ class SpeedrunModel(LanguageModel):
     would have to keep right: a sample costs a pass over all its tokens for each new one.
     """
 
-    trainer = "train_gpt"
+    trainer = "train_gpt.py"
 
-    def __init__(self, saved: dict, rt: Runtime):
-        from train_gpt import predictor
-
-        self.rt, self.step, self.predict = rt, saved["step"], predictor(saved, rt)
-        self.context = saved["config"]["val_seq_len"]
-        self.tokenizer = tokenizer_of(saved["config"]["document_start"])
+    def __init__(self, folder: Path, facts: dict, rt: Runtime):
+        config = {k: tuple(v) if isinstance(v, list) else v for k, v in facts["config"].items()}
+        names = {f.name for f in fields(train_gpt.Hyperparameters)}
+        if missing := names - config.keys():
+            raise RunError(f"{folder} is of another train_gpt.py, without {min(missing)}; check "
+                           "out the source that its log holds")  # fmt: skip
+        hp = train_gpt.Hyperparameters(**{name: config[name] for name in names})
+        task = Task(**{f.name: config[f.name] for f in fields(Task) if f.name in config})
+        self.model = train_gpt.GPT(hp, task, rt).to(rt.device)
+        fill(folder, {f"model.{name}": p.data for name, p in self.model.named_parameters()})
+        self.rt, self.step, self.context = rt, facts["step"], task.val_seq_len
+        self.per_step = train_gpt.step_inputs(self.step, hp, rt.device, training=False)
+        self.tokenizer = tokenizer_of(task.document_start)
 
     @torch.no_grad()
     def logits(self, tokens_BT: Tensor) -> Tensor:
         T = tokens_BT.size(1)
-        padding = (0, -T % self.rt.seq_len_unit)
+        padding = (0, -T % train_gpt.BLOCK if self.rt.is_gpu else 0)
         padded_BT = F.pad(tokens_BT, padding, value=self.tokenizer.document_start)
-        return self.predict(padded_BT.to(self.rt.device))[:, :T]
+        x = self.model.hidden(padded_BT.to(self.rt.device), self.per_step)
+        return self.model.logits(x[:, :T])
 
 
 class GPT2Model(LanguageModel):
     """A model of baselines/train_gpt2.py; its reader keeps keys and values of what it has read."""
 
-    trainer = "train_gpt2"
+    trainer = "baselines/train_gpt2.py"
 
-    def __init__(self, folder: Path, rt: Runtime):
-        from baselines.train_gpt2 import load_gpt2
-
-        self.rt, self.model = rt, load_gpt2(folder).to(rt.device)
-        self.step = json.loads((folder / "config.json").read_text())["step"]
-        self.context = self.model.hp.seq_len
-        self.tokenizer = tokenizer_of(self.model.hp.document_start)
+    def __init__(self, folder: Path, facts: dict, rt: Runtime):
+        self.rt, self.model = rt, load_gpt2(folder, facts).to(rt.device)
+        self.step, self.context = facts["step"], self.model.hp.seq_len
+        self.tokenizer = tokenizer_of(facts["config"]["document_start"])
 
     @torch.no_grad()
     def logits(self, tokens_BT: Tensor) -> Tensor:
@@ -131,26 +133,12 @@ class GPT2Model(LanguageModel):
 
 
 def load_model(path: str | Path) -> LanguageModel:
-    """The model of a checkpoint of either trainer; RunError for anything else."""
-    path = Path(path)
+    """The model of a checkpoint; RunError for anything else."""
+    path, rt = Path(path), Runtime(fp32=True)
     if not path.exists():
         raise RunError(f"there is no checkpoint {path}; a run writes one with --save_every STEPS")
-    return GPT2Model(path, Runtime(fp32=True)) if path.is_dir() else load_file(path)
-
-
-def load_file(path: Path) -> SpeedrunModel:
-    """A checkpoint of train_gpt.py."""
-    advice = "give the .pt file of a run of train_gpt.py, or a folder of baselines/train_gpt2.py"
-    try:  # torch.load itself compares no checksums
-        damaged = zipfile.ZipFile(path).testzip()
-        saved = read_checkpoint(str(path))
-    except OSError:
-        raise
-    except Exception:  # what zipfile raises depends on where the damage is
-        raise RunError(f"{path} is truncated, damaged or no checkpoint; {advice}") from None
-    if damaged:
-        raise RunError(f"{path} was changed after it was written (checksum of {damaged}); {advice}")
-    try:
-        return SpeedrunModel(saved, Runtime(fp32=True))
-    except RunError as error:
-        raise RunError(f"{path}: {error}") from None
+    facts = read_checkpoint(path, rt)
+    for kind in (SpeedrunModel, GPT2Model):
+        if facts["trainer"] == kind.trainer:
+            return kind(path, facts, rt)
+    raise RunError(f"{path} is a checkpoint of {facts['trainer']}, which has no sampler here")

@@ -13,23 +13,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from data.shards import write_shard
+from harness import TASKS, RunOptions, Settings, as_flag
+from train_gpt import TRACKS
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "data"), str(ROOT / "records")]
-
-from data.shards import write_shard  # noqa: E402
-from records.harness import as_flag  # noqa: E402
-from train_gpt import TRACKS  # noqa: E402
-
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["torch._dynamo", "torch._inductor.exc", "tqdm",
                                "torch.nn.attention.flex_attention", "triton"])  # fmt: skip
 VOCAB, START = 64, 63
-TINY = dict(
+TINY_TASK = dict(
     vocab_size=VOCAB,
     document_start=START,
     val_tokens=2048,
     val_seq_len=64,
     target_val_loss=1.0,
+)
+TINY = dict(
     num_steps=20,
     batch_tokens=(512,),
     seq_len=64,
@@ -42,13 +42,12 @@ TINY = dict(
     num_value_embeds=1,
     bigram_rows=128,
     shift_taps=2,
-    key_offset=True,
     head_gates=True,
     skip_from=1,
     skip_to=3,
-    backout_layer=2,
+    backout_from=2,
     window_tokens=(16, 32, 48),
-    lookahead=0.5,
+    mtp_weight=0.5,
     muon_decay=1.2,
     adam_decay=0.005,
     adam_every=2,
@@ -56,14 +55,24 @@ TINY = dict(
 
 
 @pytest.fixture
-def tiny_hp(shards):
+def tiny_task(shards):
     return dataclasses.replace(
-        TRACKS["embedded"],
-        **TINY,
+        TASKS["embedded"],
+        **TINY_TASK,
         data_sha256="",
         train_files=str(shards / "train_*.bin"),
         val_files=str(shards / "val.bin"),
     )
+
+
+@pytest.fixture
+def tiny_hp():
+    return dataclasses.replace(TRACKS["embedded"], **TINY)
+
+
+def settings(task, hp, **options) -> Settings:
+    """What the flags of a run of this task and these hyperparameters say."""
+    return Settings("embedded", task, hp, RunOptions(**options), [])
 
 
 def documents(seed: int, count: int) -> np.ndarray:
@@ -89,15 +98,19 @@ def shards(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def flags(shards, tmp_path) -> list[str]:
-    """Flags of a tiny run, whose log goes to tmp_path."""
-    tiny = [f"--{name}={as_flag(value)}" for name, value in TINY.items()]
+    return tiny_flags(shards, tmp_path)
+
+
+def tiny_flags(shards, log_dir) -> list[str]:
+    """Flags of a tiny run, whose log goes to log_dir."""
+    tiny = {**TINY_TASK, **TINY}
     return [
         "--track=embedded",
         f"--train_files={shards}/train_*.bin",
         f"--val_files={shards}/val.bin",
-        f"--log_dir={tmp_path}",
+        f"--log_dir={log_dir}",
         "--compile=false",
-        *tiny,
+        *(f"--{name}={as_flag(value)}" for name, value in tiny.items()),
     ]
 
 

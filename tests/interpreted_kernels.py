@@ -67,19 +67,11 @@ def test_loss_and_gradient_in_place_equal_fp64(N, V, J):
     assert torch.allclose(logits.double(), 0.5 * gradient, atol=1e-6, rtol=1e-5)
 
 
-def test_loss_alone_leaves_the_logits():
-    logits, targets, weights = example(5, 301, 2)
-    before = logits.clone()
-    found = loss_by_kernel(logits, targets, weights, CAP)
-    assert torch.allclose(found.double(), exact_loss(before, targets, weights), atol=1e-5)
-    assert torch.equal(logits, before)
-
-
 def test_loss_holds_for_logits_far_beyond_the_cap():
     logits, targets, weights = example(4, 70, 2)
     logits[:, ::2], logits[:, 1::2] = 3e4, -3e4
     cap = Softcap(30.0, 0.0, 7.5)
-    found = loss_by_kernel(logits, targets, weights, cap)
+    found = loss_by_kernel(logits, targets, weights, cap, torch.empty_like(logits))
     assert torch.allclose(found.double(), exact_loss(logits, targets, weights, cap), rtol=1e-5)
 
 
@@ -145,21 +137,18 @@ def head_in_fp8(x_scale: float, weight_scale: float):
     loss = head_loss(x, weight, targets, weights, CAP, torch.float32, fp8=True)
     expected = exact_loss(x.double() @ weight.double().T, targets, weights).mean()
     found, exact = (torch.autograd.grad(mean, (x, weight)) for mean in (loss, expected))
-    with torch.no_grad():
-        validation = head_loss(x, weight, targets, weights, CAP, torch.float32, fp8=True)
-    return loss, expected, validation, found, exact
+    return loss, expected, found, exact
 
 
-def test_head_in_fp8_is_near_fp64_and_validation_is_not_quantised():
-    loss, expected, validation, found, exact = head_in_fp8(1.0, 0.1)
+def test_head_in_fp8_is_near_fp64():
+    loss, expected, found, exact = head_in_fp8(1.0, 0.1)
     assert loss.item() == pytest.approx(expected.item(), rel=1e-2)
     assert all(relative_error(f, e) < 0.1 for f, e in zip(found, exact, strict=True))
-    assert validation.item() == pytest.approx(expected.item(), rel=1e-6)
     assert loss.item() != pytest.approx(expected.item(), rel=1e-6)
 
 
 def test_head_in_fp8_stays_finite_beyond_the_range_of_its_numbers():
-    loss, _, _, found, _ = head_in_fp8(200.0, 3.0)
+    loss, _, found, _ = head_in_fp8(200.0, 3.0)
     assert all(t.isfinite().all() for t in (loss, *found))
 
 
@@ -222,8 +211,8 @@ def test_operators_keep_the_promises_made_to_the_compiler():
     x, weight = torch.randn(40, 16, requires_grad=True), torch.randn(48, 16, requires_grad=True)
     _, targets, weights = example(40, 48, 2)
     checks = ("test_schema", "test_faketensor")
-    for flags in ((False, True), (False, False), (True, True)):
-        arguments = (x, weight, targets, weights, list(CAP), *flags)
+    for fp8 in (False, True):
+        arguments = (x, weight, targets, weights, list(CAP), fp8)
         torch.library.opcheck(kernels.head_op, arguments, test_utils=checks)
     inputs = mlp_example(torch.float16)
     torch.library.opcheck(kernels.mlp_op, inputs)

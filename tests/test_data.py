@@ -7,23 +7,27 @@ import pytest
 import torch
 from conftest import START, documents
 
-from data.batches import (
-    Prefetcher,
-    check_shards,
-    check_supply,
-    micro_batch_rows,
-    micro_batches,
-    validation_batches,
-    visible_keys,
-    whole_rows,
-)
 from data.shards import ShardError, check_tokens, open_shard, write_shard
-from train_gpt import TRACKS, bytes_per_token, fixed_bytes
+from harness import Prefetcher, RunError, Validation, check_shards
+from kernels import mean_visible_keys
+from train_gpt import (
+    TRACKS,
+    bytes_per_token,
+    check_supply,
+    choose_micro_batch,
+    find_rows,
+    fixed_bytes,
+    micro_batches,
+)
 
 
 def rank(index: int, world_size: int):
     return SimpleNamespace(
-        rank=index, world_size=world_size, is_gpu=False, device=torch.device("cpu")
+        rank=index,
+        world_size=world_size,
+        is_gpu=False,
+        device=torch.device("cpu"),
+        average=lambda tensors: None,
     )
 
 
@@ -77,27 +81,27 @@ def test_tokens_beyond_the_vocabulary_are_refused(tmp_path):
         check_tokens(tmp_path / "a.bin", 300)
 
 
-def test_rows_start_at_documents_and_leave_out_only_their_cut_ends(tiny_hp):
-    tokens = documents(5, 200)
-    starts = whole_rows(tokens, tiny_hp)[0]
-    assert tokens[starts[0]] == START and starts[-1] + tiny_hp.seq_len < len(tokens)
+def test_rows_start_at_documents_and_leave_out_only_their_cut_ends():
+    tokens, seq_len = documents(5, 200), 64
+    starts = find_rows(tokens, START, seq_len)[0]
+    assert tokens[starts[0]] == START and starts[-1] + seq_len < len(tokens)
     for start, following in zip(starts, starts[1:], strict=False):
-        between = tokens[start + tiny_hp.seq_len : following]
-        assert following >= start + tiny_hp.seq_len and START not in between
-        assert len(between) < tiny_hp.seq_len
+        between = tokens[start + seq_len : following]
+        assert following >= start + seq_len and START not in between
+        assert len(between) < seq_len
         assert tokens[following] == START or len(between) == 0
-    after_last = starts[-1] + tiny_hp.seq_len
-    assert len(tokens) - after_last <= 2 * tiny_hp.seq_len
+    after_last = starts[-1] + seq_len
+    assert len(tokens) - after_last <= 2 * seq_len
 
 
-def rows_of(hp, world_size, micro_seqs, seed=0, first_step=0):
+def rows_of(hp, task, world_size, micro_seqs, seed=0, first_step=0):
     """[step][row] -> inputs as bytes, put together from all ranks in dealt order, to the end."""
     accumulation = hp.batch_tokens[0] // hp.seq_len // (world_size * micro_seqs)
     hp, ranks = dataclasses.replace(hp, num_steps=100_000), []
     for r in range(world_size):
         ranks.append([])
         with pytest.raises(ShardError, match="ended early"):
-            for batch in micro_batches(hp, rank(r, world_size), micro_seqs, seed, first_step):
+            for batch in micro_batches(hp, task, rank(r, world_size), micro_seqs, seed, first_step):
                 ranks[-1].append(batch)
     steps = []
     for step in range(len(ranks[0]) // accumulation):
@@ -111,12 +115,12 @@ def rows_of(hp, world_size, micro_seqs, seed=0, first_step=0):
     return steps
 
 
-def test_loader_drops_and_repeats_nothing_over_ranks_and_shards(tiny_hp, shards):
+def test_loader_drops_and_repeats_nothing_over_ranks_and_shards(tiny_hp, tiny_task, shards):
     expected = []
     for path in sorted(shards.glob("train_*.bin")):
         tokens = open_shard(path).astype(np.int64)
-        expected += [tokens[s : s + 64].tobytes() for s in whole_rows(tokens, tiny_hp)[0]]
-    steps = rows_of(tiny_hp, world_size=1, micro_seqs=8)
+        expected += [tokens[s : s + 64].tobytes() for s in find_rows(tokens, START, 64)[0]]
+    steps = rows_of(tiny_hp, tiny_task, world_size=1, micro_seqs=8)
     seen = [row for rows in steps for row in rows]
     assert len(seen) == len(expected) // 8 * 8
     missing = sorted(expected)
@@ -125,11 +129,11 @@ def test_loader_drops_and_repeats_nothing_over_ranks_and_shards(tiny_hp, shards)
     assert len(missing) < 8  # what does not fill a last step
 
 
-def test_capped_documents_fill_rows_and_change_with_the_step(tiny_hp, shards):
+def test_capped_documents_fill_rows_and_change_with_the_step(tiny_hp, tiny_task, shards):
     """Rows hold the first tokens of whole documents, each once, cut at the cap of their step."""
     caps = (20, 50)
     hp = dataclasses.replace(tiny_hp, document_cap=caps, num_steps=16, batch_tokens=(128, 256))
-    seen, pairs = [], list(micro_batches(hp, rank(0, 1), 1, 0, 0))
+    seen, pairs = [], list(micro_batches(hp, tiny_task, rank(0, 1), 1, 0, 0))
     assert len(pairs) == 8 * 2 + 8 * 4
     for place, (inputs, targets) in enumerate(pairs):
         row, after = inputs[0].numpy(), targets[0].numpy()
@@ -146,51 +150,51 @@ def test_capped_documents_fill_rows_and_change_with_the_step(tiny_hp, shards):
 
 
 @pytest.mark.parametrize("cap", [0, 20])
-def test_supply_is_never_overrated(tiny_hp, cap):
+def test_supply_is_never_overrated(tiny_hp, tiny_task, cap):
     """As many steps as check_supply lets pass can be drawn; of capped rows not many fewer exist."""
     enough = None
     for steps in range(1, 400):
         hp = dataclasses.replace(tiny_hp, num_steps=steps, document_cap=(cap,))
         try:
-            check_supply(hp)
+            check_supply(hp, tiny_task)
         except ShardError:
             break
         enough = hp
-    drawn = sum(1 for _ in micro_batches(enough, rank(0, 1), 8, 0, 0))
+    drawn = sum(1 for _ in micro_batches(enough, tiny_task, rank(0, 1), 8, 0, 0))
     assert drawn == enough.num_steps
+    more = dataclasses.replace(enough, num_steps=int(1.5 * drawn))
     with pytest.raises(ShardError, match="ended early"):
-        list(
-            micro_batches(
-                dataclasses.replace(enough, num_steps=int(1.5 * drawn)), rank(0, 1), 8, 0, 0
-            )
-        )
+        list(micro_batches(more, tiny_task, rank(0, 1), 8, 0, 0))
 
 
 @pytest.mark.parametrize("world_size, micro_seqs", [(1, 2), (2, 4), (2, 1), (4, 2), (8, 1)])
-def test_every_number_of_ranks_sees_the_same_global_batches(tiny_hp, world_size, micro_seqs):
-    assert rows_of(tiny_hp, world_size, micro_seqs) == rows_of(tiny_hp, 1, 8)
+def test_every_number_of_ranks_sees_the_same_global_batches(
+    tiny_hp, tiny_task, world_size, micro_seqs
+):
+    one = rows_of(tiny_hp, tiny_task, 1, 8)
+    assert rows_of(tiny_hp, tiny_task, world_size, micro_seqs) == one
 
 
-def test_order_depends_on_the_seed_alone(tiny_hp):
-    assert rows_of(tiny_hp, 1, 8, seed=1) == rows_of(tiny_hp, 1, 8, seed=1)
-    assert rows_of(tiny_hp, 1, 8, seed=1) != rows_of(tiny_hp, 1, 8, seed=2)
+def test_order_depends_on_the_seed_alone(tiny_hp, tiny_task):
+    one, again, two = (rows_of(tiny_hp, tiny_task, 1, 8, seed) for seed in (1, 1, 2))
+    assert one == again != two
 
 
 @pytest.mark.parametrize("first_step", [1, 13, 40])
-def test_starting_later_gives_the_later_batches(tiny_hp, first_step):
-    whole = rows_of(tiny_hp, 1, 8)
+def test_starting_later_gives_the_later_batches(tiny_hp, tiny_task, first_step):
+    whole = rows_of(tiny_hp, tiny_task, 1, 8)
     assert len(whole) > 60  # so that 40 steps reach into a later shard
-    assert rows_of(tiny_hp, 1, 8, first_step=first_step) == whole[first_step:]
+    assert rows_of(tiny_hp, tiny_task, 1, 8, first_step=first_step) == whole[first_step:]
 
 
-def test_a_second_epoch_has_the_same_rows_in_another_order(tiny_hp):
+def test_a_second_epoch_has_the_same_rows_in_another_order(tiny_hp, tiny_task):
     hp = dataclasses.replace(tiny_hp, batch_tokens=(64,), max_epochs=2)
-    rows = [row for (row,) in rows_of(hp, 1, 1)]
+    rows = [row for (row,) in rows_of(hp, tiny_task, 1, 1)]
     half = len(rows) // 2
     assert sorted(rows[:half]) == sorted(rows[half:]) and rows[:half] != rows[half:]
 
 
-def test_the_prefetcher_hands_over_errors(tiny_hp):
+def test_the_prefetcher_hands_over_errors():
     def failing():
         yield torch.zeros(1), torch.zeros(1)
         raise ShardError("the disk is gone")
@@ -201,50 +205,83 @@ def test_the_prefetcher_hands_over_errors(tiny_hp):
         next(pairs)
 
 
+def inputs_seen(task, world_size: int, most_rows: int) -> list[list[int]]:
+    """Every row that a trainer is asked to predict, over all ranks."""
+    seen = []
+
+    def predict(inputs):
+        seen.extend(inputs.tolist())
+        yield torch.zeros(inputs.numel(), task.vocab_size)
+
+    for r in range(world_size):
+        validation = Validation(task, rank(r, world_size))
+        loss = validation.loss(predict, validation.batch_rows(most_rows))
+        assert loss == pytest.approx(np.log(task.vocab_size))
+    return seen
+
+
 @pytest.mark.parametrize("spread", [False, True])
-def test_validation_covers_fixed_rows_once_over_ranks(tiny_hp, shards, spread):
-    hp = dataclasses.replace(tiny_hp, val_spread=spread)
+def test_validation_covers_fixed_rows_once_over_ranks(tiny_task, shards, spread):
+    task = dataclasses.replace(tiny_task, val_spread=spread)
     tokens = open_shard(shards / "val.bin").astype(np.int64)
     starts = [i * (len(tokens) - 65) // 31 if spread else 64 * i for i in range(32)]
     expected = [tokens[start : start + 64].tolist() for start in starts]
     for world_size in (1, 2, 4):
-        seen = []
-        for r in range(world_size):
-            for inputs, targets in validation_batches(hp, rank(r, world_size), 3):
-                assert inputs.shape == targets.shape == (inputs.shape[0], 64)
-                seen += inputs.tolist()
-        assert sorted(seen) == sorted(expected)
+        assert sorted(inputs_seen(task, world_size, 3)) == sorted(expected)
 
 
-def test_validation_that_cannot_be_had_is_refused(tiny_hp):
-    too_much = dataclasses.replace(tiny_hp, val_tokens=64 * 10_000)
+@pytest.mark.parametrize("chunk", [1, 7, 64, 100, 512])
+def test_the_validation_loss_is_that_of_the_next_tokens_however_logits_are_cut(
+    tiny_task, shards, chunk
+):
+    """Against a loop in fp64 over the shard itself; ids beyond the vocabulary take probability."""
+    torch.manual_seed(0)
+    table = 3 * torch.randn(tiny_task.vocab_size, tiny_task.vocab_size + 5)
+    validation = Validation(dataclasses.replace(tiny_task, val_spread=False), rank(0, 1))
+
+    def predict(inputs):
+        yield from table[inputs.flatten()].split(chunk)
+
+    tokens = open_shard(shards / "val.bin").astype(np.int64)
+    log_p = table.double().log_softmax(-1)
+    expected = -np.mean([log_p[tokens[t], tokens[t + 1]] for t in range(tiny_task.val_tokens)])
+    assert validation.loss(predict, 8) == pytest.approx(expected, abs=1e-6)
+
+
+@pytest.mark.parametrize("shape", [(100, 64), (600, 64), (512, 63)])
+def test_logits_that_do_not_fit_the_rows_are_refused(tiny_task, shape):
+    with pytest.raises(RunError, match="yield"):
+        Validation(tiny_task, rank(0, 1)).loss(lambda inputs: [torch.zeros(shape)], 8)
+
+
+def test_validation_that_cannot_be_had_is_refused(tiny_task):
     with pytest.raises(ShardError, match="validation"):
-        validation_batches(too_much, rank(0, 1), 1)
+        Validation(dataclasses.replace(tiny_task, val_tokens=64 * 10_000), rank(0, 1))
     with pytest.raises(ShardError, match="3 ranks"):
-        validation_batches(tiny_hp, rank(0, 3), 1)
+        Validation(tiny_task, rank(0, 3))
 
 
-def test_too_few_tokens_are_named_before_training(tiny_hp):
+def test_too_few_tokens_are_named_before_training(tiny_hp, tiny_task):
     with pytest.raises(ShardError, match="steps need"):
-        check_supply(dataclasses.replace(tiny_hp, num_steps=10_000))
+        check_supply(dataclasses.replace(tiny_hp, num_steps=10_000), tiny_task)
 
 
-def test_data_hash_is_compared(tiny_hp):
-    last = check_shards(tiny_hp)[-1]
-    found = last.split()[1]
-    assert "none expected" in last
-    assert "as expected" in check_shards(dataclasses.replace(tiny_hp, data_sha256=found))[-1]
-    assert "DIFFERENT" in check_shards(dataclasses.replace(tiny_hp, data_sha256="0" * 64))[-1]
+def test_data_hash_is_compared(tiny_task):
+    found, lines = check_shards(tiny_task)
+    assert f"data_sha256: {found} (none expected)" == lines[-1]
+    for expected, words in ((found, "as expected"), ("0" * 64, "DIFFERENT")):
+        task = dataclasses.replace(tiny_task, data_sha256=expected)
+        assert words in check_shards(task)[1][-1]
 
 
-def test_visible_keys_by_brute_force(tiny_hp):
+def test_visible_keys_by_brute_force():
     rows = torch.tensor([[START, 1, 2, START, 4, 5, 6, 7]])
     # keys in reach of a window of 3: 1 2 3 | 1 2 3 3 3
-    assert visible_keys(rows, START, 3) == pytest.approx((1 + 2 + 3 + 1 + 2 + 3 + 3 + 3) / 8)
+    assert mean_visible_keys(rows, START, 3) == pytest.approx((1 + 2 + 3 + 1 + 2 + 3 + 3 + 3) / 8)
 
 
 def test_embedded_corpus_is_complete_split_and_repeatable(tmp_path):
-    import embedded
+    from data import embedded
 
     package = tmp_path / "torch"
     for name, text in {
@@ -280,9 +317,9 @@ def test_embedded_corpus_is_complete_split_and_repeatable(tmp_path):
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 def test_micro_batch_of_fineweb_follows_the_memory(gib, rows, world_size):
     gpu = SimpleNamespace(memory_bytes=gib * 2**30, world_size=world_size)
-    hp = TRACKS["fineweb"]
-    estimate = fixed_bytes(hp), bytes_per_token(hp)
-    found = micro_batch_rows(hp, gpu, 0, *estimate)
+    hp, vocab = TRACKS["fineweb"], 50304
+    found = choose_micro_batch(hp, vocab, gpu, 0)
     assert found == min(rows, 8 // world_size)
-    assert estimate[0] + found * 16384 * estimate[1] < 0.9 * gib * 2**30
-    assert micro_batch_rows(hp, gpu, 1, *estimate) == 1
+    estimate = fixed_bytes(hp, vocab) + found * 16384 * bytes_per_token(hp, vocab)
+    assert estimate < 0.9 * gib * 2**30
+    assert choose_micro_batch(hp, vocab, gpu, 1) == 1

@@ -1,6 +1,5 @@
 """The GPT-2 baseline in one process: model, export, plan, checkpoints and bad input."""
 
-import ast
 import dataclasses
 import io
 import json
@@ -8,27 +7,24 @@ import re
 import signal
 import subprocess
 import sys
-import tokenize
 from contextlib import redirect_stderr
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from attempts import ENTRIES, project_files
-from conftest import ROOT, START, VOCAB, clean_environment, losses, only_log
+from conftest import ROOT, TINY_TASK, clean_environment, losses, only_log, settings
 from torch.distributed._tools import MemTracker
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from baselines import export_hf, train_gpt2
-from baselines.checkpoints import digest, write_folder
 from baselines.plan import Layout, flops_per_token, memory, micro_batch_rows, parameters
 from baselines.train_gpt2 import (
     GPT2,
+    SOURCES,
     TRACKS,
-    Options,
     Trainer,
     adamw,
     build,
@@ -37,20 +33,16 @@ from baselines.train_gpt2 import (
     micro_batches,
     weights,
 )
+from checkpoints import facts_sha256, read_checkpoint, write_checkpoint
 from data.shards import open_shard
-from records.harness import Run, RunError, Runtime, parse_flags
-from records.runs import read_log
+from harness import Run, RunError, Runtime, warm_up
 
 TINY = dict(
-    vocab_size=VOCAB,
-    document_start=START,
-    val_tokens=2048,
-    val_seq_len=64,
-    target_val_loss=1.0,
     num_steps=20,
     batch_tokens=512,
     seq_len=32,
     val_every=10,
+    embed_rows=TINY_TASK["vocab_size"],
     num_layers=2,
     num_heads=2,
     model_dim=32,
@@ -63,18 +55,12 @@ PUBLISHED = {  # parameters by the model cards of OpenAI's GPT-2
 RT = SimpleNamespace(rank=0, world_size=1, device=torch.device("cpu"), is_gpu=False, is_main=True,
                      stream_dtype=torch.float32, matmul_dtype=torch.float32,
                      on_main=lambda work: work())  # fmt: skip
-FACTS = {"step": 3, "tokens": 0, "curve": [], "train_ms": 0.0}
+FACTS = {"trainer": "baselines/train_gpt2.py", "step": 3, "data_sha256": ""}
 
 
 @pytest.fixture
-def hp(shards):
-    return dataclasses.replace(
-        TRACKS["embedded"],
-        **TINY,
-        data_sha256="",
-        train_files=str(shards / "train_*.bin"),
-        val_files=str(shards / "val.bin"),
-    )
+def hp():
+    return dataclasses.replace(TRACKS["embedded"], **TINY)
 
 
 @pytest.fixture
@@ -90,7 +76,7 @@ def tiny_flags(shards, log_dir) -> list[str]:
         f"--log_dir={log_dir}",
         "--compile=false",
         "--fp32=true",
-        *(f"--{name}={value}" for name, value in TINY.items()),
+        *(f"--{name}={value}" for name, value in {**TINY_TASK, **TINY}.items()),
     ]
 
 
@@ -126,19 +112,26 @@ def outcome(module, *words) -> tuple[int, str]:
 def randomized(hp, seed=0) -> GPT2:
     """A model in which no bias is 0 and no gain 1."""
     torch.manual_seed(seed)
-    model = build(hp, RT, Options(), Layout())
+    model = build(hp, RT, 0, Layout())
     for p in model.parameters():
         p.data.add_(0.1 * torch.randn_like(p))
     return model.eval()
 
 
 def saved(model: GPT2, folder):
-    write_folder(folder, weights(model), {**FACTS, "config": dataclasses.asdict(model.hp)}, RT)
+    config = {**dataclasses.asdict(model.hp), "document_start": TINY_TASK["document_start"]}
+    write_checkpoint(folder, weights(model), {**FACTS, "config": config}, RT)
     return folder
 
 
+def loaded(folder) -> GPT2:
+    return load_gpt2(folder, read_checkpoint(folder, RT))
+
+
 def tokens(rows: int, length: int) -> torch.Tensor:
-    return torch.randint(0, VOCAB, (rows, length), generator=torch.Generator().manual_seed(1))
+    return torch.randint(
+        0, TINY_TASK["vocab_size"], (rows, length), generator=torch.Generator().manual_seed(1)
+    )
 
 
 # ------------------------------------------------------------------------------ Model
@@ -163,17 +156,17 @@ def test_logits_equal_transformers_after_import(hp, tmp_path):
         p.data.add_(0.1 * torch.randn_like(p))
     theirs.save_pretrained(tmp_path / "hf")
     export_hf.import_hf(tmp_path / "hf", tmp_path / "checkpoint")
-    ours, x = load_gpt2(tmp_path / "checkpoint"), tokens(2, 24)
+    ours, x = loaded(tmp_path / "checkpoint"), tokens(2, 24)
     with torch.no_grad():
         assert (ours(x) - theirs(x).logits).abs().max() < 1e-4
-    assert ours.hp.document_start == 96
+    assert read_checkpoint(tmp_path / "checkpoint", RT)["config"]["document_start"] == 96
 
 
 def test_a_model_without_a_first_token_takes_the_published_one(hp, tmp_path):
     export_hf.export(saved(randomized(hp), tmp_path / "checkpoint"), tmp_path / "hf")
     path = tmp_path / "hf/config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"bos_token_id": None}))
-    assert export_hf.read_config(tmp_path / "hf").document_start == 50256
+    assert export_hf.read_config(tmp_path / "hf")[1] == 50256
     path.write_text(json.dumps(json.loads(path.read_text()) | {"n_inner": "many"}))
     with pytest.raises(RunError, match="no config.json of a GPT-2 model"):
         export_hf.read_config(tmp_path / "hf")
@@ -186,7 +179,7 @@ def test_parameter_counts_are_the_published_ones(track):
         ours = sum(p.numel() for p in GPT2(hp).parameters())
         theirs = GPT2LMHeadModel(
             GPT2Config(
-                vocab_size=hp.vocab_size,
+                vocab_size=hp.embed_rows,
                 n_positions=hp.seq_len,
                 n_embd=hp.model_dim,
                 n_layer=hp.num_layers,
@@ -212,9 +205,9 @@ def test_the_cache_gives_the_logits_of_the_whole_row(hp, cuts):
 
 
 def test_initial_weights_are_gpt2s(hp):
-    hp = dataclasses.replace(hp, model_dim=128, mlp_dim=512, num_layers=8, vocab_size=512,
+    hp = dataclasses.replace(hp, model_dim=128, mlp_dim=512, num_layers=8, embed_rows=512,
                              seq_len=64, batch_tokens=512)  # fmt: skip
-    for name, p in build(hp, RT, Options(), Layout()).named_parameters():
+    for name, p in build(hp, RT, 0, Layout()).named_parameters():
         expected = {"positions": 0.01}.get(name, 0.02)
         if name.endswith(("out.weight", "down.weight")):
             expected = 0.005  # 0.02 over the root of 2 x 8
@@ -228,7 +221,8 @@ def test_initial_weights_are_gpt2s(hp):
 def test_checkpointed_blocks_give_the_same_loss_and_gradients(hp):
     x, found = tokens(2, hp.seq_len), []
     for recompute in (False, True):
-        model = build(hp, RT, Options(checkpoint_blocks=recompute), Layout())
+        hp = dataclasses.replace(hp, checkpoint_blocks=recompute)
+        model = build(hp, RT, 0, Layout())
         assert all(block.recompute == recompute for block in model.blocks)
         loss = model.loss(x, x.roll(-1, 1))
         found.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
@@ -238,13 +232,13 @@ def test_checkpointed_blocks_give_the_same_loss_and_gradients(hp):
 # ------------------------------------------------------------------------------ Training
 
 
-def trainer(hp) -> Trainer:
-    options = parse_flags(["--compile=false", "--fp32=true"], TRACKS, "embedded", "", Options())[2]
-    return Trainer(Run("embedded", hp, options, [], Runtime(fp32=True), None, 0.0))
+def trainer(hp, task) -> Trainer:
+    run = Run(settings(task, hp, compile=False), SOURCES, Runtime(fp32=True), None, 0.0)
+    return Trainer(run)
 
 
-def test_training_equals_a_plain_loop_over_transformers(hp, tmp_path):
-    made = trainer(dataclasses.replace(hp, max_grad_norm=0.5))
+def test_training_equals_a_plain_loop_over_transformers(hp, tiny_task, tmp_path):
+    made = trainer(dataclasses.replace(hp, max_grad_norm=0.5), tiny_task)
     export_hf.export(saved(made.model, tmp_path / "a"), tmp_path / "hf")
     theirs = GPT2LMHeadModel.from_pretrained(tmp_path / "hf").train()
     matrix = [p for n, p in theirs.named_parameters() if "ln_" not in n and "bias" not in n]
@@ -252,8 +246,8 @@ def test_training_equals_a_plain_loop_over_transformers(hp, tmp_path):
     adam = torch.optim.AdamW([{"params": matrix, "weight_decay": 0.1},
                               {"params": others, "weight_decay": 0.0}],
                              lr=0.006, betas=(0.9, 0.95), fused=False, foreach=False)  # fmt: skip
-    batches = [micro_batches(hp, made.rt, made.micro_seqs, 0, 0) for _ in range(2)]
-    made.warm_up()
+    batches = [micro_batches(hp, tiny_task, made.rt, made.micro_seqs, 0, 0) for _ in range(2)]
+    warm_up(made.run, made)
     for step in range(8):
         x, y = next(batches[1])
         loss = torch.nn.functional.cross_entropy(theirs(x).logits.flatten(0, 1), y.flatten())
@@ -272,10 +266,10 @@ def test_training_equals_a_plain_loop_over_transformers(hp, tmp_path):
     assert norm > 0.5  # so clipping was at work
 
 
-def test_warm_up_leaves_no_trace(hp):
-    warm, cold = trainer(hp), trainer(hp)
-    warm.warm_up()
-    batches = [micro_batches(hp, cold.rt, cold.micro_seqs, 0, 0) for _ in range(2)]
+def test_warm_up_leaves_no_trace(hp, tiny_task):
+    warm, cold = trainer(hp, tiny_task), trainer(hp, tiny_task)
+    warm_up(warm.run, warm)
+    batches = [micro_batches(hp, tiny_task, cold.rt, cold.micro_seqs, 0, 0) for _ in range(2)]
     for step in range(3):
         rate = learning_rate(step, hp)
         assert torch.equal(warm.update(rate, batches[0]), cold.update(rate, batches[1]))
@@ -283,12 +277,12 @@ def test_warm_up_leaves_no_trace(hp):
         assert torch.equal(tensor, warm.state()[name]), name
 
 
-def test_a_step_has_the_same_rows_for_any_number_of_ranks(hp):
+def test_a_step_has_the_same_rows_for_any_number_of_ranks(hp, tiny_task):
     def rows(ranks: int, micro_seqs: int, first_step: int) -> list:
         found = set()
         for rank in range(ranks):
             rt = SimpleNamespace(rank=rank, world_size=ranks)
-            batches = micro_batches(hp, rt, micro_seqs, 7, first_step)
+            batches = micro_batches(hp, tiny_task, rt, micro_seqs, 7, first_step)
             for _ in range(16 // (ranks * micro_seqs)):
                 x, y = next(batches)
                 assert torch.equal(x[:, 1:], y[:, :-1])
@@ -300,10 +294,10 @@ def test_a_step_has_the_same_rows_for_any_number_of_ranks(hp):
     assert rows(2, 4, 2) == rows(4, 4, 2) == rows(1, 2, 2) == whole
 
 
-def test_an_epoch_has_each_piece_of_the_stream_once(hp, shards):
+def test_an_epoch_has_each_piece_of_the_stream_once(hp, tiny_task, shards):
     rt, total = SimpleNamespace(rank=0, world_size=1), 0
     hp = dataclasses.replace(hp, batch_tokens=hp.seq_len)
-    seen = [tuple(x[0].tolist()) for x, _ in micro_batches(hp, rt, 1, 0, 0)]
+    seen = [tuple(x[0].tolist()) for x, _ in micro_batches(hp, tiny_task, rt, 1, 0, 0)]
     expected = []
     for path in sorted(shards.glob("train_*.bin")):
         stream = open_shard(path).astype(int)
@@ -326,10 +320,11 @@ def test_learning_rate_rises_then_falls_to_its_last_fraction():
 
 def plan_sizes(dtype: torch.dtype, recompute: bool):
     hp = dataclasses.replace(TRACKS["embedded"], num_layers=5, model_dim=96, mlp_dim=384,
-                             vocab_size=300, num_heads=3)  # fmt: skip
+                             embed_rows=300, num_heads=3)  # fmt: skip
     rt = SimpleNamespace(**{**vars(RT), "stream_dtype": dtype, "matmul_dtype": dtype})
     layout = Layout(checkpoint_blocks=recompute, matmul_bytes=dtype.itemsize)
-    model = build(hp, rt, Options(checkpoint_blocks=recompute), layout)
+    hp = dataclasses.replace(hp, checkpoint_blocks=recompute)
+    model = build(hp, rt, 0, layout)
     return hp, layout, model, memory(hp, layout, 4)
 
 
@@ -415,27 +410,17 @@ def test_a_run_learns_saves_and_resumes_to_the_same_digits(flags, tmp_path):
     code, err = outcome(train_gpt2, *flags, "--save_every=12")
     assert code == 0, err
     log = only_log(tmp_path)
-    assert not read_log(log).faults
     first = losses(log)
     assert float(first["val", 20]) < float(first["val", 0]) - 0.5
     (folder,) = tmp_path.glob("*_step*")
     facts = json.loads((folder / "config.json").read_text())
-    assert (facts["trainer"], facts["step"]) == ("train_gpt2", 12)
+    assert (facts["trainer"], facts["step"]) == ("baselines/train_gpt2.py", 12)
     code, err = outcome(train_gpt2, *flags, f"--log_dir={tmp_path}/b", f"--resume={folder}")
     assert code == 0, err
     again = losses(only_log(tmp_path / "b"))
     assert len(again) == 9 and again == {key: first[key] for key in again}
     other = outcome(train_gpt2, *flags, "--num_steps=30", f"--resume={folder}")
     refused(*other, "to resume it, add: --num_steps 20")
-
-
-def test_repeat_freezes_and_runs_the_baseline(flags, tmp_path):
-    attempt = tmp_path / "2026-01-01_GPT2"
-    done = run("records/repeat.py", "-n", 1, "--entry", ENTRIES[1], attempt, *flags)
-    assert "GPT2 seed 0: result status:missed" in done.stdout + done.stderr, done.stderr
-    made = read_log(only_log(attempt / "logs"))
-    kept = {str(p.relative_to(attempt / "source")) for p in attempt.glob("source/**/*.py")}
-    assert not made.faults and kept == set(made.sources) == set(project_files(ROOT, ENTRIES[1]))
 
 
 def test_a_size_that_cannot_fit_is_refused_with_the_numbers(flags):
@@ -450,7 +435,7 @@ def test_a_size_that_cannot_fit_is_refused_with_the_numbers(flags):
         ("--num_heads=3", r"--model_dim 32 is not a multiple of --num_heads 3"),
         ("--micro_batch_seqs=5", r"16 rows .* of 5; .*--batch_tokens 640"),
         ("--num_steps=99999", r"steps need \d+; get more shards"),
-        ("--resume=/nowhere", r"/nowhere is no checkpoint of train_gpt2\.py"),
+        ("--resume=/nowhere", r"/nowhere is no usable checkpoint"),
     ],
 )
 def test_bad_flags_get_one_clear_error(flags, flag, message):
@@ -471,10 +456,9 @@ def damage(folder, how: str):
     elif how == "edited":
         facts["config"]["num_heads"] = 4
         config.write_text(json.dumps(facts))
-    elif how == "other trainer":
-        facts["trainer"] = "train_gpt"
-        facts["sha256"] = digest({k: v for k, v in facts.items() if k != "sha256"})
-        config.write_text(json.dumps(facts))
+    elif how == "other source":
+        del facts["config"]["mlp_dim"], facts["sha256"]
+        config.write_text(json.dumps({**facts, "sha256": facts_sha256(facts)}))
     elif how == "not json":
         config.write_text("{")
 
@@ -486,23 +470,23 @@ def damage(folder, how: str):
         ("tampered", r"__0_0\.distcp is missing, truncated or was changed"),
         ("missing", r"__0_0\.distcp is missing, truncated or was changed"),
         ("edited", r"config\.json is missing, truncated or was changed"),
-        ("other trainer", r"is a checkpoint of train_gpt, not of train_gpt2"),
-        ("not json", r"is no checkpoint of train_gpt2\.py, which is a folder"),
+        ("other source", r"is of another train_gpt2\.py, without mlp_dim"),
+        ("not json", r"is no usable checkpoint, which is a folder"),
     ],
 )
 def test_a_damaged_checkpoint_is_refused(hp, tmp_path, how, message):
-    folder = saved(build(hp, RT, Options(), Layout()), tmp_path / "checkpoint")
-    load_gpt2(folder)
+    folder = saved(build(hp, RT, 0, Layout()), tmp_path / "checkpoint")
+    loaded(folder)
     damage(folder, how)
     with pytest.raises(RunError, match=message):
-        load_gpt2(folder)
+        loaded(folder)
 
 
 def test_export_says_in_one_line_what_is_wrong(hp, tmp_path):
     pt = tmp_path / "a.pt"
     torch.save({"tensors": {}}, pt)
-    refused(*outcome(export_hf, pt, tmp_path / "out"), r"a\.pt is no checkpoint of train_gpt2\.py")
-    folder = saved(build(hp, RT, Options(), Layout()), tmp_path / "checkpoint")
+    refused(*outcome(export_hf, pt, tmp_path / "out"), r"a\.pt is no usable checkpoint")
+    folder = saved(build(hp, RT, 0, Layout()), tmp_path / "checkpoint")
     done = run("baselines/export_hf.py", folder, tmp_path / "hf")
     assert done.returncode == 0 and done.stdout.strip() == str(tmp_path / "hf"), done.stderr
     refused(*outcome(export_hf, folder, tmp_path / "hf"), "holds a model already")
@@ -522,7 +506,7 @@ def test_export_says_in_one_line_what_is_wrong(hp, tmp_path):
 )
 def test_a_wrong_model_of_transformers_is_refused(hp, tmp_path, how, message):
     hf = tmp_path / "hf"
-    export_hf.export(saved(build(hp, RT, Options(), Layout()), tmp_path / "checkpoint"), hf)
+    export_hf.export(saved(build(hp, RT, 0, Layout()), tmp_path / "checkpoint"), hf)
     config, file = json.loads((hf / "config.json").read_text()), hf / "model.safetensors"
     config |= {"llama": {"model_type": "llama"}, "relu": {"activation_function": "relu"},
                "wider": {"n_embd": 48}, "deeper": {"n_layer": 3}}.get(how, {})  # fmt: skip
@@ -534,34 +518,3 @@ def test_a_wrong_model_of_transformers_is_refused(hp, tmp_path, how, message):
     with pytest.raises(RunError, match=message):
         export_hf.import_hf(hf, tmp_path / "back")
     assert not (tmp_path / "back").exists()
-
-
-# ------------------------------------------------------------------------------ The file
-
-
-def code_lines(path) -> int:
-    """Lines that hold code or a docstring: neither blank nor comment alone."""
-    skipped = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT,
-               tokenize.ENDMARKER}  # fmt: skip
-    lines, text = set(), path.read_text()
-    blank = {i for i, line in enumerate(text.splitlines(), 1) if not line.strip()}
-    for token in tokenize.generate_tokens(io.StringIO(text).readline):
-        if token.type not in skipped:
-            lines |= set(range(token.start[0], token.end[0] + 1))
-    return len(lines - blank)
-
-
-def test_the_header_counts_the_lines_and_no_function_is_long():
-    folder = ROOT / "baselines"
-    entry = folder / "train_gpt2.py"
-    helpers = [folder / name for name in ("plan.py", "sharding.py", "checkpoints.py")]
-    header = ast.get_docstring(ast.parse(entry.read_text()))
-    own, whole = code_lines(entry), sum(code_lines(p) for p in (entry, *helpers))
-    header = " ".join(header.split())
-    assert f"this file {own}, with plan.py, sharding.py and checkpoints.py {whole}." in header
-    assert "nanoGPT 639, gigaGPT 565" in header
-    assert len(entry.read_text().splitlines()) <= 450
-    for path in folder.glob("*.py"):
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.FunctionDef):
-                assert node.end_lineno - node.lineno < 60, (path, node.name)

@@ -1,5 +1,6 @@
 """The GPT-2 baseline in shards: gloo processes on the CPU stand for GPUs."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -15,7 +16,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from baselines import train_gpt2
 from baselines.plan import Layout, memory
 from baselines.sharding import shard
-from baselines.train_gpt2 import GPT2, TRACKS, Options, build
+from baselines.train_gpt2 import GPT2, TRACKS, build
 
 
 @pytest.fixture
@@ -86,8 +87,8 @@ def test_in_bf16_a_token_that_is_everywhere_gets_the_gradient_of_a_whole_model(h
     found, x = [], torch.full((16, hp.seq_len), 5)
     rt = SimpleNamespace(**{**vars(RT), "matmul_dtype": torch.bfloat16})
     for cpu_offload in (False, True):
-        layout = Layout(cpu_offload=cpu_offload)
-        model = build(hp, rt, Options(cpu_offload=cpu_offload), layout)
+        offloaded = dataclasses.replace(hp, cpu_offload=cpu_offload)
+        model = build(offloaded, rt, 0, Layout(cpu_offload=cpu_offload))
         with torch.autocast("cpu", torch.bfloat16):
             model.loss(x, torch.arange(16 * hp.seq_len).view_as(x) % 64).backward()
         gradient = model.embed.grad

@@ -14,13 +14,13 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from checkpoints import KnownModel, write_gpt2, write_speedrun
 from conftest import ROOT, clean_environment
 from hub_server import HubServer
+from small_models import KnownModel, write_gpt2, write_speedrun
 
 from evals import hellaswag
 from evals.models import load_model
-from records.harness import RunError
+from harness import RunError
 
 WORDS = (
     "a the man woman dog rope ball sits runs jumps over under quickly then — café 漢字 .".split()
@@ -52,7 +52,7 @@ def write_jsonl(path, records):
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    return write_speedrun(tmp_path_factory.mktemp("run") / "tiny.pt")
+    return write_speedrun(tmp_path_factory.mktemp("run") / "tiny")
 
 
 @pytest.fixture(scope="module")

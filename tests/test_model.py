@@ -1,6 +1,7 @@
 import dataclasses
 import math
 from contextlib import nullcontext
+from functools import partial
 from itertools import product
 from types import SimpleNamespace
 
@@ -8,45 +9,47 @@ import pytest
 import torch
 import torch.nn.attention.flex_attention as flex
 import torch.nn.functional as F
-from conftest import START, VOCAB
+from conftest import START, TINY_TASK, VOCAB
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.flex_attention import flex_attention
 
 import kernels
 import train_gpt
-from records.harness import compiled_graphs
+from harness import TASKS, Task, compiled_graphs
+from kernels import attend, block_lists, block_mask, dense_mask
 from train_gpt import (
     GPT,
     TRACKS,
-    Schedule,
     Softcap,
-    attend,
-    block_lists,
-    block_mask,
-    dense_mask,
+    StepInputs,
+    make_optimizers,
     norm,
-    optimizers,
     pair_heads,
     rotary_tables,
     rotate,
-    schedule,
     softcapped,
+    step_inputs,
 )
 
+TASK = Task(**TINY_TASK)
 CPU = SimpleNamespace(
-    stream_dtype=torch.float32, matmul_dtype=torch.float32, flex_options=None, has_fp8=False
+    stream_dtype=torch.float32, matmul_dtype=torch.float32, shared_memory_bytes=0, has_fp8=False
 )
 
 
-def through(hp, window: int, step: int = 0) -> Schedule:
-    """The schedule of a step, but for its window."""
-    return schedule(step, hp, "cpu")._replace(window=torch.tensor(window))
+def through(hp, window: int, step: int = 0) -> StepInputs:
+    """The inputs of a step with another window."""
+    return step_inputs(step, hp, "cpu")._replace(window=torch.tensor(window))
+
+
+def logits_of(model, inputs, per_step):
+    return model.logits(model.hidden(inputs, per_step))
 
 
 def randomized(hp, seed=0) -> GPT:
     """A model in which nothing is at its neutral start, so that every path carries signal."""
     torch.manual_seed(seed)
-    model = GPT(hp, CPU)
+    model = GPT(hp, TASK, CPU)
     for p in model.parameters():
         p.data.add_(0.3 * torch.randn_like(p))
     return model
@@ -153,18 +156,18 @@ def test_norm_is_the_root_mean_square_norm():
 
 def test_first_loss_is_that_of_a_uniform_guess(tiny_hp):
     inputs = tokens(4, 64)
-    at = schedule(0, tiny_hp, "cpu", training=False)
-    loss = GPT(tiny_hp, CPU)(inputs, inputs.roll(-1, 1), at)
+    at = step_inputs(0, tiny_hp, "cpu", training=False)
+    loss = GPT(tiny_hp, TASK, CPU)(inputs, inputs.roll(-1, 1), at)
     assert abs(loss.item() - math.log(VOCAB)) < 0.05
 
 
 def test_future_tokens_do_not_change_logits(tiny_hp):
     model, inputs = randomized(tiny_hp), tokens(2, 64)
-    before = model.logits(inputs, through(tiny_hp, 48))
+    before = logits_of(model, inputs, through(tiny_hp, 48))
     for place in (1, 30, 63):
         changed = inputs.clone()
         changed[:, place:] = (changed[:, place:] + 7) % START
-        after = model.logits(changed, through(tiny_hp, 48))
+        after = logits_of(model, changed, through(tiny_hp, 48))
         assert torch.equal(before[:, :place], after[:, :place])
         assert not torch.equal(before[:, place:], after[:, place:])
 
@@ -172,10 +175,10 @@ def test_future_tokens_do_not_change_logits(tiny_hp):
 def test_other_documents_do_not_change_logits(tiny_hp):
     model, inputs = randomized(tiny_hp), tokens(1, 64) % START
     inputs[0, [0, 20, 40]] = START
-    before = model.logits(inputs, through(tiny_hp, 64))
+    before = logits_of(model, inputs, through(tiny_hp, 64))
     changed = inputs.clone()
     changed[0, 21:40] = (changed[0, 21:40] + 11) % START
-    after = model.logits(changed, through(tiny_hp, 64))
+    after = logits_of(model, changed, through(tiny_hp, 64))
     torch.testing.assert_close(before[0, :21], after[0, :21], rtol=0, atol=0)
     torch.testing.assert_close(before[0, 40:], after[0, 40:], rtol=0, atol=0)
 
@@ -185,12 +188,12 @@ def test_tokens_beyond_every_window_do_not_change_logits(tiny_hp):
     layer, smear and pair cannot reach."""
     model, window = randomized(tiny_hp), 8
     inputs = tokens(1, 64) % START
-    before = model.logits(inputs, through(tiny_hp, window))
+    before = logits_of(model, inputs, through(tiny_hp, window))
     paired = window // 4  # a window of 4 in twice as many positions
     reach = paired + (window - 1) + (window // 2 - 1) + 7 * 2 + 1 + 2
     changed = inputs.clone()
     changed[0, 0] = (changed[0, 0] + 1) % START
-    after = model.logits(changed, through(tiny_hp, window))
+    after = logits_of(model, changed, through(tiny_hp, window))
     assert torch.equal(before[0, reach + 1 :], after[0, reach + 1 :])
     assert not torch.equal(before[0, :reach], after[0, :reach])
 
@@ -198,7 +201,8 @@ def test_tokens_beyond_every_window_do_not_change_logits(tiny_hp):
 def test_logits_stay_within_the_cap(tiny_hp):
     model = randomized(tiny_hp)
     model.lm_head.data.mul_(1000)
-    assert model.logits(tokens(1, 64), through(tiny_hp, 48)).abs().max() <= tiny_hp.logit_cap
+    logits = logits_of(model, tokens(1, 64), through(tiny_hp, 48))
+    assert logits.abs().max() <= tiny_hp.softcap
 
 
 def test_every_parameter_gets_a_gradient(tiny_hp):
@@ -213,9 +217,11 @@ def test_one_compiled_graph_with_flex_attention_serves_every_window(tiny_hp, mon
     model, inputs = randomized(hp), tokens(2, 256)
     windows = [through(hp, w) for w in (16, 100, 256)]
     with torch.no_grad():
-        expected = [model.logits(inputs, window) for window in windows]
+        expected = [logits_of(model, inputs, window) for window in windows]
         monkeypatch.setattr(train_gpt, "attention_mask", block_mask)
-        compiled = torch.compile(model.logits, fullgraph=True, dynamic=False, backend="aot_eager")
+        compiled = torch.compile(
+            partial(logits_of, model), fullgraph=True, dynamic=False, backend="aot_eager"
+        )
         before = compiled_graphs()
         found = [compiled(inputs, window) for window in windows]
     assert compiled_graphs() == before + 1
@@ -249,8 +255,8 @@ def test_paired_heads_see_each_other_in_turns(tiny_hp):
 def test_further_targets_count_within_the_row_and_the_document(tiny_hp):
     model, inputs = randomized(tiny_hp), tokens(2, 64)
     stream = torch.cat([inputs, torch.tensor([[3], [START]])], 1)
-    at = through(tiny_hp, 48)._replace(target_weights=torch.tensor([0.6, 0.3, 0.1]))
-    log_probs = model.logits(inputs, at).double().log_softmax(-1)
+    at = through(tiny_hp, 48)._replace(mtp_weights=torch.tensor([0.6, 0.3, 0.1]))
+    log_probs = logits_of(model, inputs, at).double().log_softmax(-1)
     expected = 0.0
     for b in range(2):
         for t in range(64):
@@ -267,12 +273,12 @@ def test_the_cap_at_no_shift_is_the_tanh_of_earlier_records():
     torch.testing.assert_close(capped - 15, 15 * torch.tanh(z / 15), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("setting", [{"head_gates": False}, {"lookahead": 0.0}])
+@pytest.mark.parametrize("setting", [{"head_gates": False}, {"mtp_weight": 0.0}])
 def test_additions_change_nothing_at_their_start(tiny_hp, setting):
     inputs, losses = tokens(2, 64), []
     for hp in (tiny_hp, dataclasses.replace(tiny_hp, **setting)):
         torch.manual_seed(0)
-        model = GPT(hp, CPU)
+        model = GPT(hp, TASK, CPU)
         torch.manual_seed(1)
         for block in model.blocks:
             block.mlp.up_down.data.normal_(0, 0.1)
@@ -280,7 +286,7 @@ def test_additions_change_nothing_at_their_start(tiny_hp, setting):
                 block.attn.qkvo.data.normal_(0, 0.1)
         model.lm_head.data.normal_()
         model.embed.data.normal_()
-        at = schedule(0, hp, "cpu", training=False)
+        at = step_inputs(0, hp, "cpu", training=False)
         losses.append(model(inputs, inputs.roll(-1, 1), at).item())
     assert losses[0] == losses[1]
 
@@ -291,20 +297,24 @@ def test_the_gpu_path_traces_forward_and_backward_as_one_graph(monkeypatch):
     monkeypatch.setattr(kernels, "use_kernels", lambda x: True)
     monkeypatch.setattr(flex, "_validate_device", lambda *tensors: None)  # bars a CPU's backward
     hp = dataclasses.replace(
-        TRACKS["fineweb"], layers="sL-S", skip_from=0, skip_to=2, backout_layer=1,
+        TRACKS["fineweb"], layers="sL-S", skip_from=0, skip_to=2, backout_from=1,
         num_value_embeds=1,
     )  # fmt: skip
     rt = SimpleNamespace(
-        stream_dtype=torch.bfloat16, matmul_dtype=torch.bfloat16, flex_options=None, has_fp8=True,
-        my_part=lambda count: slice(0, count), gather_parts=lambda bank: None,
-    )  # fmt: skip
+        stream_dtype=torch.bfloat16,
+        matmul_dtype=torch.bfloat16,
+        shared_memory_bytes=0,
+        has_fp8=True,
+        my_part=lambda count: slice(0, count),
+        gather_parts=lambda bank: None,
+    )
     with FakeTensorMode():
-        model = GPT(hp, rt)
-        groups = optimizers(model, hp, rt, lambda update: update)
+        model = GPT(hp, TASKS["fineweb"], rt)
+        groups = make_optimizers(model, hp, rt, lambda update: update)
         compiled = torch.compile(model, fullgraph=True, dynamic=False, backend="aot_eager")
         inputs, before = torch.zeros(2, hp.seq_len, dtype=torch.int64), compiled_graphs()
         for step in (0, 400, 1200):
-            loss = compiled(inputs, inputs.clone(), schedule(step, hp, "cpu"))
+            loss = compiled(inputs, inputs.clone(), step_inputs(step, hp, "cpu"))
             loss.backward()
         assert loss.shape == () and loss.dtype == torch.float32
         assert compiled_graphs() == before + 1

@@ -5,30 +5,36 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, clean_environment
+from conftest import ROOT, TINY_TASK, clean_environment
 
+from harness import Task
 from train_gpt import (
     GPT,
     Adam,
+    Group,
     Muon,
-    halves,
+    join_fp32,
     lr_scale,
+    make_optimizers,
     muon_momentum,
     muon_update,
-    optimizers,
     orthogonalize,
-    schedule,
-    whole,
+    split_fp32,
+    step_inputs,
 )
 
 ONE_RANK = SimpleNamespace(
     stream_dtype=torch.float32,
     matmul_dtype=torch.float32,
-    flex_options=None,
+    shared_memory_bytes=0,
     my_part=lambda count: slice(0, count),
     gather_parts=lambda bank: None,
     average=lambda tensors: None,
 )
+
+
+def muon(params, lr, decay, rt=ONE_RANK) -> Muon:
+    return Muon(Group(Muon, params, lr, None, decay, 1), rt, lambda f: f)
 
 
 @pytest.mark.parametrize("shape", [(3, 32, 32), (2, 64, 16), (2, 16, 64)])
@@ -83,7 +89,7 @@ def test_muon_decays_only_weights_that_the_update_shrinks():
 def test_muon_survives_a_zero_gradient():
     p = torch.nn.Parameter(torch.ones(2, 8, 4))
     p.grad = torch.zeros_like(p)
-    Muon([p], 0.1, 0.0, ONE_RANK, muon_update).step(1.0, 0.9)
+    muon([p], 0.1, 0.0).step(1.0, 0.9)
     assert torch.equal(p, torch.ones(2, 8, 4))
 
 
@@ -92,18 +98,18 @@ def test_weights_stay_views_of_the_bank_so_that_updates_reach_the_model():
     before = [p.detach().clone() for p in params]
     for p in params:
         p.grad = torch.randn_like(p)
-    Muon(params, 0.1, 0.0, ONE_RANK, muon_update).step(1.0, 0.9)
+    muon(params, 0.1, 0.0).step(1.0, 0.9)
     assert all(not torch.equal(p, b) for p, b in zip(params, before, strict=True))
 
 
 def test_every_parameter_is_in_exactly_one_group(tiny_hp):
-    model = GPT(tiny_hp, ONE_RANK)
-    groups = optimizers(model, tiny_hp, ONE_RANK, lambda f: f)
-    grouped = [p for group in groups.values() for p in group.params]
+    model = GPT(tiny_hp, Task(**TINY_TASK), ONE_RANK)
+    groups = make_optimizers(model, tiny_hp, ONE_RANK, lambda f: f)
+    grouped = [p for group in groups.values() for p in group.group.params]
     assert len(grouped) == len(list(model.parameters()))
     model.forgotten = torch.nn.Parameter(torch.zeros(3))
     with pytest.raises(AssertionError, match="group"):
-        optimizers(model, tiny_hp, ONE_RANK, lambda f: f)
+        make_optimizers(model, tiny_hp, ONE_RANK, lambda f: f)
 
 
 def test_schedules_at_their_end_points(tiny_hp):
@@ -115,7 +121,7 @@ def test_schedules_at_their_end_points(tiny_hp):
     assert lr_scale(100, hp) == lr_scale(600, hp) == 1.0
     assert lr_scale(800, hp) == pytest.approx(0.55)
     assert lr_scale(999, hp) == pytest.approx(0.1 + 0.9 / 400)
-    windows = {s: schedule(s, hp, "cpu").window for s in (0, 333, 334, 999, 1000)}
+    windows = {s: step_inputs(s, hp, "cpu").window for s in (0, 333, 334, 999, 1000)}
     assert windows == {0: 16, 333: 16, 334: 32, 999: 48, 1000: 48}
     found = [muon_momentum(step, hp) for step in (0, 150, 300, 950, 975)]
     assert found == pytest.approx([0.85, 0.90, 0.95, 0.95, 0.90])
@@ -124,11 +130,11 @@ def test_schedules_at_their_end_points(tiny_hp):
     assert lr_scale(499, later) == 1.0 and lr_scale(500, later) == 2.0
 
 
-def test_halves_keep_every_bit_of_fp32():
+def test_splitting_keeps_every_bit_of_fp32():
     torch.manual_seed(0)
     W = torch.randn(1000, 7) * 10.0 ** torch.randint(-40, 30, (1000, 7))
-    high, low = halves(W)
-    assert high.dtype == torch.bfloat16 and torch.equal(whole(high, low), W)
+    high, low = split_fp32(W)
+    assert high.dtype == torch.bfloat16 and torch.equal(join_fp32(high, low), W)
     assert ((high.float() - W).abs() <= W.abs() * 2**-7 + 1e-38).all()
 
 
@@ -138,18 +144,19 @@ def test_a_bf16_bank_takes_the_updates_of_an_fp32_bank_bit_for_bit():
         rt = SimpleNamespace(**{**vars(ONE_RANK), "stream_dtype": dtype})
         torch.manual_seed(3)
         p = torch.nn.Parameter(torch.randn(2, 16, 8))
-        muon = Muon([p], 1e-4, 0.1, rt, muon_update)
+        made = muon([p], 1e-4, 0.1, rt)
         for _ in range(20):
             p.grad = torch.randn_like(p, dtype=torch.float32).bfloat16().to(dtype)
-            muon.step(1.0, 0.9)
-        assert p.dtype == dtype and torch.equal(p.data, muon.bank)
-        banks[dtype] = muon
+            made.step(1.0, 0.9)
+        assert p.dtype == dtype and torch.equal(p.data, made.bank)
+        banks[dtype] = made
     both = banks[torch.bfloat16]
-    assert torch.equal(whole(both.bank, both.low), banks[torch.float32].bank)
+    assert torch.equal(join_fp32(both.bank, both.low), banks[torch.float32].bank)
 
 
 def adam(params, every=1, decay=0.0):
-    return Adam(params, 0.01, (0.8, 0.95), decay, every, ONE_RANK, lambda f: f)
+    group = Group(Adam, params, 0.01, (0.8, 0.95), decay, every)
+    return Adam(group, ONE_RANK, lambda f: f)
 
 
 def test_adam_decays_only_weights_that_the_update_shrinks():
@@ -170,19 +177,21 @@ def test_muon_on_two_ranks_equals_one(tmp_path):
     script = tmp_path / "rank.py"
     script.write_text(
         "import sys, torch\n"
-        "from records.harness import Runtime\n"
-        "from train_gpt import Muon, muon_update\n"
+        "from harness import Runtime\n"
+        "from train_gpt import Group, Muon\n"
         "rt = Runtime()\n"
         "rt.matmul_dtype = torch.float32\n"
         "torch.manual_seed(0)\n"
         "params = [torch.nn.Parameter(torch.randn(n, 16, 8)) for n in (3, 4)]\n"
-        "muon = Muon(params, 0.05, 0.1, rt, muon_update)\n"
+        "group = Group(Muon, params, 0.05, None, 0.1, 1)\n"
+        "muon = Muon(group, rt, lambda f: f)\n"
         "for step in range(5):\n"
         "    for p in params:\n"
         "        p.grad = torch.randn_like(p)\n"
         "    muon.step(1.0, 0.9)\n"
-        "state = {**muon.state(), 'bank': muon.bank}\n"
+        "state = {**muon.gather_state(), 'bank': muon.bank}\n"
         "torch.save(state, f'{sys.argv[1]}/{rt.world_size}_{rt.rank}.pt')\n"
+        "rt.close()\n"
     )
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     for launcher in ([sys.executable], [*torchrun, "--nproc_per_node=2"]):

@@ -1,11 +1,11 @@
 """The trainer as its user meets it: a process, its exit code, its log and its messages."""
 
-import dataclasses
 import hashlib
 import json
 import os
 import re
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -16,31 +16,36 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, clean_environment, command, losses, only_log, run_section, train
+from conftest import (
+    ROOT,
+    clean_environment,
+    command,
+    losses,
+    only_log,
+    run_section,
+    settings,
+    train,
+)
 
-from data.batches import validation_batches
+import kernels
 from data.shards import write_shard
-from records.harness import (
+from harness import (
     Run,
-    RunError,
     Runtime,
     StopRequest,
     Stopwatch,
     carry_out,
     parse_flags,
-    read_checkpoint,
     time_to_target,
+    warm_up,
 )
-from train_gpt import (
-    GPT,
-    PROCESS_START,
-    TRACKS,
-    Hyperparameters,
-    Trainer,
-    micro_batches,
-    predictor,
-    schedule,
-)
+from kernels import Softcap
+from train_gpt import PROCESS_START, SOURCES, TRACKS, Hyperparameters, Trainer
+
+
+def checkpoint_in(folder) -> Path:
+    (found,) = folder.glob("*_step*")
+    return found
 
 
 def start(flags, ranks=1, **changes) -> subprocess.Popen:
@@ -86,7 +91,7 @@ def test_two_runs_take_turns_of_so_many_steps(flags, tmp_path):
 
 def test_turns_need_another_run(flags, tmp_path):
     done = train([*flags, "--turn_steps=3"])
-    assert done.returncode == 1 and "records/repeat.py --turns" in done.stderr
+    assert done.returncode == 1 and "tools/race.py --turns" in done.stderr
     ours, its = socket.socketpair()
     ours.send(b"1")
     ours.close()  # the other run has ended before it was set up
@@ -153,16 +158,16 @@ def test_timed_and_untimed_seconds_add_up_to_the_wall_time(flags, tmp_path):
     assert float(ledger[2]) < wall  # a bound from outside; interpreter start and exit are beyond it
 
 
-def test_warm_up_leaves_no_trace(tiny_hp):
-    def trainer(warm: bool):
-        options = parse_flags(["--compile=false"], TRACKS, "embedded", "")[2]
-        made = Trainer(Run("embedded", tiny_hp, options, [], Runtime(), None, PROCESS_START))
-        if warm:
-            made.warm_up()
-        return made
+def trainer(task, hp) -> Trainer:
+    run = Run(settings(task, hp, compile=False), SOURCES, Runtime(), None, PROCESS_START)
+    return Trainer(run)
 
-    warm, cold = trainer(True), trainer(False)
-    batches = [micro_batches(tiny_hp, cold.rt, cold.micro_seqs, 0, 0) for _ in range(2)]
+
+def test_warm_up_leaves_no_trace(tiny_task, tiny_hp):
+    warm, cold = trainer(tiny_task, tiny_hp), trainer(tiny_task, tiny_hp)
+    warm_up(warm.run, warm)
+    cold.compile(lambda function: function)
+    batches = [cold.batches(0) for _ in range(2)]
     for step in range(3):
         assert torch.equal(warm.update(step, batches[0]), cold.update(step, batches[1]))
     for name, tensor in cold.state().items():
@@ -203,28 +208,12 @@ def test_killed_runs_resume_to_the_same_digits(flags, tmp_path):
     process.wait()
     assert "result" not in run_section(log)
     resumed = tmp_path / "resumed"
-    done = train([*flags, f"--log_dir={resumed}", f"--resume={log.with_suffix('.pt')}"])
+    done = train([*flags, f"--log_dir={resumed}", f"--resume={checkpoint_in(tmp_path / 'killed')}"])
     assert done.returncode == 0, done.stderr
     expected, found = losses(only_log(whole)), losses(only_log(resumed))
     assert len(found) >= 35
     assert found == {key: expected[key] for key in found}
     assert re.search(r"resumed_from:\d\d", only_log(resumed).read_text())
-
-
-def test_a_checkpoint_predicts_what_its_run_validated(flags, tmp_path, tiny_hp):
-    assert train([*flags, "--save_every=20"]).returncode == 0
-    (path,) = tmp_path.glob("*.pt")
-    rt, total = Runtime(), 0.0
-    logits = predictor(read_checkpoint(str(path)), rt)
-    for inputs, targets in validation_batches(tiny_hp, rt, 8):
-        log_probs = logits(inputs).double().log_softmax(-1)
-        total -= log_probs.gather(-1, targets[..., None]).sum().item()
-    logged = float(losses(only_log(tmp_path))["val", 20])
-    assert total / tiny_hp.val_tokens == pytest.approx(logged, abs=1e-3)
-    saved = read_checkpoint(str(path))
-    saved["config"]["head_gates"] = False
-    with pytest.raises(RunError, match="of another train_gpt.py"):
-        predictor({**saved, "tensors": {}}, rt)
 
 
 @pytest.mark.parametrize("number, ranks", [(signal.SIGINT, 1), (signal.SIGTERM, 1)])
@@ -235,7 +224,7 @@ def test_interrupted_runs_save_a_checkpoint_and_say_aborted(flags, tmp_path, num
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 128 + number, output
     assert re.search(r"^result status:aborted", log.read_text(), re.M)
-    saved = torch.load(log.with_suffix(".pt"), weights_only=True)
+    saved = json.loads((checkpoint_in(tmp_path) / "config.json").read_text())
     assert saved["step"] >= 5 and not list(tmp_path.glob("*.part"))
 
 
@@ -246,7 +235,7 @@ def test_two_ranks_agree_on_the_step_at_which_they_stop(flags, tmp_path):
     output, _ = process.communicate(timeout=60)
     assert process.returncode != 0
     assert re.search(r"^result status:aborted", log.read_text(), re.M), output
-    assert log.with_suffix(".pt").exists()
+    assert checkpoint_in(tmp_path).exists()
 
 
 def test_a_diverging_run_stops(flags, tmp_path):
@@ -268,6 +257,7 @@ def refused(done, *messages):
     [
         ("--train_files=/nowhere/*.bin", r"no shards match /nowhere/\*\.bin; run: \./run\.sh"),
         ("--vocab_size=40", r"holds token \d+, but the vocabulary ends at 39"),
+        ("--task=mars", r"invalid choice: 'mars'"),
         ("--num_steps=99999", r"steps need"),
         ("--val_tokens=640000", r"validation"),
         ("--batch_tokens=512,100", r"--batch_tokens 512,100 is not a multiple of --seq_len 64"),
@@ -279,15 +269,15 @@ def refused(done, *messages):
         ("--no_such_flag=1", r"unrecognized arguments: --no_such_flag"),
         ("--track=mars", r"invalid choice: 'mars'"),
         ("--log_dir=/proc/nowhere", r"/proc/nowhere"),
-        ("--resume=/nowhere.pt", r"/nowhere\.pt is no usable checkpoint"),
+        ("--resume=/nowhere", r"/nowhere is no usable checkpoint"),
         ("--document_cap=64,0", r"--document_cap 64,0 mixes 0 with caps"),
         ("--layers=SXL", r"--layers must be of S, L, s, l and -"),
         ("--layers=--", r"--layers must be of S, L, s, l and -, and not of - alone"),
-        ("--num_heads=3", r"--num_heads 3 is odd: no pairs in --layers sL-S"),
+        ("--num_heads=3", r"--num_heads 3 is odd, so --layers sL-S cannot pair heads"),
         ("--window_tokens=16,many", r"invalid list_of_numbers value"),
         ("--tied_frac=0.5", r"--embed_lr and --head_lr must be equal"),
         ("--skip_to=4", r"no skip: --skip_from -1"),
-        ("--backout_layer=4", r"--backout_layer"),
+        ("--backout_from=4", r"--backout_from"),
     ],
 )
 def test_bad_flags_and_files_get_one_clear_error(flags, flag, message):
@@ -315,11 +305,40 @@ def test_an_error_of_one_rank_is_printed_once_and_ends_all(flags):
 
 def test_a_checkpoint_of_another_run_is_refused_with_the_flags_it_needs(flags, tmp_path):
     assert train([*flags, "--save_every=10"]).returncode == 0
-    (saved,) = tmp_path.glob("*.pt")
+    saved = checkpoint_in(tmp_path)
     done = train([*flags, "--num_steps=30", f"--resume={saved}"])
     refused(done, r"to resume it, add: --num_steps 20")
-    saved.write_bytes(saved.read_bytes()[:-1000])
-    refused(train([*flags, f"--resume={saved}"]), "is no usable checkpoint")
+
+
+def flip_a_bit(saved: Path):
+    path = saved / "__0_0.distcp"
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 0x40
+    path.write_bytes(raw)
+
+
+def change_a_fact(saved: Path):
+    path = saved / "config.json"
+    path.write_text(path.read_text().replace('"step": 20', '"step": 10'))
+
+
+@pytest.mark.parametrize("damage", [flip_a_bit, change_a_fact])
+def test_a_changed_checkpoint_is_refused_before_anything_is_computed(flags, tmp_path, damage):
+    assert train([*flags, "--save_every=20"]).returncode == 0
+    damage(checkpoint_in(tmp_path))
+    done = train([*flags, f"--resume={checkpoint_in(tmp_path)}", f"--log_dir={tmp_path}/again"])
+    refused(done, "was changed after it was written")
+    assert "=== data ===" not in only_log(tmp_path / "again").read_text()
+
+
+def test_a_checkpoint_of_other_shards_is_refused_and_a_moved_folder_is_not(flags, shards, tmp_path):
+    assert train([*flags, "--save_every=10"]).returncode == 0
+    resume = [*flags, f"--resume={checkpoint_in(tmp_path)}", f"--log_dir={tmp_path}/again"]
+    shutil.copytree(shards, tmp_path / "moved")
+    moved = [f"--train_files={tmp_path}/moved/train_*.bin", f"--val_files={tmp_path}/moved/val.bin"]
+    assert train([*resume, *moved]).returncode == 0
+    (tmp_path / "moved/train_2.bin").unlink()
+    refused(train([*resume, *moved]), "is of other shards")
 
 
 def test_a_full_disk_ends_the_run_with_one_error(flags, tmp_path):
@@ -349,8 +368,8 @@ def test_a_failed_checkpoint_keeps_the_last_one(flags, tmp_path):
         text=True,
         preexec_fn=limit,
     )
-    refused(done, r"cannot save \S+\.pt")
-    assert not list(tmp_path.glob("*.part")) and not list(tmp_path.glob("*.pt"))
+    refused(done, r"cannot save \S+_step0000005")
+    assert not list(tmp_path.glob("*.part")) and not list(tmp_path.glob("*_step*"))
 
 
 def test_without_a_compiler_the_run_falls_back_to_eager_and_says_so(flags, tmp_path):
@@ -381,11 +400,18 @@ def test_help_names_every_hyperparameter_with_its_default():
 
 
 def test_flags_give_typed_overrides_of_the_track():
-    track, hp, options, overrides = parse_flags(
+    track, task, hp, options, overrides = parse_flags(
         ["--num_steps", "7", "--val_spread", "false", "--seed", "3"], TRACKS, "embedded", ""
     )
-    assert (track, hp.num_steps, hp.val_spread, options.seed) == ("embedded", 7, False, 3)
+    assert (track, hp.num_steps, task.val_spread, options.seed) == ("embedded", 7, False, 3)
     assert overrides == ["num_steps", "val_spread"]
+
+
+def test_a_task_is_chosen_apart_from_the_track():
+    flags = ["--track", "fineweb", "--task", "wikitext103"]
+    track, task, hp, _, overrides = parse_flags(flags, TRACKS, "embedded", "")
+    assert (track, task.target_val_loss, hp.num_steps) == ("fineweb", 3.8, 1500)
+    assert overrides == ["task"]
 
 
 def test_time_to_target_is_interpolated():
@@ -432,15 +458,15 @@ class GPULike(Runtime):
         self.steps_in_flight = 1
 
 
-def a_run(hp, folder, rt) -> Run:
-    options = parse_flags([f"--log_dir={folder}"], TRACKS, "embedded", "")[2]
-    run = Run("embedded", hp, options, [], rt, StopRequest(), PROCESS_START)
+def a_run(task, hp, folder, rt) -> Run:
+    chosen = settings(task, hp, log_dir=str(folder))
+    run = Run(chosen, SOURCES, rt, StopRequest(), PROCESS_START)
     run.log.open()
     return run
 
 
-def test_a_run_that_is_asked_to_end_logs_the_step_under_way(tiny_hp, tmp_path):
-    run = a_run(tiny_hp, tmp_path, GPULike())
+def test_a_run_that_is_asked_to_end_logs_the_step_under_way(tiny_task, tiny_hp, tmp_path):
+    run = a_run(tiny_task, tiny_hp, tmp_path, GPULike())
     run.start()
     for step in range(1, 6):
         run.stop.signal = signal.SIGTERM if step >= 4 else 0
@@ -452,9 +478,8 @@ def test_a_run_that_is_asked_to_end_logs_the_step_under_way(tiny_hp, tmp_path):
     assert re.findall(r"^step:(\d+)", text, re.M) == list("12345") and "steps:5 " in text
 
 
-def test_a_broken_device_leaves_the_result_line(tiny_hp, tmp_path):
-    rt, sources = Runtime(), {"train_gpt.py": (ROOT / "train_gpt.py").read_text()}
-    run = a_run(tiny_hp, tmp_path, rt)
+def test_a_broken_device_leaves_the_result_line(tiny_task, tiny_hp, tmp_path):
+    run = a_run(tiny_task, tiny_hp, tmp_path, Runtime())
     run.log.close()
     only_log(tmp_path).unlink()
 
@@ -466,24 +491,24 @@ def test_a_broken_device_leaves_the_result_line(tiny_hp, tmp_path):
         raise RuntimeError("the first error")
 
     with pytest.raises(RuntimeError):
-        carry_out(run, broken, sources)
+        carry_out(run, broken)
     assert only_log(tmp_path).read_text().splitlines()[-1].startswith("result status:aborted")
 
 
-def test_sizes_that_fp8_cannot_multiply_are_not_multiplied_in_fp8(tiny_hp, monkeypatch):
-    asked, rt = [], Runtime()
-    rt.has_fp8 = True
+@pytest.mark.parametrize("vocab_size, in_fp8", [(64, True), (257, False)])
+def test_sizes_that_fp8_cannot_multiply_are_not_multiplied_in_fp8(monkeypatch, vocab_size, in_fp8):
+    asked = []
 
-    def head_loss(*arguments):
+    def head_op(x, *arguments):
         asked.append(arguments[-1])
-        return arguments[0].sum()
+        return (x.sum(),)
 
-    monkeypatch.setattr("train_gpt.head_loss", head_loss)
-    for vocab_size in (64, 257):
-        hp = dataclasses.replace(tiny_hp, vocab_size=vocab_size)
-        tokens = torch.zeros(1, 64, dtype=torch.int64)
-        GPT(hp, rt)(tokens, tokens, schedule(0, hp, "cpu"))
-    assert asked == [True, False]
+    monkeypatch.setattr(kernels, "head_op", head_op)
+    monkeypatch.setattr(kernels, "use_kernels", lambda x: True)
+    x, weight, targets = torch.zeros(16, 32), torch.zeros(vocab_size, 32), torch.zeros(16, 1).long()
+    cap = Softcap(23.0, 5.0, 7.5)
+    kernels.head_loss(x, weight, targets, torch.ones(1), cap, torch.float32, fp8=True)
+    assert asked == [in_fp8]
 
 
 NVIDIA_SMI = "#!/bin/sh\necho 'GPU 0: NVIDIA H100'\necho 'GPU 1: NVIDIA H100'\n"
@@ -501,17 +526,3 @@ def test_run_sh_counts_the_gpus_that_torch_can_use(tmp_path, usable, chosen):
     done = subprocess.run(["bash", "-c", script], env=environment, capture_output=True, text=True)
     assert done.stdout == f"{chosen}\n" and done.returncode == 0
     assert ("torch can use none" in done.stderr) == (usable == 0)
-
-
-def test_files_stay_small_enough_to_read():
-    lines = {p: len((ROOT / p).read_text().splitlines()) for p in ("train_gpt.py",)}
-    assert lines["train_gpt.py"] <= 1000
-    import ast
-
-    tree = ast.parse((ROOT / "train_gpt.py").read_text())
-    longest = {
-        node.name: node.end_lineno - node.lineno + 1
-        for node in ast.walk(tree)
-        if isinstance(node, ast.FunctionDef)
-    }
-    assert max(longest.values()) <= 60, json.dumps(longest)

@@ -2,6 +2,7 @@
 
 import base64
 import io
+import json
 import math
 import random
 import re
@@ -10,25 +11,27 @@ import subprocess
 import sys
 from argparse import Namespace
 from itertools import repeat
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from checkpoints import KnownModel, write_gpt2, write_speedrun
 from conftest import ROOT, clean_environment, only_log, run_section, train
 from scipy.stats import chisquare
+from small_models import KnownModel, write_gpt2, write_speedrun
 
 import data.gpt2
 import sample
+from checkpoints import facts_sha256
 from data.shards import open_shard
 from evals.models import load_model, tokenizer_of
-from records.harness import RunError, read_checkpoint, write_checkpoint
+from harness import RunError
 from sample import generate, text_pieces, token_probabilities
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
-    return write_speedrun(tmp_path_factory.mktemp("run") / "tiny.pt")
+    return write_speedrun(tmp_path_factory.mktemp("run") / "tiny")
 
 
 def settings(**changes) -> Namespace:
@@ -196,7 +199,7 @@ def test_a_speedrun_checkpoint_gives_the_loss_that_its_run_logged(flags, shards,
     bytes_track = ["--vocab_size=257", "--document_start=256", "--val_spread=false"]
     done = train([*flags, *bytes_track, "--fp32=true", "--save_every=20"])
     assert done.returncode == 0, done.stderr
-    (path,) = tmp_path.glob("*.pt")
+    (path,) = tmp_path.glob("*_step*")
     model = load_model(path)
     tokens = torch.from_numpy(open_shard(shards / "val.bin").astype(np.int64))
     losses = []  # the first 2048 targets, in rows of the model's context
@@ -207,66 +210,50 @@ def test_a_speedrun_checkpoint_gives_the_loss_that_its_run_logged(flags, shards,
     assert torch.stack(losses).mean().item() == pytest.approx(float(logged[-1]), abs=2e-6)
 
 
-def damaged(checkpoint, path, change) -> str:
-    """The error of load_model for a changed copy of a checkpoint."""
-    content = bytearray(checkpoint.read_bytes())
-    path.write_bytes(change(content))
-    with pytest.raises(RunError) as error:
-        load_model(path)
-    return str(error.value)
-
-
-def test_damaged_checkpoints_are_refused_with_one_sentence(checkpoint, tmp_path):
-    path = tmp_path / "damaged.pt"
-    weights = read_checkpoint(str(checkpoint))["tensors"]["model.lm_head"].numpy().tobytes()
-    at = checkpoint.read_bytes().index(weights[:64])
-
-    def one_bit(content):
-        content[at + 2] ^= 1
-        return content
-
-    assert "was changed after it was written" in damaged(checkpoint, path, one_bit)
-    method = checkpoint.read_bytes().rindex(b"PK\x01\x02") + 10
-
-    def compressed(content):
-        content[method] = 77
-        return content
-
-    assert "truncated, damaged or no" in damaged(checkpoint, path, compressed)
-    for end in (0, 10, len(checkpoint.read_bytes()) // 2, -1):
-        assert "truncated, damaged or no" in damaged(checkpoint, path, lambda c, e=end: c[:e])
-    assert "truncated, damaged or no" in damaged(checkpoint, path, lambda c: b"text\n" * 99)
-
-
-def test_what_is_no_checkpoint_of_this_code_is_refused(checkpoint, tmp_path):
-    saved, path = read_checkpoint(str(checkpoint)), tmp_path / "other.pt"
-    for change in ({"config": {**saved["config"], "new_idea": 1}},
-                   {"config": {**saved["config"], "model_dim": 48}},
-                   {"tensors": {}},
-                   {"tensors": 3}):  # fmt: skip
-        write_checkpoint(path, {**saved, **change})
-        with pytest.raises(
-            RunError, match=r"other.pt: the checkpoint is of another train_gpt.py \(.+\); check"
-        ):
-            load_model(path)
-    torch.save({"model": torch.zeros(3)}, path)
-    with pytest.raises(RunError, match="truncated, damaged or no checkpoint"):
-        load_model(path)
-    with pytest.raises(RunError, match="there is no checkpoint .*none.pt"):
-        load_model(tmp_path / "none.pt")
-    with pytest.raises(RunError, match="is no checkpoint of train_gpt2.py"):
-        load_model(tmp_path)
-
-
-def test_damaged_gpt2_checkpoints_are_refused(tmp_path):
-    folder = write_gpt2(tmp_path / "gpt2")
-    assert load_model(folder).step == 5
+@pytest.mark.parametrize("write", [write_speedrun, write_gpt2])
+def test_damaged_checkpoints_are_refused(write, tmp_path):
+    folder = write(tmp_path / "checkpoint")
+    assert load_model(folder).step > 0
     (shard,) = folder.glob("*.distcp")
     content = shard.read_bytes()
-    for changed in (content[:-9], content[:500] + b"x" + content[501:]):
+    for changed in (content[:-9], content[:500] + b"x" + content[501:], b""):
         shard.write_bytes(changed)
-        with pytest.raises(RunError, match="truncated or was changed after it was written"):
+        with pytest.raises(match="truncated or was changed after it was written"):
             load_model(folder)
+
+
+def rewritten(folder, change) -> Path:
+    """The checkpoint with other facts, which claim to be as they were written."""
+    path = folder / "config.json"
+    facts = json.loads(path.read_text())
+    del facts["sha256"]
+    change(facts)
+    path.write_text(json.dumps({**facts, "sha256": facts_sha256(facts)}))
+    return folder
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda facts: facts["config"].pop("skip_to"), "another train_gpt.py, without skip_to"),
+        (lambda facts: facts["config"].update(model_dim=48), r"is \(257, 32\) torch.float32, and"),
+        (lambda facts: facts["config"].update(layers="LLLLLL"), "blocks.4.* is not there, and"),
+        (lambda facts: facts.update(trainer="mine.py"), "is a checkpoint of mine.py"),
+    ],
+)
+def test_a_checkpoint_of_another_network_is_refused(tmp_path, change, message):
+    folder = rewritten(write_speedrun(tmp_path / "checkpoint"), change)
+    with pytest.raises(RunError, match=message):
+        load_model(folder)
+
+
+def test_what_is_no_checkpoint_is_refused(tmp_path):
+    (tmp_path / "file.pt").write_bytes(b"x")
+    for path in (tmp_path, tmp_path / "file.pt"):
+        with pytest.raises(match="is no usable checkpoint, which is a folder"):
+            load_model(path)
+    with pytest.raises(RunError, match="there is no checkpoint .*none"):
+        load_model(tmp_path / "none")
 
 
 # ------------------------------------------------------------------------------ The script
@@ -312,10 +299,10 @@ def test_interactive_asks_again_until_the_input_ends(checkpoint):
 
 
 def test_ctrl_c_ends_a_sample_cleanly(tmp_path):
-    slow = write_speedrun(tmp_path / "slow.pt", val_tokens=4096, val_seq_len=4096)
-    saved = read_checkpoint(str(slow))
-    saved["tensors"]["model.lm_head"][256] = -saved["tensors"]["model.lm_head"][97]
-    write_checkpoint(slow, saved)
+    def never_ends(model):
+        model.lm_head.data[256] = -model.lm_head.data[97]
+
+    slow = write_speedrun(tmp_path / "slow", never_ends, val_seq_len=4096)
     process = start(slow, "--prompt", "abc", "--max_tokens", "5000", "--top_k", "2")
     assert process.stdout.read(3) == "abc"  # the text comes while the sample is written
     process.send_signal(signal.SIGINT)

@@ -2,24 +2,28 @@
 
 import dataclasses
 import math
+from itertools import islice
 
 import pytest
 import torch
+from conftest import settings
 
-from records.harness import Run, Runtime, parse_flags
-from train_gpt import PROCESS_START, TRACKS, Trainer, micro_batches, schedule
+from harness import Run, Runtime
+from train_gpt import PROCESS_START, SOURCES, TRACKS, Trainer, step_inputs
 
 
-def trainer(hp) -> Trainer:
-    options = parse_flags(["--compile=false"], TRACKS, "embedded", "")[2]
-    return Trainer(Run("embedded", hp, options, [], Runtime(), None, PROCESS_START))
+def trainer(hp, task) -> Trainer:
+    run = Run(settings(task, hp, compile=False), SOURCES, Runtime(), None, PROCESS_START)
+    made = Trainer(run)
+    made.compile(lambda function: function)
+    return made
 
 
 def test_slow_frequencies_stretch_with_the_window():
     """YaRN by its formula, pair by pair, for the fineweb track's windows."""
     hp = TRACKS["fineweb"]
     for stage, windows in enumerate([(384,), (384, 896), (384, 896, 1408)]):
-        at = schedule(stage * 500, hp, "cpu")
+        at = step_inputs(stage * 500, hp, "cpu")
         scale = hp.attn_scale
         for old, new in zip(windows, windows[1:], strict=False):
             scale *= 1 + 0.2 * math.log(new / old)
@@ -34,16 +38,16 @@ def test_slow_frequencies_stretch_with_the_window():
 
 def test_validation_sees_its_own_window_with_the_frequencies_of_the_step():
     hp = TRACKS["fineweb"]
-    during, after = (schedule(1499, hp, "cpu", training) for training in (True, False))
+    during, after = (step_inputs(1499, hp, "cpu", training) for training in (True, False))
     assert (during.window, after.window) == (1408, 2560)
-    assert torch.equal(during.frequency, after.frequency) and after.target_weights.tolist() == [1]
+    assert torch.equal(during.frequency, after.frequency) and after.mtp_weights.tolist() == [1]
 
 
 def test_further_targets_fade_by_two_thirds_of_the_run():
     hp = dataclasses.replace(TRACKS["fineweb"], num_steps=900)
     ratios = {}
     for step in (0, 150, 300, 450, 600, 899):
-        weights = schedule(step, hp, "cpu").target_weights
+        weights = step_inputs(step, hp, "cpu").mtp_weights
         assert weights.sum().item() == pytest.approx(1)
         ratios[step] = [(w / weights[0]).item() for w in weights[1:]]
     expected = {0: (0.5, 0.25), 150: (0.5, 0.125), 300: (0.5, 0), 450: (0.25, 0),
@@ -52,10 +56,10 @@ def test_further_targets_fade_by_two_thirds_of_the_run():
         assert ratios[step] == pytest.approx(pair, abs=1e-6), step
 
 
-def test_the_head_is_the_embedding_until_they_part(tiny_hp):
+def test_the_head_is_the_embedding_until_they_part(tiny_hp, tiny_task):
     hp = dataclasses.replace(tiny_hp, tied_frac=0.5, num_steps=8, head_lr=tiny_hp.embed_lr)
-    run = trainer(hp)
-    batches = micro_batches(hp, run.rt, run.micro_seqs, 0, 0)
+    run = trainer(hp, tiny_task)
+    batches = run.batches(0)
     for step in range(8):
         before = run.model.embed.detach().clone()
         run.update(step, batches)
@@ -64,17 +68,17 @@ def test_the_head_is_the_embedding_until_they_part(tiny_hp):
 
 
 @pytest.mark.parametrize("tied_frac", [0.0, 0.5])
-def test_a_waiting_gradient_is_the_sum_over_steps_and_tied_matrices(tiny_hp, tied_frac):
+def test_a_waiting_gradient_is_the_sum_over_steps_and_tied_matrices(tiny_hp, tiny_task, tied_frac):
     """Two steps of which Adam takes the second, against one step by hand with all gradients."""
     tiny_hp = dataclasses.replace(tiny_hp, tied_frac=tied_frac, head_lr=tiny_hp.embed_lr)
-    run, moved_by = trainer(tiny_hp), []
+    run, moved_by = trainer(tiny_hp, tiny_task), []
     step_of_adam = run.optimizers["embed"].step
     run.optimizers["embed"].step = lambda *a: moved_by.append(embed.grad) or step_of_adam(*a)
-    batches = list(micro_batches(dataclasses.replace(tiny_hp, num_steps=2), run.rt, 8, 0, 0))
+    batches = list(islice(run.batches(0), 2))
     embed, hand = run.model.embed, 0.0
     start = embed.detach().clone()
     for step, (inputs, targets) in enumerate(batches):
-        loss = run.model(inputs, targets, schedule(step, tiny_hp, "cpu"))
+        loss = run.model(inputs, targets, step_inputs(step, tiny_hp, "cpu"))
         matrices = (embed, run.model.lm_head) if tied_frac else (embed,)
         hand += sum(torch.autograd.grad(loss, matrices))
         run.update(step, iter([(inputs, targets)]))
@@ -87,11 +91,11 @@ def test_a_waiting_gradient_is_the_sum_over_steps_and_tied_matrices(tiny_hp, tie
     assert embed.grad is None
 
 
-def test_larger_batches_of_later_stages_take_more_forward_passes(tiny_hp):
+def test_larger_batches_of_later_stages_take_more_forward_passes(tiny_hp, tiny_task):
     hp = dataclasses.replace(tiny_hp, batch_tokens=(512, 1024, 1536), num_steps=9)
-    run, drawn = trainer(hp), []
+    run, drawn = trainer(hp, tiny_task), []
     run.loss = lambda inputs, targets, at: drawn.append(inputs) or run.model(inputs, targets, at)
-    batches = micro_batches(hp, run.rt, run.micro_seqs, 0, 0)
+    batches = run.batches(0)
     counts = []
     for step in range(9):
         drawn.clear()

@@ -10,17 +10,15 @@ import argparse
 import sys
 import time
 from collections import Counter
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import bootstrap  # noqa: F401
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from environment import mfu
+from harness import Prefetcher, Run, RunError, Runtime, StopRequest, parse_flags, warm_up
+from train_gpt import SOURCES, TRACKS, Trainer
+
 PROCESS_START = time.perf_counter()
-
-from torch.profiler import ProfilerActivity, profile, record_function  # noqa: E402
-
-from data.batches import Prefetcher, micro_batches  # noqa: E402
-from records.harness import Run, RunError, Runtime, StopRequest, mfu, parse_flags  # noqa: E402
-from train_gpt import TRACKS, Trainer  # noqa: E402
-
 SETTLING_STEPS = 3
 PARTS = (  # of operations that stand below none of the spans in SPANS; the first that fits
     ("attention", ("flex_attention", "flex_decoding", "scaled_dot_product", "attention")),
@@ -75,11 +73,10 @@ def spanned(step):
 
 def profiled_steps(trainer: Trainer, steps: int):
     """Profile steps; return (profile, wall seconds, seconds of waiting for data)."""
-    rt, run = trainer.rt, trainer.run
+    rt = trainer.rt
     for optimizer in trainer.optimizers.values():
         optimizer.step = spanned(optimizer.step)
-    batches = micro_batches(trainer.hp, rt, trainer.micro_seqs, run.options.seed, 0)
-    waiting = Waiting(Prefetcher(batches, rt))
+    waiting = Waiting(Prefetcher(trainer.batches(0), rt))
     for step in range(SETTLING_STEPS):
         trainer.update(step, waiting)
     rt.synchronize()
@@ -116,13 +113,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--steps", type=int, default=5, help="steps to profile")
     own, flags = parser.parse_known_args()
-    track, hp, options, overrides = parse_flags(flags, TRACKS, "fineweb", __doc__)
+    settings = parse_flags(flags, TRACKS, "fineweb", __doc__)
     try:
-        if not 1 <= own.steps <= hp.num_steps - SETTLING_STEPS:
-            raise RunError(f"--steps {own.steps} does not fit into --num_steps {hp.num_steps}")
-        rt = Runtime(options.fp32)
-        trainer = Trainer(Run(track, hp, options, overrides, rt, StopRequest(), PROCESS_START))
-        trainer.warm_up()
+        if not 1 <= own.steps <= settings.hp.num_steps - SETTLING_STEPS:
+            raise RunError(f"--steps {own.steps} does not fit into --num_steps "
+                           f"{settings.hp.num_steps}")  # fmt: skip
+        rt = Runtime(settings.options.fp32)
+        run = Run(settings, SOURCES, rt, StopRequest(), PROCESS_START)
+        trainer = Trainer(run)
+        warm_up(run, trainer)
         if trainer.loss is trainer.model:
             print("not compiled: these are the times of eager operations", file=sys.stderr)
         report(trainer, own.steps, *profiled_steps(trainer, own.steps))

@@ -30,7 +30,7 @@ def result(tmp_path, track: str, *flags) -> dict[str, str]:
         write_shard(tmp_path / f"{name}.bin", rng.integers(0, 50257, count).astype(np.uint16))
     words = [f"--track={track}", f"--train_files={tmp_path}/train.bin", "--num_steps=10",
              f"--val_files={tmp_path}/val.bin", f"--val_tokens={8 * hp.seq_len}",
-             f"--log_dir={tmp_path}/logs", *flags]  # fmt: skip
+             f"--val_seq_len={hp.seq_len}", f"--log_dir={tmp_path}/logs", *flags]  # fmt: skip
     done = subprocess.run([sys.executable, str(ROOT / "baselines/train_gpt2.py"), *words],
                           capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0, done.stderr

@@ -91,7 +91,7 @@ def test_head_loss_in_bf16_is_near_fp32_products_of_the_rounded_operands(monkeyp
 
 
 @hopper
-def test_head_loss_in_fp8_is_near_bf16_and_validation_is_the_same():
+def test_head_loss_in_fp8_is_near_bf16():
     x, weight = head_inputs(HEAD_CHUNK_ROWS + 128)
     targets, weights = targets_and_weights(len(x), 2)
     losses, gradients = [], []
@@ -101,9 +101,6 @@ def test_head_loss_in_fp8_is_near_bf16_and_validation_is_the_same():
     assert losses[1].item() == pytest.approx(losses[0].item(), rel=2e-3)
     for bf16, fp8 in zip(*gradients, strict=True):
         assert relative_error(fp8, bf16.double()) < 0.1
-    with torch.no_grad():
-        validation = head_loss(x, weight, targets, weights, CAP, torch.bfloat16, fp8=True)
-    assert validation.item() == pytest.approx(losses[0].item(), rel=1e-6)
 
 
 def test_head_loss_takes_less_memory_than_its_logits():

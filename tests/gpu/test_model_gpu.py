@@ -6,19 +6,18 @@ import gc
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import settings
 
-from data.batches import micro_batches
 from data.shards import write_shard
-from records.harness import Run, Runtime, compiled_graphs, parse_flags
+from harness import TASKS, Run, Runtime, StopRequest, compiled_graphs, warm_up
+from kernels import block_mask, dense_mask, flex_attention, flex_options
 from train_gpt import (
     PROCESS_START,
+    SOURCES,
     TRACKS,
     Trainer,
-    block_mask,
     bytes_per_token,
-    dense_mask,
     fixed_bytes,
-    flex_attention,
     orthogonalize,
 )
 
@@ -32,7 +31,7 @@ pytestmark = [
 @pytest.mark.parametrize("seed", [0, 1, 2])
 def test_flex_attention_equals_sdpa_in_fp64_forward_and_backward(window, seed):
     torch.manual_seed(seed)
-    T, options = 2048, Runtime().flex_options
+    T, options = 2048, flex_options(Runtime().shared_memory_bytes)
     docs = (torch.rand(2, T, device="cuda") < 0.004).cumsum(1)
     q, k, v, dy = torch.randn(4, 2, 3, T, 128, device="cuda", dtype=torch.bfloat16)
     q, at = 0.1 * F.rms_norm(q, (128,)), torch.tensor(window, device="cuda")
@@ -56,8 +55,8 @@ def test_flex_attention_equals_sdpa_in_fp64_forward_and_backward(window, seed):
 
 
 @pytest.fixture
-def hp(tmp_path):
-    """The fineweb track on made-up documents, for as many steps as change its stage."""
+def task(tmp_path):
+    """The fineweb task on made-up documents."""
     generator = torch.Generator().manual_seed(0)
     tokens = torch.randint(0, 50256, (2**23,), generator=generator)
     tokens[torch.rand(2**23, generator=generator) < 0.0015] = 50256
@@ -65,61 +64,70 @@ def hp(tmp_path):
     for name in ("train", "val"):
         write_shard(tmp_path / f"{name}.bin", tokens.numpy())
     return dataclasses.replace(
-        TRACKS["fineweb"],
+        TASKS["fineweb"],
         train_files=str(tmp_path / "train.bin"),
         val_files=str(tmp_path / "val.bin"),
         val_tokens=2**18,
-        num_steps=9,
-        extension_steps=1,
-        batch_tokens=(131_072, 262_144, 131_072),
     )
 
 
-def trainer(hp, *flags) -> Trainer:
+# The fineweb track, for as many steps as change its stage.
+HP = dataclasses.replace(
+    TRACKS["fineweb"],
+    num_steps=9,
+    extension_steps=1,
+    batch_tokens=(131_072, 262_144, 131_072),
+)
+
+
+def trainer(task, **options) -> Trainer:
     gc.collect()
     torch.cuda.empty_cache()
-    options = parse_flags(list(flags), TRACKS, "fineweb", "")[2]
-    return Trainer(Run("fineweb", hp, options, [], Runtime(), None, PROCESS_START))
+    run = Run(settings(task, HP, **options), SOURCES, Runtime(), StopRequest(), PROCESS_START)
+    return Trainer(run)
 
 
-def test_nothing_recompiles_after_warm_up(hp):
-    made = trainer(hp)
-    made.warm_up()
-    before = compiled_graphs()
-    batches = micro_batches(hp, made.rt, made.micro_seqs, 0, 0)
-    on_gpu = (tuple(t.cuda() for t in pair) for pair in batches)
-    for step in range(hp.num_steps):
+def on_gpu(made: Trainer):
+    return (tuple(t.cuda() for t in pair) for pair in made.batches(0))
+
+
+def test_nothing_recompiles_after_warm_up(task):
+    made = trainer(task)
+    warm_up(made.run, made)
+    before, batches = compiled_graphs(), on_gpu(made)
+    for step in range(HP.num_steps):
         if step % 4 == 0:
-            made.validation_loss(step, made.val)
-        made.update(step, on_gpu)
+            made.run.validation.loss(lambda x, at=step: made.predict(at, x), made.val_rows)
+        made.update(step, batches)
     assert compiled_graphs() == before
 
 
-def test_two_steps_are_the_same_with_and_without_warm_up(hp):
+def test_two_steps_are_the_same_with_and_without_warm_up(task):
     losses = []
     for warm in (True, False):
-        made = trainer(hp)
+        made = trainer(task)
         if warm:
-            made.warm_up()
-        batches = micro_batches(hp, made.rt, made.micro_seqs, 0, 0)
-        on_gpu = (tuple(t.cuda() for t in pair) for pair in batches)
-        losses.append([made.update(step, on_gpu).item() for step in range(2)])
+            warm_up(made.run, made)
+        else:
+            made.compile(made.run.compiler())
+        batches = on_gpu(made)
+        losses.append([made.update(step, batches).item() for step in range(2)])
         del made
     assert losses[0] == pytest.approx(losses[1], abs=2e-3)  # atomics of the embedding gradients
 
 
 @pytest.mark.parametrize("rows", [1, 2, 4, 8])
-def test_peak_memory_stays_below_the_estimate_and_near_it(hp, rows):
-    estimate = fixed_bytes(hp) + rows * hp.seq_len * bytes_per_token(hp)
+def test_peak_memory_stays_below_the_estimate_and_near_it(task, rows):
+    vocab = 50304
+    estimate = fixed_bytes(HP, vocab) + rows * HP.seq_len * bytes_per_token(HP, vocab)
     if estimate > 0.9 * torch.cuda.get_device_properties(0).total_memory:
         pytest.skip("more than this GPU has")
-    made = trainer(hp, f"--micro_batch_seqs={rows}")
-    made.warm_up()
+    made = trainer(task, micro_batch_seqs=rows)
+    warm_up(made.run, made)
     torch.cuda.reset_peak_memory_stats()
-    batches = micro_batches(hp, made.rt, made.micro_seqs, 0, 0)
-    on_gpu = (tuple(t.cuda() for t in pair) for pair in batches)
+    batches = on_gpu(made)
     for step in range(2):
-        made.update(step, on_gpu)
+        made.update(step, batches)
     peak = torch.cuda.max_memory_allocated()
     print(f"{rows} rows: peak {peak / 2**30:.1f} GiB, estimate {estimate / 2**30:.1f} GiB")
     assert 0.4 * estimate < peak < estimate

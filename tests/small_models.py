@@ -4,42 +4,52 @@ import dataclasses
 from pathlib import Path
 
 import torch
-from conftest import TINY
+from conftest import TINY, TINY_TASK, settings
 
-from baselines.checkpoints import write_folder
 from baselines.train_gpt2 import GPT2, weights
 from baselines.train_gpt2 import TRACKS as GPT2_TRACKS
+from checkpoints import write_checkpoint
 from evals.models import LanguageModel, Tokenizer, tokenizer_of
-from records.harness import Runtime, write_checkpoint
+from harness import TASKS, Run, Runtime
 from train_gpt import GPT, TRACKS
 
 BYTES = {"vocab_size": 257, "document_start": 256, "val_seq_len": 64}
 
 
-def write_speedrun(path: Path, **changes) -> Path:
+def write_small(folder: Path, trainer: str, task, hp, model) -> Path:
+    """A checkpoint as a run of this trainer writes it, of its model's weights alone."""
+    run = Run(settings(task, hp, log_dir=str(folder.parent)), {}, Runtime(), None, 0.0)
+    facts = {"trainer": trainer, "step": hp.num_steps, "data_sha256": "", "config": run.config()}
+    write_checkpoint(folder, weights(model), facts, Runtime())
+    return folder
+
+
+def write_speedrun(
+    folder: Path, change=lambda model: None, val_seq_len: int = 64, **changes
+) -> Path:
     """A checkpoint of train_gpt.py over bytes, with no parameter left at its initial zero."""
-    hp = dataclasses.replace(TRACKS["embedded"], **{**TINY, **BYTES, **changes})
+    hp = dataclasses.replace(TRACKS["embedded"], **{**TINY, **changes})
+    sizes = {"val_seq_len": val_seq_len, "val_tokens": 32 * val_seq_len}
+    task = dataclasses.replace(TASKS["embedded"], **{**TINY_TASK, **BYTES, **sizes})
     torch.manual_seed(0)
-    model = GPT(hp, Runtime())
-    tensors = {
-        f"model.{name}": p.data + 0.3 * torch.randn_like(p) for name, p in model.named_parameters()
-    }
-    saved = {"tensors": tensors, "step": hp.num_steps, "tokens": 0, "curve": [], "train_ms": 0.0}
-    write_checkpoint(path, {**saved, "config": {**dataclasses.asdict(hp), "seed": 0}})
-    return path
+    model = GPT(hp, task, Runtime())
+    for p in model.parameters():
+        p.data.add_(0.3 * torch.randn_like(p))
+    change(model)
+    return write_small(folder, "train_gpt.py", task, hp, model)
 
 
-def write_gpt2(path: Path, **changes) -> Path:
+def write_gpt2(folder: Path, **changes) -> Path:
     """A checkpoint of baselines/train_gpt2.py over bytes, its every parameter drawn."""
-    shape = dict(num_layers=3, model_dim=32, num_heads=4, mlp_dim=64, seq_len=64, **BYTES)
+    shape = dict(num_layers=3, model_dim=32, num_heads=4, mlp_dim=64, seq_len=64, embed_rows=257)
     hp = dataclasses.replace(GPT2_TRACKS["embedded"], **{**shape, **changes})
     torch.manual_seed(0)
     model = GPT2(hp)
     for p in model.parameters():
         p.data.normal_(0, 0.3)
     model.positions.data.normal_(0, 2)  # else a tied head repeats one token
-    write_folder(path, weights(model), {"step": 5, "config": dataclasses.asdict(hp)}, Runtime())
-    return path
+    task = dataclasses.replace(TASKS["embedded"], **{**TINY_TASK, **BYTES})
+    return write_small(folder, "baselines/train_gpt2.py", task, hp, model)
 
 
 class KnownModel(LanguageModel):
