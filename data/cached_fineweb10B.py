@@ -2,21 +2,23 @@
 """Download GPT-2 tokenized FineWeb10B shards: the validation shard, then N training shards.
 
 They come from the dataset repository kjj0/fineweb10B-gpt2 of the Hugging Face hub, 100 million
-tokens each. Shards that are there are kept: without a gap the network is not touched. A download
-that was stopped goes on where it was; a shard gets its name when it has been checked in full.
+tokens each. Shards that are there are kept: without a gap the network is not touched. A shard gets
+its name when it has been checked in full; a download that was stopped goes on with the next one.
 """
 
 import argparse
 import sys
 from pathlib import Path
 
-from hub import HubError, RemoteFile, download, free_bytes, list_files, say
-from shards import ShardError, check_tokens, file_sha256, open_shard
-from tqdm import tqdm
+import bootstrap  # noqa: F401
+
+from data.check_shards import check_all, compare, print_problems
+from data.hub import HubError, RemoteFile, download, free_bytes, list_files, say
+from data.shards import ShardError, check_tokens, open_shard
 
 REPO = "kjj0/fineweb10B-gpt2"
 FOLDER = Path(__file__).resolve().parent / "fineweb10B"
-VOCAB_SIZE = 50257
+VOCAB_SIZE, DOCUMENT_START = 50257, 50256
 TRAIN_SHARDS = 102
 FINEWEB_TRACK = 9  # training shards
 
@@ -26,91 +28,67 @@ def shard_names(train_shards: int) -> list[str]:
     return ["fineweb_val_000000.bin", *(f"fineweb_train_{n:06d}.bin" for n in numbers)]
 
 
-def damage(path: Path) -> str:
-    """What header and size say against a file that is there; empty if nothing."""
+def is_there(path: Path) -> bool:
+    """Do header and size say that the whole shard is there? A damaged one is named."""
     try:
         open_shard(path)
-    except OSError as error:
-        return str(error)
-    return ""
+    except FileNotFoundError:
+        return False
+    except ShardError as error:
+        say(f"to be fetched again: {error.problem}")
+        return False
+    return True
 
 
-def list_shards(names: list[str], folder: Path, revision: str) -> list[RemoteFile]:
-    """The hub's entries for these shards. HubError if it has them not, or cannot be asked."""
-    few = ", ".join(names)
-    if len(names) > 3:
-        few = f"{names[0]}, {names[1]} ... {names[-1]} ({len(names)} files)"
+def list_missing(names: list[str], folder: Path, revision: str) -> list[RemoteFile]:
+    """The hub's entries for shards that are not there. HubError if it has not got them."""
+    missing = [name for name in names if not is_there(folder / name)]
+    if not missing:
+        return []
+    few = ", ".join(missing)
+    if len(missing) > 3:
+        few = f"{missing[0]}, {missing[1]} ... {missing[-1]} ({len(missing)} files)"
     bring = f"on a machine with network get {few}, and put them into {folder}"
     found = {file.name: file for file in list_files(REPO, revision, advice=bring)}
-    for name in names:
+    for name in missing:
         if name not in found:
             raise HubError(f"{REPO} at revision {revision} has no {name}; {bring}")
-    return [found[name] for name in names]
+    return [found[name] for name in missing]
 
 
-def check_download(path: Path) -> None:
-    """Read a file that has not got its name yet. Raises ShardError, without its usual advice."""
-    try:
-        check_tokens(path, VOCAB_SIZE)
-    except ShardError as error:
-        raise ShardError(error.problem) from None
+def fetch(files: list[RemoteFile], folder: Path, revision: str) -> None:
+    """Download the shards. Raises HubError."""
+    for file in files:
+        (folder / file.name).unlink(missing_ok=True)  # a damaged one may have the right size
+    download(REPO, files, folder, revision, lambda path: check_tokens(path, VOCAB_SIZE))
 
 
-def fetch(names: list[str], folder: Path, revision: str) -> None:
-    """Download the shards that are not there, or not sound. Raises HubError."""
-    lacking = {name: folder / name for name in names if damage(folder / name)}
-    if not lacking:
-        return
-    files = list_shards(list(lacking), folder, revision)
-    for path in lacking.values():
-        if path.exists():
-            say(f"refused, and fetched again: {damage(path)}")
-            path.unlink()
-    download(REPO, files, folder, revision, check_download)
-
-
-def print_plan(names: list[str], folder: Path, revision: str) -> None:
-    """Files and bytes that are there and that a download would fetch, and the free disk."""
-    lacking = [name for name in names if damage(folder / name)]
-    sizes = {}
-    if lacking:
-        sizes = {file.name: file.size for file in list_shards(lacking, folder, revision)}
+def print_plan(names: list[str], files: list[RemoteFile], folder: Path) -> None:
+    """Files that are there, files and bytes that a download would fetch, and the free disk."""
+    sizes = {file.name: file.size for file in files}
     for name in names:
-        size = sizes.get(name) or (folder / name).stat().st_size
-        print(f"{name:24}  {size:>11,} bytes  {'to fetch' if name in sizes else 'there'}")
+        print(f"{name:24}  {f'{sizes[name]:,} bytes to fetch' if name in sizes else 'there'}")
     print(
-        f"{len(names)} files, {len(sizes)} to fetch: {sum(sizes.values()):,} bytes; "
+        f"{len(names)} files, {len(files)} to fetch: {sum(sizes.values()):,} bytes; "
         f"{free_bytes(folder):,} bytes are free in {folder}"
     )
 
 
-def check(folder: Path, revision: str) -> bool:
-    """Read every shard of the folder in full, print a line for each; are all sound?"""
+def check(folder: Path, revision: str) -> int:
+    """Read every shard of the folder in full, compare it with the hub; return the exit code."""
     paths = sorted(folder.glob("fineweb_*.bin"))
     if not paths:
         raise ShardError(f"no shards in {folder}; run: python data/cached_fineweb10B.py")
+    report = check_all(paths, VOCAB_SIZE, DOCUMENT_START)
     try:
-        known = {file.name: file.sha256 for file in list_files(REPO, revision)}
+        known = {file.name: {"sha256": file.sha256} for file in list_files(REPO, revision)}
+        compare(report.facts, known, f"{REPO} at {revision}", report)
+        print(f"{len(report.facts)} shards have been compared with the hub's")
     except HubError as error:
         say(f"no sha256 is compared with the hub's: {error}")
-        known = {}
-    all_sound = True
-    for path in tqdm(paths, unit="file", disable=None):
-        try:
-            tokens, _ = check_tokens(path, VOCAB_SIZE)
-            digest = file_sha256(path)
-            if known.get(path.name) not in (None, digest):
-                raise ShardError(
-                    f"{path} has sha256 {digest}, the hub's has {known[path.name]}; delete it and "
-                    "run: python data/cached_fineweb10B.py"
-                )
-        except OSError as error:
-            say(f"error: {error}")
-            all_sound = False
-            continue
-        verdict = "as on the hub" if known.get(path.name) else "not compared"
-        tqdm.write(f"{path.name}  {len(tokens):,} tokens  sha256 {digest} ({verdict})")
-    return all_sound
+    if report.problems:
+        say("delete what is damaged, then run: python data/cached_fineweb10B.py")
+    return print_problems(report)
 
 
 def parse() -> argparse.Namespace:
@@ -144,9 +122,12 @@ def main() -> int:
     names = shard_names(args.shards)
     try:
         if args.check:
-            return 0 if check(args.out, args.revision) else 1
-        act = print_plan if args.dry_run else fetch
-        act(names, args.out, args.revision)
+            return check(args.out, args.revision)
+        files = list_missing(names, args.out, args.revision)
+        if args.dry_run:
+            print_plan(names, files, args.out)
+        else:
+            fetch(files, args.out, args.revision)
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -12,12 +12,15 @@ import hashlib
 import json
 import re
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import bootstrap  # noqa: F401
 import numpy as np
-from shards import ShardError, file_sha256, find_shards, open_shard
 from tqdm import tqdm
+
+from data.shards import ShardError, file_sha256, find_shards, open_shard
 
 DIGEST_BYTES = 8  # a document's hash; chance makes 2 of 10 million alike once in 400,000 times
 BAR_COLUMNS = 44
@@ -40,13 +43,10 @@ def split_of(path: Path) -> str:
     return found.group(1) if found else ""
 
 
-def document_hashes(tokens: np.ndarray, starts: np.ndarray):
+def document_hashes(tokens: np.ndarray, starts: np.ndarray) -> Iterator[tuple[int, bytes]]:
     """Yield (number, hash) of every document that has tokens behind its start."""
-    raw = memoryview(tokens).cast("B")
-    ends = [*starts[1:].tolist(), len(tokens)]
-    for number, (start, end) in enumerate(zip(starts.tolist(), ends, strict=True)):
-        if end > start + 1:
-            document = raw[2 * start + 2 : 2 * end]
+    for number, document in enumerate(np.split(tokens, starts)[1:]):
+        if len(document) > 1:
             yield number, hashlib.blake2b(document, digest_size=DIGEST_BYTES).digest()
 
 
@@ -61,23 +61,28 @@ def compare_splits(path: Path, tokens: np.ndarray, starts: np.ndarray, report: R
                 report.shared.append(f"document {number} of {path}")
 
 
-def check_manifest(manifest: Path, facts: dict[Path, dict], report: Report) -> None:
+def compare(facts: dict[Path, dict], known: dict[str, dict], where: str, report: Report) -> None:
+    """Compare the facts of shards with those that are known of them, by file name, elsewhere."""
+    for path, found in facts.items():
+        if path.name not in known:
+            report.problems.append(f"{path} is not in {where}")
+        for key, value in known.get(path.name, {}).items():
+            if found.get(key, value) != value:
+                report.problems.append(f"{path} has {key} {found[key]}, {where} says {value}")
+
+
+def check_manifest(manifest: Path, report: Report) -> None:
     """Compare the shards of one folder with the manifest in it."""
     try:
-        entries = {entry["name"]: entry for entry in json.loads(manifest.read_text())["shards"]}
+        known = {entry["name"]: entry for entry in json.loads(manifest.read_text())["shards"]}
     except (OSError, ValueError, KeyError, TypeError) as error:
         report.problems.append(f"{manifest} is damaged ({type(error).__name__}: {error})")
         return
-    for name in entries:
+    for name in known:
         if not manifest.with_name(name).exists():
             report.problems.append(f"{manifest.with_name(name)} is not there, but in {manifest}")
-    for path, found in facts.items():
-        if path.name not in entries:
-            report.problems.append(f"{path} is not in {manifest}")
-            continue
-        for key, value in found.items():
-            if (said := entries[path.name].get(key)) != value:
-                report.problems.append(f"{path} has {key} {value}, its manifest says {said}")
+    beside = {path: found for path, found in report.facts.items() if path.parent == manifest.parent}
+    compare(beside, known, str(manifest), report)
 
 
 def check_shard(path: Path, vocab_size: int, document_start: int, report: Report) -> None:
@@ -101,20 +106,6 @@ def check_shard(path: Path, vocab_size: int, document_start: int, report: Report
     compare_splits(path, tokens, starts, report)
 
 
-def print_histogram(lengths: np.ndarray) -> None:
-    """Documents by length, their start included, in classes that double. At most 80 columns."""
-    used = np.flatnonzero(lengths)
-    if not len(used):
-        return
-    print(f"\n{'tokens a document':>22}  {'documents':>10}")
-    for power in range(used[0], used[-1] + 1):
-        count = int(lengths[power])
-        eighths = round(8 * BAR_COLUMNS * count / lengths.max())
-        drawn = "█" * (eighths // 8) + " ▏▎▍▌▋▊▉"[eighths % 8].strip()
-        label = f"{1 << power:,}-{(2 << power) - 1:,}"
-        print(f"{label:>22}  {count:>10,} {drawn}")
-
-
 def check_all(paths: list[Path], vocab_size: int, document_start: int) -> Report:
     """Check the shards of validation first: those of training are compared with them."""
     report = Report()
@@ -124,16 +115,26 @@ def check_all(paths: list[Path], vocab_size: int, document_start: int) -> Report
             check_shard(path, vocab_size, document_start, report)
         except OSError as error:  # the advice of a ShardError is for a track's own data
             report.problems.append(error.problem if isinstance(error, ShardError) else str(error))
-    for manifest in sorted({path.with_name("manifest.json") for path in report.facts}):
-        if manifest.exists():
-            beside = {p: fact for p, fact in report.facts.items() if p.parent == manifest.parent}
-            check_manifest(manifest, beside, report)
-    if report.shared:
-        report.problems.append(
-            f"{len(report.shared):,} training documents stand in validation too: "
-            + ", ".join([*report.shared[:3], *(["..."] if report.shared[3:] else [])])
-        )
     return report
+
+
+def print_histogram(lengths: np.ndarray) -> None:
+    """Documents by length, their start included, in classes that double. At most 80 columns."""
+    used = np.flatnonzero(lengths)
+    if not len(used):
+        return
+    print(f"\n{'tokens per document':>22}  {'documents':>10}")
+    for power in range(used[0], used[-1] + 1):
+        bar = "█" * round(BAR_COLUMNS * lengths[power] / lengths.max())
+        label = f"{1 << power:,}-{(2 << power) - 1:,}"
+        print(f"{label:>22}  {lengths[power]:>10,} {bar}".rstrip())
+
+
+def print_problems(report: Report) -> int:
+    """Print every problem to stderr; return the exit code."""
+    for problem in report.problems:
+        print(f"error: {problem}", file=sys.stderr)
+    return 1 if report.problems else 0
 
 
 def main() -> int:
@@ -157,12 +158,18 @@ def main() -> int:
         report = check_all(paths, args.vocab_size, args.document_start)
     except KeyboardInterrupt:
         return 130
+    for manifest in sorted({path.with_name("manifest.json") for path in report.facts}):
+        if manifest.exists():
+            check_manifest(manifest, report)
+    if report.shared:
+        few = ", ".join(report.shared[:3]) + (", ..." if report.shared[3:] else "")
+        report.problems.append(
+            f"{len(report.shared):,} training documents stand in validation too: {few}"
+        )
     print_histogram(report.lengths)
     tokens, documents = (sum(f[k] for f in report.facts.values()) for k in ("tokens", "documents"))
     print(f"\n{len(report.facts)} shards, {tokens:,} tokens, {documents:,} documents")
-    for problem in report.problems:
-        print(f"error: {problem}", file=sys.stderr)
-    return 1 if report.problems else 0
+    return print_problems(report)
 
 
 if __name__ == "__main__":

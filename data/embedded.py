@@ -14,8 +14,10 @@ import random
 import sys
 from pathlib import Path
 
+import bootstrap  # noqa: F401
 import numpy as np
-from shards import ShardError, write_shard
+
+from data.shards import ShardError, write_shard
 
 FOLDER = Path(__file__).resolve().parent / "embedded"
 SEPARATOR = 256

@@ -64,11 +64,8 @@ def open_shard(path: Path) -> np.ndarray:
 
 def file_sha256(path: Path) -> str:
     """sha256 of a whole file, header included, as sha256sum prints it."""
-    digest = hashlib.sha256()
     with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def check_tokens(path: Path, vocab_size: int) -> tuple[np.ndarray, str]:

@@ -7,11 +7,15 @@
 
 As on the hub, the bytes of a file do not come from where its name is resolved but from another
 host, to which a redirect leads and which must never see a token. Faults strike there, one for each
-GET, in their order; faults of "api" strike the calls of the API.
+GET, in their order; faults of "api" strike the calls of the API, those of "resolve" the resolving
+of names. Each file is offered over Xet too, which this hub does not speak.
 """
 
 import hashlib
 import json
+import os
+import socket
+import struct
 import sys
 import threading
 import time
@@ -30,16 +34,17 @@ class Fault:
     """What happens to one GET instead of the right answer.
 
     status: answer with this and no content. body: answer with 200 and this. cut: close the
-    connection after so many bytes. bytes_per_s: send slowly. length: claim this Content-Length.
+    connection after so many bytes, with a reset if resets. bytes_per_s: send slowly. length: claim
+    this Content-Length.
     """
 
     status: int = 200
     headers: dict = field(default_factory=dict)
     body: bytes | None = None
     cut: int | None = None
+    resets: bool = False
     bytes_per_s: int | None = None
     length: int | None = None
-    ignores_range: bool = False
 
 
 HTML_PAGE = Fault(body=HTML, headers={"Content-Type": "text/html; charset=utf-8"})
@@ -136,8 +141,7 @@ class Handler(BaseHTTPRequestHandler):
     def api(self, path: str):
         """NAMESPACE/NAME/revision/REVISION or NAMESPACE/NAME/tree/REVISION"""
         if self.hub.faults["api"]:
-            fault = self.hub.faults["api"].pop(0)
-            return self.answer(fault.status, fault.body or b"", fault.headers)
+            return self.fail(self.hub.faults["api"].pop(0))
         namespace, name, what, revision = path.split("/", 3)
         repo = f"{namespace}/{name}"
         if not self.may_enter(repo, revision):
@@ -172,22 +176,25 @@ class Handler(BaseHTTPRequestHandler):
 
     def resolve(self, path: str):
         """NAMESPACE/NAME/resolve/REVISION/FILE: leads on to the bytes, and describes them."""
+        if self.hub.faults["resolve"]:
+            return self.fail(self.hub.faults["resolve"].pop(0))
         namespace, name, _, revision, file = path.split("/", 4)
         repo = f"{namespace}/{name}"
         if not self.may_enter(repo, revision):
-            return
+            return None
         content = self.hub.repos[repo].get(file)
         if content is None or file in self.hub.unlisted:
-            self.refuse(404, "EntryNotFound")
-            return
+            return self.refuse(404, "EntryNotFound")
         headers = {
             "Location": f"{self.hub.storage}/{repo}/{file}",
             "X-Repo-Commit": COMMIT,
             "X-Linked-Size": str(len(content)),
             "X-Linked-Etag": f'"{self.hub.sha256(file, content)}"',
             "ETag": f'"{self.hub.sha256(file, content)}"',
+            "X-Xet-Hash": self.hub.sha256(file, content),
+            "X-Xet-Refresh-Route": f"{self.hub.endpoint}/xet",
         }
-        self.answer(302, b"", headers)
+        return self.answer(302, b"", headers)
 
     def storage(self, path: str):
         """NAMESPACE/NAME/FILE: the bytes, or a part of them, or the next fault."""
@@ -195,11 +202,11 @@ class Handler(BaseHTTPRequestHandler):
         content = self.hub.repos[f"{namespace}/{name}"][file]
         fault = self.hub.faults[file].pop(0) if self.hub.faults[file] else Fault()
         if fault.status != 200 or fault.body is not None:
-            self.answer(fault.status, fault.body or b"", fault.headers)
+            self.fail(fault)
             return
         start, status = 0, 200
         headers = {"Accept-Ranges": "bytes", "ETag": f'"{hashlib.sha256(content).hexdigest()}"'}
-        if (asked := self.headers.get("Range")) and not fault.ignores_range:
+        if asked := self.headers.get("Range"):
             start, status = int(asked.removeprefix("bytes=").partition("-")[0]), 206
             headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
         self.answer(status, content[start:], headers, fault)
@@ -217,8 +224,15 @@ class Handler(BaseHTTPRequestHandler):
         if self.command == "HEAD":
             return
         self.send(body[: fault.cut], fault.bytes_per_s)
+        if fault.resets:
+            linger = struct.pack("ii", 1, 0)
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
+            os.close(self.connection.detach())  # without the shutdown that a server begins with
         if fault.cut is not None or length != len(body):
             self.close_connection = True
+
+    def fail(self, fault: Fault):
+        self.answer(fault.status, fault.body or b"", fault.headers)
 
     def send(self, body: bytes, bytes_per_s: int | None):
         step = max(1, bytes_per_s // 20) if bytes_per_s else len(body) or 1
