@@ -811,6 +811,8 @@ def execute(
         rt = Runtime(settings.options.fp32, 2 if settings.options.turn_steps else 1)
         run = Run(settings, sources, rt, stop, started)
         carry_out(run, make_trainer)
+        if rt.is_main:
+            print(f"log: {run.log.path}    python: {sys.executable}", file=sys.stderr)
         return {"success": 0, "missed": 0, "diverged": 1}.get(run.status, 128 + stop.signal)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)

@@ -1,6 +1,9 @@
 #!/usr/bin/env bash
-# ./run.sh [FLAGS]   set up what is missing, get the track's data, train on all GPUs or on the CPU
-# ./run.sh test      set up what is missing, run the linter and the tests
+# Each of these first sets up what is missing of the project's environment.
+# ./run.sh [FLAGS]         get the track's data, train on all GPUs or on the CPU
+# ./run.sh test [...]      run the linter and the tests; further words go to pytest
+# ./run.sh FILE.py [...]   run any script of the project
+# ./run.sh torchrun [...]  run torchrun
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 venv="$root/.venv"
@@ -39,8 +42,8 @@ PYTHON
 }
 
 set_up() { # set_up FILE...: make $python an interpreter with these requirements
-    local stamp="$venv/installed"
-    if [ -e "$stamp" ] && cat "$@" | cmp -s - "$stamp"; then
+    local stamp="$venv/installed" # the requirements that were installed; they may be more
+    if [ -e "$stamp" ] && cat "$@" | cmp -s - <(head -c "$(cat "$@" | wc -c)" "$stamp"); then
         python="$venv/bin/python"
         return
     fi
@@ -98,6 +101,15 @@ if [ "${1:-}" = test ]; then
 fi
 
 set_up "$root/requirements.txt"
+case ${1:-} in
+*.py)
+    script=$1
+    [ -e "$script" ] || script=$root/$1
+    [ -e "$script" ] || fail "there is no script $1; name one below $root, such as tools/diff.py"
+    exec "$python" "$script" "${@:2}"
+    ;;
+torchrun) exec "$python" -m torch.distributed.run "${@:2}" ;;
+esac
 gpus=$(count_gpus)
 track="" wants_data=yes previous=""
 for flag in "$@"; do

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Let a checkpoint of either trainer write: python sample.py CHECKPOINT --prompt TEXT
+"""Let a checkpoint of either trainer write: ./run.sh sample.py CHECKPOINT --prompt TEXT
 
 A prompt is taken for the beginning of a document. A sample ends with its document, after
 --max_tokens, or where the model's context is full. Sample i of a seed is the first one of seed + i.

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Write a checkpoint of train_gpt2.py in the form of transformers' GPT2LMHeadModel, or read one.
 
-    python baselines/export_hf.py CHECKPOINT OUT             OUT: config.json, model.safetensors
-    python baselines/export_hf.py --import HF_FOLDER CHECKPOINT
+    ./run.sh baselines/export_hf.py CHECKPOINT OUT             OUT: config.json, model.safetensors
+    ./run.sh baselines/export_hf.py --import HF_FOLDER CHECKPOINT
 
 An imported checkpoint has weights and no optimizer state: sample or evaluate it.
 """

@@ -1,6 +1,6 @@
 """What a GPT-2 of some size needs on so many GPUs: memory, arithmetic, time. No GPU is touched.
 
-    python baselines/train_gpt2.py --track 13B --plan --gpus 64 --gpu H100 --mfu 0.4
+    ./run.sh baselines/train_gpt2.py --track 13B --plan --gpus 64 --gpu H100 --mfu 0.4
 
 hp is a Hyperparameters of train_gpt2.py. Activations are those that eager mode keeps: compiled
 graphs keep fewer. Sizes are bytes.

@@ -1,8 +1,8 @@
 """Train GPT-2 as published, from 124M to 175B parameters: what a speedrun must be faster than.
 
-    python baselines/train_gpt2.py --track embedded            a small one, on a CPU
+    ./run.sh baselines/train_gpt2.py --track embedded            a small one, on a CPU
     torchrun --nproc_per_node=8 baselines/train_gpt2.py --track 124M
-    python baselines/train_gpt2.py --track 13B --plan --gpus 64 --gpu H100    what it would need
+    ./run.sh baselines/train_gpt2.py --track 13B --plan --gpus 64 --gpu H100    what it would need
 
 The same command serves any number of GPUs and, with --nnodes, machines: above one GPU the model is
 sharded. The referee is harness.py, as for train_gpt.py. There is no dropout, and the betas of AdamW

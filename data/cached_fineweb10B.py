@@ -78,7 +78,7 @@ def check(folder: Path, revision: str) -> int:
     """Read every shard of the folder in full, compare it with the hub; return the exit code."""
     paths = sorted(folder.glob("fineweb_*.bin"))
     if not paths:
-        raise ShardError(f"no shards in {folder}; run: python data/cached_fineweb10B.py")
+        raise ShardError(f"no shards in {folder}; run: ./run.sh data/cached_fineweb10B.py")
     report = check_all(paths, VOCAB_SIZE, DOCUMENT_START)
     try:
         known = {file.name: {"sha256": file.sha256} for file in list_files(REPO, revision)}
@@ -87,7 +87,7 @@ def check(folder: Path, revision: str) -> int:
     except HubError as error:
         say(f"no sha256 is compared with the hub's: {error}")
     if report.problems:
-        say("delete what is damaged, then run: python data/cached_fineweb10B.py")
+        say("delete what is damaged, then run: ./run.sh data/cached_fineweb10B.py")
     return print_problems(report)
 
 

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
 """HellaSwag: which of four endings does a model find most likely? (arXiv 1905.07830)
 
-    python evals/hellaswag.py logs/NAME.pt                             the data from the hub
-    python evals/hellaswag.py CHECKPOINT --data hellaswag_val.jsonl    or from a file
-    python evals/hellaswag.py CHECKPOINT --limit 500                   only the first examples
+    ./run.sh evals/hellaswag.py logs/NAME_step0001300                    data from the hub
+    ./run.sh evals/hellaswag.py CHECKPOINT --data hellaswag_val.jsonl    or from a file
+    ./run.sh evals/hellaswag.py CHECKPOINT --limit 500                   only the first examples
 
 An ending's log-likelihood is that of the tokens of a space and the ending, given those of the raw
 context; no token stands before the context. `acc_norm` chooses by its mean over the ending's

@@ -336,7 +336,7 @@ def test_check_reads_everything_and_names_what_is_not_as_on_the_hub(hub, user, c
     assert done.returncode == 1 and "compared" not in done.stdout
     assert "truncated" in done.stderr and "HF_HUB_OFFLINE" in done.stderr
     shutil.rmtree(user.folder)
-    assert "python data/cached_fineweb10B.py" in user.refused("--check")
+    assert "./run.sh data/cached_fineweb10B.py" in user.refused("--check")
     assert not hub.transfers(VAL)
 
 

@@ -1,7 +1,7 @@
 """Compile each kernel that training launches, for a GPU that need not be here; none is used.
 
-    python tools/compile_kernels.py             H100, H200: compute capability 9.0
-    python tools/compile_kernels.py --arch 89   RTX 4090
+    ./run.sh tools/compile_kernels.py             H100, H200: compute capability 9.0
+    ./run.sh tools/compile_kernels.py --arch 89   RTX 4090
 
 Prints registers a thread, bytes a thread spills to memory, bytes of shared memory a program, as
 ptxas and Triton report them. Exits 1 if a kernel spills or asks for more than the GPU has.

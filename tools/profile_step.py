@@ -1,4 +1,4 @@
-"""Where a training step's time goes: python tools/profile_step.py [--steps 5] [trainer's flags]
+"""Where a training step's time goes: ./run.sh tools/profile_step.py [--steps 5] [trainer's flags]
 
 Takes the trainer's own flags, warms up as a run does, and profiles some steps in steady state.
 Prints the share of GEMMs, attention, head and loss, optimizer, element-wise work and copies, how

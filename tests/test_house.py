@@ -1,0 +1,129 @@
+"""The rules of the house: who imports whom, how long files are, what is required and documented."""
+
+import ast
+import dataclasses
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+
+from harness import REFEREE_FILES
+from train_gpt import TRACKS, Hyperparameters
+
+FILES = sorted(
+    path.relative_to(ROOT)
+    for folder in (".", "data", "tools", "baselines", "evals")
+    for path in (ROOT / folder).glob("*.py")
+    if not path.is_symlink()
+)
+CONTESTANTS = {"train_gpt.py", "kernels.py"} | {str(p) for p in FILES if p.parts[0] == "baselines"}
+LINE_BUDGETS = {"train_gpt.py": 1000, "kernels.py": 400, "harness.py": 900}
+PACKAGES = {"huggingface_hub": "huggingface-hub", "tiktoken_ext": "tiktoken"}
+OPTIONAL = {"triton"}  # comes with torch's CUDA build
+
+
+def imported_names(path: Path) -> set[str]:
+    """Dotted names of the modules that a file imports, anywhere in it."""
+    names = set()
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert not node.level, f"{path} has a relative import"
+            names |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+    return names
+
+
+def project_imports(path: Path) -> set[str]:
+    """Files of the project that a file imports, as paths from the root."""
+    files = {name.replace(".", "/") + ".py" for name in imported_names(path)}
+    return {str(p) for p in FILES} & files
+
+
+IMPORTS = {str(path): project_imports(path) for path in FILES}
+
+
+def test_the_referee_imports_no_contestant():
+    for path in REFEREE_FILES:
+        assert IMPORTS[path] <= set(REFEREE_FILES), path
+
+
+def test_contestants_import_referee_and_contestants_alone():
+    for path in CONTESTANTS - {"baselines/export_hf.py"}:
+        assert IMPORTS[path] <= CONTESTANTS | set(REFEREE_FILES), path
+
+
+def test_contestants_never_name_the_validation_shards():
+    for path in CONTESTANTS:
+        names = {node.attr for node in ast.walk(ast.parse((ROOT / path).read_text()))
+                 if isinstance(node, ast.Attribute)}  # fmt: skip
+        assert "val_files" not in names, path
+
+
+def test_imports_have_no_circle():
+    done, path = set(), []
+
+    def visit(name: str):
+        assert name not in path, f"{' -> '.join(path)} -> {name}"
+        if name not in done:
+            path.append(name)
+            for imported in IMPORTS[name]:
+                visit(imported)
+            done.add(path.pop())
+
+    for name in IMPORTS:
+        visit(name)
+
+
+def test_each_module_has_one_import_name():
+    """No file is imported by its bare name from a folder, as a script's neighbour would be."""
+    stems = {path.stem for path in FILES if path.parent != Path(".")} - {"bootstrap"}
+    for path in FILES:
+        assert not stems & imported_names(path), path
+
+
+def test_the_path_is_set_in_two_places():
+    setting = {str(p) for p in FILES if "sys.path" in (ROOT / p).read_text()}
+    assert setting == {"tools/bootstrap.py", "baselines/train_gpt2.py"}
+
+
+def test_the_drawing_of_the_imports_is_true():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    drawing = re.search(r"<!-- imports -->\n```\n(.*?)```", text, re.S)[1]
+    drawn = {}
+    for line in drawing.splitlines():
+        name, _, imported = line.partition(" imports ")
+        drawn[name.strip()] = set(imported.split()) - {"-"}
+    assert drawn == IMPORTS
+
+
+def test_what_is_imported_is_required():
+    required = {re.split("[=#]", line)[0].strip()
+                for line in (ROOT / "requirements.txt").read_text().splitlines()}  # fmt: skip
+    own = {path.stem for path in FILES} | {path.parts[0] for path in FILES}
+    for path in FILES:
+        tops = {name.partition(".")[0] for name in imported_names(path)}
+        outside = tops - own - OPTIONAL - sys.stdlib_module_names
+        assert {PACKAGES.get(name, name) for name in outside} <= required, path
+
+
+@pytest.mark.parametrize("path, most", LINE_BUDGETS.items())
+def test_files_stay_small_enough_to_read(path, most):
+    assert len((ROOT / path).read_text().splitlines()) <= most
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_no_function_is_long(path):
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno < 60, node.name
+
+
+def test_hyperparameters_are_few_and_each_is_turned_by_a_track():
+    names = [f.name for f in dataclasses.fields(Hyperparameters)]
+    assert len(names) <= 45
+    fixed = {name for name in names
+             if len({getattr(hp, name) for hp in TRACKS.values()}) == 1}  # fmt: skip
+    assert not fixed, "what no track turns is a constant"
