@@ -167,12 +167,12 @@ def text_of(data: bytes | None, json_key: str | None) -> str:
 
 def articles(rows: Iterable[Document]) -> Iterator[Document]:
     """Put WikiText's rows, one a line, together: a row ` = Title = ` after a blank one begins."""
-    held, after_blank = [], True
+    text, after_blank = "", True
     for (row,) in rows:
-        if after_blank and held and HEADING.fullmatch(row):
-            yield ["".join(held)]
-            held = []
-        held.append(row)
+        if after_blank and text and HEADING.fullmatch(row):
+            yield [text]
+            text = ""
+        text += row
         after_blank = not row.strip()
-    if held:
-        yield ["".join(held)]
+    if text:
+        yield [text]

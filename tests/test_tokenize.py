@@ -582,7 +582,8 @@ def hub(monkeypatch):
 
 
 def test_wikitext103_comes_from_the_hub_as_articles(run, hub, tmp_path):
-    assert run("--preset=wikitext103")[0] == 0
+    code, _, errors = run("--preset=wikitext103")
+    assert (code, errors) == (0, "")
     out = tmp_path / "out"
     assert texts_of([out / "wikitext103_val_000000.bin"]) == ARTICLES[::-1]
     train = texts_of([out / "wikitext103_train_000001.bin"])
