@@ -1,63 +1,50 @@
-"""Read documents from text files, JSON lines and parquet, whatever their size, as a stream.
+"""Read documents from text files, JSON lines and parquet as a stream, however large they are.
 
-What is read comes as records, which are small enough to hold in memory, in an order that only the
-input sets:
-
-    ("text", str or UTF-8 bytes)  a document, or its beginning
-    ("more", str)                 the next piece of the document before it
-    ("json", bytes)               a line of JSON lines, still to be parsed
-    ("skip", reason)              a document that cannot be used
-
-A .txt or .md file is one document, so is all of standard input; a line of .jsonl and a row of
-.parquet is one.
+A .txt or .md file is one document, and so is standard input; a line of .jsonl and a row of .parquet
+is one. Each comes as an iterable of its text in chunks.
 """
 
-import codecs
 import glob
+import io
+import json
 import re
 import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet
 from tqdm import tqdm
 from tqdm.utils import CallbackIOWrapper
 
-STDIN = "-"
+from data.gpt2 import TextError
+
+STDIN = Path("-")
 KINDS = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 CHUNK_BYTES = 1 << 20
 PARQUET_ROWS = 256
 MAX_LINE_BYTES = 128 << 20  # of JSON: all that a run holds at once is a few times this
+HEADING = re.compile(r" = (?!= ).*(?<! =) = \n?")  # of an article of WikiText, not of its sections
 
-PIECE_CHARS = 1 << 18
-# Exactly what tiktoken's regular expression takes for \s; Python's \s is wider.
-BLANK = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
-LAST_SAFE_CUT = re.compile(f"(?s:.+)(?=[{BLANK}][^{BLANK}])")
-HEADING = re.compile(rb" = (?!= ).*(?<! =) = \n?")  # of an article, not of its sections
-
-Record = tuple[str, str | bytes]
+Document = Iterable[str]
 
 
-class TextError(OSError):
-    """What is wrong with which input, and what to do about it, in words for a person."""
-
-
-def find_files(inputs: list[str]) -> list[Path | str]:
-    """The files that the arguments name, in their order; of a folder or glob, sorted."""
+def find_files(inputs: list[str]) -> list[Path]:
+    """The files that the arguments name, in their order; those of a folder or glob sorted."""
     found = []
     for given in inputs:
         path = Path(given)
-        if given == STDIN:
-            found.append(STDIN)
-        elif path.is_dir():
-            below = sorted(p for p in path.rglob("*") if kind_of(p) and p.is_file())
-            if not below:
-                raise TextError(f"folder {given} holds no file of the kinds {', '.join(KINDS)}")
-            found += below
+        if path.is_dir():
+            matches = sorted(p for p in path.rglob("*") if kind_of(p) and p.is_file())
+        elif path == STDIN or path.exists():
+            matches = [path]
         else:
-            matches = [path] if path.exists() else sorted(Path(p) for p in glob.glob(given))
-            if not matches:
-                raise TextError(f"there is no {given}; give files, folders, quoted globs, or -")
-            found += matches
+            matches = sorted(Path(p) for p in glob.glob(given))
+        if not matches:
+            raise TextError(f"{given} names no file of the kinds {', '.join(KINDS)}")
+        found += matches
     for path in found:
         if path != STDIN and not kind_of(path):
             raise TextError(f"{path} is of no known kind; rename it to end in {', '.join(KINDS)}")
@@ -69,184 +56,123 @@ def kind_of(path: Path) -> str | None:
     return next((kind for kind in KINDS if path.name.lower().endswith(kind)), None)
 
 
-def read_records(files: list[Path | str], column: str, bar: tqdm) -> Iterator[Record]:
-    """Records of all files; the bar counts the bytes of the files. Raises TextError."""
+def read_documents(
+    files: list[Path], column: str, skipped: Counter, bar: tqdm
+) -> Iterator[Document]:
+    """The documents of all files. Raises TextError.
+
+    skipped: counts the others by the reason; bar: counts the bytes of the files.
+    """
     for path in files:
-        if path == STDIN:
-            yield from stdin_records(bar)
-        elif kind_of(path) == ".parquet":
-            yield from (("text", text) for text in parquet_texts(path, column, bar))
-        elif kind_of(path) in (".txt", ".md"):
-            yield from text_file_records(path, bar)
-        else:
-            yield from json_records(path, bar)
+        with errors_named(path):
+            if kind_of(path) not in (None, ".txt", ".md"):
+                yield from rows_of(path, column, skipped, bar)
+            elif path == STDIN or is_utf8(path):
+                yield text_chunks(path, bar)
+            else:
+                skipped["not UTF-8"] += 1
 
 
-# ------------------------------------------------------------------------------ Text
-
-
-def text_file_records(path: Path, bar: tqdm) -> Iterator[Record]:
-    """One document. It is read twice, so that no part of it counts if its end is not UTF-8."""
+@contextmanager
+def errors_named(path: Path) -> Iterator[None]:
+    """Turns what goes wrong in reading into a TextError."""
     try:
-        for _ in decoded(file_chunks(path)):
-            pass
-    except UnicodeDecodeError:
-        yield "skip", "not UTF-8"
-    else:
-        yield from piece_records(decoded(file_chunks(path, bar)))
-
-
-def stdin_records(bar: tqdm) -> Iterator[Record]:
-    def chunks() -> Iterator[bytes]:
-        while chunk := sys.stdin.buffer.read(CHUNK_BYTES):
-            bar.update(len(chunk))
-            yield chunk
-
-    try:
-        yield from piece_records(decoded(chunks()))
-    except UnicodeDecodeError as error:
+        yield
+    except TextError:
+        raise
+    except (OSError, ValueError, pa.ArrowException) as error:
         raise TextError(
-            f"standard input is not UTF-8 ({error.reason}); convert it, for example with iconv"
+            f"{'standard input' if path == STDIN else path} cannot be read ({error}); get it again "
+            "or leave it out, then run this again"
         ) from None
 
 
-def piece_records(chunks: Iterable[str]) -> Iterator[Record]:
-    kind = "text"
-    for piece in pieces(chunks):
-        yield kind, piece
-        kind = "more"
+def opened(path: Path, bar: tqdm) -> io.BufferedReader:
+    """The contents, decompressed; the bar counts bytes of the file."""
+    raw = sys.stdin.buffer if path == STDIN else path.open("rb")
+    file = pa.PythonFile(CallbackIOWrapper(bar.update, raw, "read"), "r")
+    if form := {".gz": "gzip", ".zst": "zstd"}.get(path.suffix.lower()):
+        if not path.stat().st_size:
+            raise ValueError("it has no bytes")
+        file = pa.CompressedInputStream(file, form)
+    return io.BufferedReader(file, CHUNK_BYTES)
 
 
-def decoded(chunks: Iterable[bytes]) -> Iterator[str]:
-    decoder = codecs.getincrementaldecoder("utf-8")()
-    for chunk in chunks:
-        yield decoder.decode(chunk)
-    yield decoder.decode(b"", final=True)
+def text_chunks(path: Path, bar: tqdm) -> Iterator[str]:
+    with errors_named(path), io.TextIOWrapper(opened(path, bar), "utf-8", newline="") as file:
+        while chunk := file.read(CHUNK_BYTES):
+            yield chunk
 
 
-def pieces(chunks: Iterable[str]) -> Iterator[str]:
-    """Cut a text, which comes in chunks, into pieces of at most PIECE_CHARS characters.
-
-    The tokens of the pieces are those of the text: GPT-2's regular expression never matches across
-    the place before a blank that something else follows. Only where a stretch of PIECE_CHARS has no
-    such place it is cut anyhow; it decodes to the same text, but tiktoken would need memory and
-    time for it that grow without bound, or fail.
-    """
-    rest = ""
-    for chunk in chunks:
-        rest, start = rest + chunk, 0
-        while len(rest) - start > PIECE_CHARS:
-            safe = LAST_SAFE_CUT.match(rest, start, start + PIECE_CHARS)
-            end = safe.end() if safe else start + PIECE_CHARS
-            yield rest[start:end]
-            start = end
-        rest = rest[start:]
-    yield rest
-
-
-# ------------------------------------------------------------------------------ JSON lines
-
-
-def json_records(path: Path, bar: tqdm) -> Iterator[Record]:
-    for line in lines(file_chunks(path, bar)):
-        yield ("skip", "line too long") if line is None else ("json", line)
-
-
-def lines(chunks: Iterable[bytes]) -> Iterator[bytes | None]:
-    """Lines without their ends; None for one that is longer than MAX_LINE_BYTES."""
-    held, size = [], 0
-    for chunk in chunks:
-        *ends, tail = chunk.split(b"\n")
-        for end in ends:
-            yield None if size + len(end) > MAX_LINE_BYTES else b"".join((*held, end))
-            held, size = [], 0
-        size += len(tail)
-        held = [*held, tail] if size <= MAX_LINE_BYTES else []
-    if size:
-        yield None if size > MAX_LINE_BYTES else b"".join(held)
-
-
-def file_chunks(path: Path, bar: tqdm | None = None) -> Iterator[bytes]:
-    """The contents, decompressed; the bar counts bytes of the file. Raises TextError."""
-    form = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix.lower())
-    read = 0
-    with path.open("rb") as raw:
-        file = raw if bar is None else CallbackIOWrapper(bar.update, raw, "read")
+def is_utf8(path: Path) -> bool:
+    """Reads all of it: when its end turns out to be wrong, its beginning must not be in a shard."""
+    with path.open(encoding="utf-8") as file:
         try:
-            if form and not path.stat().st_size:
-                raise OSError("it has no bytes")
-            file = arrow().CompressedInputStream(file, form) if form else file
-            while chunk := file.read(CHUNK_BYTES):
-                yield chunk
-                read += len(chunk)
-        except OSError as error:
-            raise damaged(path, f"{read:,} bytes of text", error) from None
+            while file.read(CHUNK_BYTES):
+                pass
+        except UnicodeDecodeError:
+            return False
+    return True
 
 
-def damaged(path: Path, place: str, error: Exception) -> TextError:
-    return TextError(
-        f"{path} is damaged after {place} ({error}); get it again or leave it out, "
-        "then run this again"
-    )
+def rows_of(path: Path, column: str, skipped: Counter, bar: tqdm) -> Iterator[Document]:
+    is_json = kind_of(path) != ".parquet"
+    for data in json_lines(path, bar) if is_json else parquet_values(path, column, bar):
+        try:
+            yield [text_of(data, column if is_json else None)]
+        except ValueError as reason:
+            skipped[str(reason)] += 1
 
 
-# ------------------------------------------------------------------------------ Parquet
+def json_lines(path: Path, bar: tqdm) -> Iterator[bytes | None]:
+    """Lines; None for one that is longer than MAX_LINE_BYTES."""
+    file = opened(path, bar)
+    while line := file.readline(MAX_LINE_BYTES):
+        if len(line) < MAX_LINE_BYTES:
+            yield line.strip()
+            continue
+        while line and not line.endswith(b"\n"):
+            line = file.readline(MAX_LINE_BYTES)
+        yield None
 
 
-def arrow():
-    """pyarrow, imported where it is needed: that takes a while, and workers do without it."""
-    import pyarrow.parquet
+def parquet_values(path: Path, column: str, bar: tqdm) -> Iterator[bytes]:
+    """The column's values, an empty one for null."""
+    size = path.stat().st_size
+    with pa.parquet.ParquetFile(path, buffer_size=CHUNK_BYTES, pre_buffer=False) as file:
+        names = file.schema_arrow.names
+        if column not in names:
+            raise TextError(
+                f"{path} has no column {column}; choose one with --text_column: {', '.join(names)}"
+            )
+        for rows in file.iter_batches(PARQUET_ROWS, columns=[column], use_threads=False):
+            for text in rows.column(0).cast(pa.large_binary()).to_pylist():
+                yield text or b""
+            bar.update(size * len(rows) / file.metadata.num_rows)
 
-    return pyarrow
 
-
-def parquet_texts(path: Path, column: str, bar: tqdm) -> Iterator[bytes]:
-    """The column's values as UTF-8, an empty one for null. Raises TextError."""
-    row, size, pa = 0, path.stat().st_size, arrow()
+def text_of(data: bytes | None, json_key: str | None) -> str:
+    """The text itself, or that of a line of JSON; ValueError with the reason if there is none."""
+    if data is None:
+        raise ValueError("line too long")
     try:
-        with pa.parquet.ParquetFile(path, buffer_size=CHUNK_BYTES, pre_buffer=False) as file:
-            require_text(path, file.schema_arrow, column)
-            batches = file.iter_batches(PARQUET_ROWS, columns=[column], use_threads=False)
-            for batch in batches:
-                for text in batch.column(0).cast(pa.large_binary()).to_pylist():
-                    yield text or b""
-                row += len(batch)
-                bar.update(size * len(batch) / file.metadata.num_rows)
-    except TextError:
-        raise
-    except (pa.ArrowException, OSError) as error:
-        raise damaged(path, f"row {row:,}", error) from None
+        if json_key is not None and data:
+            data = json.loads(data)[json_key].encode()  # which fails for a lone surrogate
+        return data.decode()
+    except UnicodeError:
+        raise ValueError("not UTF-8") from None
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
+        raise ValueError(f"no JSON object with a text {json_key}") from None
 
 
-def check_parquet(path: Path) -> None:
-    """Raises TextError unless the file ends as parquet does; damage inside is found on reading."""
-    pa = arrow()
-    try:
-        pa.parquet.read_metadata(path)
-    except (pa.ArrowException, OSError) as error:
-        raise damaged(path, "row 0", error) from None
-
-
-def require_text(path: Path, schema, column: str) -> None:
-    """Raise TextError unless the pyarrow schema has this column, of text."""
-    pa = arrow()
-    fits = [pa.string(), pa.large_string(), pa.binary(), pa.large_binary()]
-    texts = [field.name for field in schema if field.type in fits]
-    if column not in texts:
-        raise TextError(
-            f"{path} has no text in a column {column}; choose one with --text_column: "
-            f"{', '.join(texts) or 'it has none'}"
-        )
-
-
-def articles(rows: Iterable[bytes]) -> Iterator[bytes]:
+def articles(rows: Iterable[Document]) -> Iterator[Document]:
     """Put WikiText's rows, one a line, together: a row ` = Title = ` after a blank one begins."""
-    held, after_blank = [], True
-    for row in rows:
-        if after_blank and held and HEADING.fullmatch(row):
-            yield b"".join(held)
-            held = []
-        held.append(row)
+    text, after_blank = "", True
+    for (row,) in rows:
+        if after_blank and text and HEADING.fullmatch(row):
+            yield [text]
+            text = ""
+        text += row
         after_blank = not row.strip()
-    if held:
-        yield b"".join(held)
+    if text:
+        yield [text]

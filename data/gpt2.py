@@ -1,24 +1,35 @@
-"""GPT-2's tokenizer, and processes that encode batches of documents with it."""
+"""GPT-2's tokenizer, alone or in several processes."""
 
 import base64
-import hashlib
-import json
-import multiprocessing
-import signal
-from collections import Counter
-from concurrent.futures import Future, ThreadPoolExecutor
+import re
+import subprocess
+import sys
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from multiprocessing.connection import Connection
+from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
-from queue import SimpleQueue
 
 import numpy as np
 import tiktoken
-from documents import Record, TextError, pieces
 from tiktoken_ext import openai_public
 
-GPT2_FILE = Path(__file__).resolve().parent / "gpt2.tiktoken"
+ROOT = Path(__file__).resolve().parent.parent
+GPT2_FILE = ROOT / "data" / "gpt2.tiktoken"
 START, START_TEXT = 50256, "<|endoftext|>"
+WORKER = threading.local()  # .pipe: to the process that works for this thread
+
+PIECE_CHARS = 1 << 18
+# Exactly what tiktoken's regular expression takes for \s; Python's \s is wider.
+BLANK = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
+LAST_SAFE_CUT = re.compile(f"(?s:.+)(?=[{BLANK}][^{BLANK}])")
+
+
+class TextError(OSError):
+    """What is wrong with which input, and what to do about it, in words for a person."""
+
 
 # ------------------------------------------------------------------------------ Tokenizer
 
@@ -41,25 +52,17 @@ def gpt2_ranks(file: Path | None) -> dict[bytes, int]:
 
 def read_ranks(file: Path) -> dict[bytes, int]:
     """Read a file with a token in base64, a space and its rank in each line."""
-    advice = "give a file in the format of gpt2.tiktoken"
-    ranks = {}
-    for number, line in enumerate(file.read_bytes().splitlines(), 1):
-        try:
-            token, rank = line.split()
-            ranks[base64.b64decode(token, validate=True)] = int(rank)
-        except ValueError:
-            raise TextError(
-                f"{file}, line {number} is not a token and its rank; {advice}"
-            ) from None
-    if any(bytes([byte]) not in ranks for byte in range(256)):
-        raise TextError(f"{file} has no token for some bytes; {advice}")
-    if len(set(ranks.values())) < len(ranks) or not 0 <= min(ranks.values()):
-        raise TextError(f"{file} gives two tokens one rank, or a negative one; {advice}")
-    if (largest := max(ranks.values())) >= START:
+    try:
+        lines = [line.split() for line in file.read_bytes().splitlines()]
+        ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
+        if any(bytes([byte]) not in ranks for byte in range(256)):
+            raise ValueError("some bytes have no token")
+        if sorted(ranks.values()) != list(range(len(lines))) or len(lines) > START:
+            raise ValueError(f"its ranks are not 0, 1, 2 ... below {START}, each once")
+    except ValueError as error:
         raise TextError(
-            f"{file} has rank {largest}, but ranks must stay below {START}, which is "
-            f"{START_TEXT}; {advice}"
-        )
+            f"{file} is no tokenizer ({error}); give a file in the format of gpt2.tiktoken"
+        ) from None
     return ranks
 
 
@@ -72,103 +75,80 @@ def encoding_of(ranks: dict[bytes, int]) -> tiktoken.Encoding:
     )
 
 
-def ranks_sha256(ranks: dict[bytes, int]) -> str:
-    """The sha256 of the file that read_ranks reads, with its lines in the order of the ranks."""
-    ordered = sorted(ranks.items(), key=lambda item: item[1])
-    lines = (base64.b64encode(token) + b" %d\n" % rank for token, rank in ordered)
-    return hashlib.sha256(b"".join(lines)).hexdigest()
+def pieces(chunks: Iterable[str]) -> Iterator[str]:
+    """Cut a text, which comes in chunks, into pieces of at most PIECE_CHARS characters.
 
-
-# ------------------------------------------------------------------------------ Workers
-
-
-class Workers:
-    """Processes that encode batches, each at the other end of a pipe.
-
-    concurrent.futures has such a pool, but it hangs when a worker is killed while it answers, and
-    its workers outlive a parent that is killed. Here both sides meet the end of a pipe.
+    The tokens of the pieces are those of the text: GPT-2's regular expression never matches across
+    the place before a blank that something else follows. Only where a stretch of PIECE_CHARS has no
+    such place it is cut anyhow; it decodes to the same text, but tiktoken would need memory and
+    time for it that grow without bound, or fail.
     """
+    rest = ""
+    for chunk in chunks:
+        rest, start = rest + chunk, 0
+        while len(rest) - start > PIECE_CHARS:
+            safe = LAST_SAFE_CUT.match(rest, start, start + PIECE_CHARS)
+            end = safe.end() if safe else start + PIECE_CHARS
+            yield rest[start:end]
+            start = end
+        rest = rest[start:]
+    yield rest
 
-    def __init__(self, count: int, ranks: dict[bytes, int], column: str):
-        context = multiprocessing.get_context("spawn")
-        self.threads = ThreadPoolExecutor(count)
-        self.idle, self.processes = SimpleQueue(), []
-        # ctrl-C is for the parent alone: the workers inherit that they ignore it.
-        handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-        for _ in range(count):
-            here, there = context.Pipe()
-            self.processes.append(context.Process(target=serve, args=(there, ranks, column)))
-            self.processes[-1].start()
-            there.close()
-            self.idle.put(here)
-        signal.signal(signal.SIGINT, handler)
 
-    def submit(self, batch: list[Record]) -> Future:
-        """The result of encode, later; TextError if the worker has died."""
-        return self.threads.submit(self.ask, batch)
+# ------------------------------------------------------------------------------ Processes
 
-    def ask(self, batch: list[Record]) -> tuple[np.ndarray, Counter]:
-        worker = self.idle.get()
+
+def encode_all(
+    batches: Iterable[list], ranks: dict[bytes, int], workers: int, ahead: int
+) -> Iterator[tuple[list, list[np.ndarray]]]:
+    """Yield each batch of pieces, in order, with the tokens (N,) uint16 of each piece's text.
+
+    ahead: batches that are read before their turn. Raises TextError if a process was killed.
+    """
+    pending = deque()
+    with ThreadPoolExecutor(workers) as threads:
         try:
-            worker.send(batch)
-            return worker.recv()
-        except (EOFError, ConnectionError):
-            raise TextError(
-                "a worker was killed, most likely for want of memory; run the same command with "
-                "fewer --workers, it goes on where it stopped"
-            ) from None
+            for batch in batches:
+                texts = [piece.text for piece in batch]
+                pending.append((batch, threads.submit(encode_elsewhere, texts, ranks)))
+                while pending and (pending[0][1].done() or len(pending) > ahead):
+                    batch, tokens = pending.popleft()
+                    yield batch, tokens.result()
+            for batch, tokens in pending:
+                yield batch, tokens.result()
         finally:
-            self.idle.put(worker)
-
-    def __enter__(self) -> "Workers":
-        return self
-
-    def __exit__(self, *_) -> None:
-        for process in self.processes:
-            process.terminate()  # nobody waits for what they are at
-        self.threads.shutdown(cancel_futures=True)
+            threads.shutdown(cancel_futures=True)
 
 
-def serve(pipe: Connection, ranks: dict[bytes, int], column: str) -> None:
-    """A worker's life."""
-    encoding = encoding_of(ranks)
-    with suppress(EOFError, ConnectionError):  # the parent is gone
-        while True:
-            pipe.send(encode(pipe.recv(), column, encoding))
+def encode_elsewhere(texts: list[str], ranks: dict[bytes, int]) -> list[np.ndarray]:
+    """The tokens of each text, from a process that this thread alone has a pipe to.
 
-
-def encode(
-    records: list[Record], column: str, encoding: tiktoken.Encoding
-) -> tuple[np.ndarray, Counter]:
-    """The tokens (N,) uint16 of a batch, each document behind START; how many were skipped, why."""
-    parts, skipped = [np.empty(0, np.uint16)], Counter()
-    for kind, data in records:
-        try:
-            text = text_of(kind, data, column)
-        except ValueError as reason:
-            skipped[str(reason)] += 1
-            continue
-        if kind != "more":
-            parts.append(np.array([START], np.uint16))
-        for piece in pieces([text]):  # START_TEXT in a document is ordinary text
-            tokens = encoding.encode_to_numpy(piece, disallowed_special=())
-            parts.append(tokens.astype(np.uint16))
-    return np.concatenate(parts), skipped
-
-
-def text_of(kind: str, data: str | bytes, column: str) -> str:
-    """The text of a record; ValueError with the reason if it is to be skipped."""
-    if kind == "skip":
-        raise ValueError(data)
+    So when one side is killed the other meets the end of the pipe at once. The pools of the
+    standard library can hang then, or leave their processes behind.
+    """
     try:
-        if kind == "json" and data.strip():
-            data = json.loads(data)[column]
-            data.encode()  # a lone surrogate is no text
-        text = data if isinstance(data, str) else data.decode()
-    except UnicodeError:
-        raise ValueError("not UTF-8") from None
-    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        raise ValueError(f"no JSON object with a text {column}") from None
-    if not text:
-        raise ValueError("empty")
-    return text
+        if not hasattr(WORKER, "pipe"):
+            WORKER.pipe, there = Pipe()
+            command = [sys.executable, "-c", f"import data.gpt2; data.gpt2.serve({there.fileno()})"]
+            # In a process group of its own: ctrl-C is for the parent alone.
+            subprocess.Popen(command, cwd=ROOT, pass_fds=[there.fileno()], process_group=0)
+            there.close()
+            WORKER.pipe.send(ranks)
+        WORKER.pipe.send(texts)
+        return WORKER.pipe.recv()
+    except (EOFError, OSError):
+        raise TextError(
+            "a worker was killed, most likely for want of memory; run the same command with "
+            "fewer --workers, it goes on where it stopped"
+        ) from None
+
+
+def serve(descriptor: int) -> None:
+    """What such a process does, until the thread ends."""
+    pipe = Connection(descriptor)
+    with suppress(EOFError, ConnectionError):
+        encoding = encoding_of(pipe.recv())
+        while True:
+            texts = pipe.recv()  # in which START_TEXT is ordinary text
+            tokens = [encoding.encode_to_numpy(text, disallowed_special=()) for text in texts]
+            pipe.send([part.astype(np.uint16) for part in tokens])

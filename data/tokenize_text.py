@@ -1,172 +1,230 @@
 #!/usr/bin/env python3
-"""Turn any text into shards: GPT-2 tokens, documents shuffled, validation apart.
+"""Turn any text into shards of GPT-2 tokens, in one pass over it and on all cores.
 
-First every document is tokenized, on all cores, and appended in the order of the input to one file,
-below OUT/work. Then the documents are dealt into shards in an order that the seed sets: a random
-permutation of all of them, for which memory holds some 40 bytes a document, and one shard. Both are
-the same for any number of workers.
+Documents keep the order of the input: the trainer shuffles them within each shard. One in 20 goes
+to validation, chosen by the hash of its text, until --val_tokens are reached; later copies of such
+a document are left out. So no document is in both, and where it goes depends neither on the number
+of workers nor on what follows it in the input.
 
-An interrupted run goes on where it stopped when it is started again. It reads again what it had
-tokenized, and so notices if that has changed. Finished shards are never touched. Until the end both
-the file of tokens and the shards are on the disk: 4 bytes a token.
+An interrupted run goes on after its last whole shard when it is started again: it reads what is in
+those shards, and so notices if that has changed, but does not tokenize it. manifest.json is written
+last: where it stands, the shards are finished.
 """
 
 import argparse
 import errno
+import fcntl
 import hashlib
 import json
 import os
 import re
-import shutil
 import signal
 import sys
-import time
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Iterable, Iterator
-from concurrent.futures import Future
-from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import chain
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, NamedTuple
 
+import bootstrap  # noqa: F401
 import numpy as np
-from documents import (
-    KINDS,
-    STDIN,
-    Record,
-    TextError,
-    articles,
-    check_parquet,
-    find_files,
-    parquet_texts,
-    read_records,
-)
-from filelock import FileLock, Timeout
-from gpt2 import START, Workers, gpt2_ranks, ranks_sha256
-from shards import file_sha256, open_shard, write_shard
 from tqdm import tqdm
+
+from data.documents import KINDS, STDIN, Document, articles, find_files, read_documents
+from data.gpt2 import START, TextError, encode_all, gpt2_ranks, pieces
+from data.shards import HEADER_BYTES, file_sha256, write_shard
 
 FOLDER = Path(__file__).resolve().parent
 MAX_SHARD_TOKENS = 2**31 - 1  # the header's count is an int32
-
-BATCH_BYTES = 1 << 20  # of text that a worker gets at once
-AHEAD_BYTES = 4 << 20  # of text for each worker that is read, and not yet tokenized
-SAVE_EVERY = 1.0  # seconds
+VAL_SHARE = 20  # one document in this many may go to validation
+BATCH_CHARS = 1 << 20  # of text that a worker gets at once
+AHEAD = 4  # batches per worker that are read before they can be encoded
+FIRST = np.array([START], np.uint16)  # token of each document
 CONVERTED = "refs/convert/parquet"  # where the hub puts parquet that it made itself
-T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Preset:
-    """A dataset of the hub. prefix: of its parquet files; val: of its validation split's."""
+class Piece(NamedTuple):
+    """A document, or a part of it if it is long.
 
-    repo: str
-    prefix: str
-    val: str | None
-    is_wikitext: bool
-
-
-PRESETS = {
-    "openwebtext": Preset("Skylion007/openwebtext", "", None, False),
-    "wikitext103": Preset("Salesforce/wikitext", "wikitext-103-raw-v1/", "validation", True),
-}
-
-
-# ------------------------------------------------------------------------------ First pass
-
-
-class Spool:
-    """Tokens of all documents in the order of the input, in a folder, and a journal of the work.
-
-    The journal says how many batches are in the file of tokens, and which text they were: what
-    stands in the file beyond that, a killed run had not finished.
+    digest: of the document's first piece, for which starts is true; checksum: of all that was read
+    up to here; text: empty if it is in a whole shard already.
     """
 
-    def __init__(self, folder: Path):
-        folder.mkdir(parents=True, exist_ok=True)
-        self.tokens, self.journal = folder / "tokens", folder / "journal.json"
-        self.done = {"batches": 0, "tokens": 0, "sha256": hashlib.sha256().hexdigest()}
-        self.done |= {"skipped": {}, "complete": False}
-        if self.journal.exists():
-            self.done = read_json(self.journal)
-        self.saved = time.monotonic()
+    split: str
+    starts: bool
+    digest: str
+    checksum: str
+    text: str
 
-    def fill(self, records: Iterable[Record], workers: Workers) -> None:
-        """Tokenize what is not yet there. Raises TextError, also if the input has changed."""
-        todo, digest = batches(records), hashlib.sha256()
-        for _ in range(self.done["batches"]):
-            add_to_digest(digest, next(todo, []))
-        if digest.hexdigest() != self.done["sha256"]:
+
+def read_pieces(
+    splits: dict[str, Iterable[Document]], done: int, skipped: Counter
+) -> Iterator[Piece]:
+    """All pieces of the input, of which the first `done` are in whole shards, or in validation."""
+    checksum, count = hashlib.blake2b(digest_size=16), 0
+    for split, documents in splits.items():
+        for document in documents:
+            for number, text in enumerate(pieces(document)):
+                if not text:
+                    skipped["empty"] += 1
+                    continue
+                own = hashlib.blake2b(text.encode(), digest_size=8)
+                checksum.update(own.digest())
+                if number == 0:
+                    digest = own.hexdigest()
+                count += 1
+                text = text if count >= done or may_be_val(split, digest) else ""
+                yield Piece(split, number == 0, digest, checksum.hexdigest(), text)
+
+
+def may_be_val(split: str, digest: str) -> bool:
+    return split == "val" or split == "both" and int(digest, 16) % VAL_SHARE == 0
+
+
+def batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    batch, size = [], 0
+    for piece in pieces:
+        batch.append(piece)
+        size += len(piece.text) or 100  # batches of pieces without text end as well
+        if size >= BATCH_CHARS:
+            yield batch
+            batch, size = [], 0
+    yield batch
+
+
+# ------------------------------------------------------------------------------ Shards
+
+
+class Shards:
+    """Deals the tokens of one run to its shards.
+
+    OUT/unfinished.json is written with each whole shard of training, and says how much of the input
+    is in those. Validation is written last: the next run tokenizes what may belong to it again.
+    """
+
+    def __init__(self, out: Path, options: dict, ranks: dict[bytes, int]):
+        self.out, self.options, self.journal = out, options, out / "unfinished.json"
+        self.token_bytes = np.zeros(1 << 16, np.uint16)  # of text in each token
+        self.token_bytes[list(ranks.values())] = [len(token) for token in ranks]
+        self.train, self.filled = np.empty(options["shard_tokens"], np.uint16), 0
+        self.val, self.val_tokens, self.val_digests = [], 0, set()
+        self.pieces, self.goal, self.skipped = 0, "", Counter()
+        # The last whole shard ends in the piece of this number, after `offset` of its tokens.
+        self.done = {"options": options, "pieces": 0, "offset": 0, "checksum": "", "shards": []}
+        for part in out.glob(f"{options['name']}_*.part"):  # of a run that was killed
+            part.unlink()
+        if self.journal.exists():
+            self.done = read_made(self.journal, options)
+        elif found := sorted(out.glob(f"{options['name']}_*.bin")):
+            raise TextError(
+                f"{found[0]} is there, from no run that could be continued; choose another "
+                "--out or --name, or delete it"
+            )
+        else:
+            write_json(self.journal, self.done)
+
+    def take(self, piece: Piece, tokens: np.ndarray) -> None:
+        """Put the next piece where it belongs. Raises TextError if the input has changed."""
+        self.pieces += 1
+        is_last_done = self.pieces == self.done["pieces"]
+        if is_last_done and piece.checksum != self.done["checksum"]:
             raise self.changed()
-        pending, ahead, most = deque(), 0, AHEAD_BYTES * len(workers.processes)
-        with self.tokens.open("ab") as file:
-            file.truncate(2 * self.done["tokens"])
-            for batch in todo:
-                if self.done["complete"]:
-                    raise self.changed()
-                add_to_digest(digest, batch)
-                size = sum(len(data) for _, data in batch)
-                while pending and (ahead + size > most or pending[0][0].done()):
-                    ahead -= self.store(file, *pending.popleft())
-                pending.append((workers.submit(batch), size, digest.hexdigest()))
-                ahead += size
-            while pending:
-                self.store(file, *pending.popleft())
-            self.done["complete"] = True
-            self.save(file)
+        if piece.starts:
+            self.goal = self.goal_of(piece)
+            tokens = np.concatenate((FIRST, tokens))
+        if self.goal == "train" and self.pieces >= self.done["pieces"]:
+            self.fill(tokens, self.done["offset"] if is_last_done else 0, piece.checksum)
+        elif self.goal == "val":
+            if piece.split == "both":
+                tokens = tokens[: self.options["val_tokens"] - self.val_tokens]
+            self.val.append(tokens)
+            self.val_tokens += len(tokens)
+
+    def goal_of(self, piece: Piece) -> str:
+        """Where a document goes: train, val, or nowhere."""
+        if piece.split != "both":
+            return piece.split
+        if piece.digest in self.val_digests:
+            self.skipped["in validation already"] += 1
+            return ""
+        is_full = self.val_tokens == self.options["val_tokens"]
+        if is_full or not may_be_val(piece.split, piece.digest):
+            return "train"
+        self.val_digests.add(piece.digest)
+        return "val"
+
+    def fill(self, tokens: np.ndarray, begin: int, checksum: str) -> None:
+        """Add tokens[begin:] to training, and write each shard that they make whole."""
+        while begin < len(tokens):
+            part = tokens[begin : begin + len(self.train) - self.filled]
+            self.train[self.filled : self.filled + len(part)] = part
+            self.filled, begin = self.filled + len(part), begin + len(part)
+            if self.filled == len(self.train):
+                self.done["shards"].append(self.write("train", self.train))
+                self.done |= {"pieces": self.pieces, "offset": begin, "checksum": checksum}
+                write_json(self.journal, self.done)
+                self.filled = 0
+
+    def write(self, split: str, tokens: np.ndarray) -> dict:
+        """Write one shard; return what the manifest says of it."""
+        number = len(self.done["shards"]) + 1 if split == "train" else 0
+        path = self.out / f"{self.options['name']}_{split}_{number:06d}.bin"
+        write_shard(path, tokens)
+        return {
+            "name": path.name,
+            "tokens": len(tokens),
+            "documents": int(np.count_nonzero(tokens == START)),
+            "bytes_of_text": int(self.token_bytes[tokens].sum(dtype=np.int64)),
+            "sha256": file_sha256(path),
+        }
+
+    def finish(self) -> dict:
+        """Write the last shards and the manifest; return that. TextError if nothing can train."""
+        if self.pieces < self.done["pieces"]:
+            raise self.changed()
+        shards = self.done["shards"]
+        if not self.filled and not shards:
+            raise TextError(
+                f"no text is left to train on ({self.val_tokens:,} tokens are in validation, "
+                f"skipped: {dict(self.skipped) or 'nothing'}); give more, or --val_tokens 0"
+            )
+        if self.filled:
+            shards.append(self.write("train", self.train[: self.filled]))
+        if self.val_tokens:
+            shards.insert(0, self.write("val", np.concatenate(self.val)))
+        manifest = {"created_by": "data/tokenize_text.py", "options": self.options}
+        for key in ("documents", "tokens", "bytes_of_text"):
+            manifest[key] = sum(shard[key] for shard in shards)
+        manifest["bytes_per_token"] = round(manifest["bytes_of_text"] / manifest["tokens"], 6)
+        manifest |= {"skipped": dict(sorted(self.skipped.items())), "shards": shards}
+        write_json(self.out / "manifest.json", manifest)
+        self.journal.unlink()
+        return manifest
 
     def changed(self) -> TextError:
         return TextError(
             "the input is not what it was when this work began; restore it, or delete "
-            f"{self.tokens.parent.parent} to begin anew"
+            f"{self.out} to begin anew"
         )
 
-    def store(self, file, future: Future, size: int, sha256: str) -> int:
-        """Append the next batch, whose text is `size` bytes; return that."""
-        tokens, skipped = future.result()
-        file.write(tokens.astype("<u2", copy=False))
-        self.done["batches"] += 1
-        self.done["tokens"] += len(tokens)
-        self.done["sha256"] = sha256
-        self.done["skipped"] = dict(Counter(self.done["skipped"]) + skipped)
-        if time.monotonic() - self.saved > SAVE_EVERY:
-            self.save(file)
-        return size
 
-    def save(self, file) -> None:
-        file.flush()
-        os.fsync(file.fileno())  # a power cut must not leave the journal ahead of the tokens
-        write_json(self.journal, self.done)
-        self.saved = time.monotonic()
-
-
-def batches(records: Iterable[Record]) -> Iterator[list[Record]]:
-    batch, size = [], 0
-    for record in records:
-        batch.append(record)
-        size += len(record[1])
-        if size >= BATCH_BYTES:
-            yield batch
-            batch, size = [], 0
-    if batch:
-        yield batch
-
-
-def add_to_digest(digest, batch: list[Record]) -> None:
-    for kind, data in batch:
-        data = data.encode() if isinstance(data, str) else data
-        digest.update(b"%s %d " % (kind.encode(), len(data)))
-        digest.update(data)
-
-
-def read_json(path: Path) -> dict:
-    try:
-        return json.loads(path.read_text())
-    except ValueError as error:
+def read_made(path: Path, options: dict) -> dict:
+    """Read a journal or manifest. TextError if it has other options, or shards that are gone."""
+    made = {"options": {}, "shards": []}
+    with suppress(ValueError, TypeError):  # if it is damaged it has none of these
+        made |= json.loads(path.read_text())
+    found = made["options"]
+    changed = [f"{k}: {found.get(k)}, now {v}" for k, v in options.items() if found.get(k) != v]
+    if changed:
         raise TextError(
-            f"{path} is damaged ({error}); delete {path.parent} to begin anew"
-        ) from None
+            f"{path} is of a run with other options ({', '.join(changed)}); give those again, "
+            f"choose another --out, or delete {path.parent} to begin anew"
+        )
+    for shard in made["shards"]:
+        file, size = path.with_name(shard["name"]), HEADER_BYTES + 2 * shard["tokens"]
+        if not file.exists() or file.stat().st_size != size:
+            raise TextError(f"{file} is not as {path} says; delete {path.parent} to begin anew")
+    return made
 
 
 def write_json(path: Path, value: dict) -> None:
@@ -175,151 +233,61 @@ def write_json(path: Path, value: dict) -> None:
     part.replace(path)
 
 
-# ------------------------------------------------------------------------------ Second pass
-
-
-class Stream:
-    """The documents of a spool, one behind the other in a random order, or in that of the input."""
-
-    def __init__(self, spool: Spool, seed: int | None):
-        starts = find_starts(spool.tokens)
-        lengths = np.diff(starts, append=spool.done["tokens"])
-        order = np.arange(len(starts))
-        if seed is not None:
-            order = np.random.default_rng(seed).permutation(len(starts))
-        self.path, self.starts, self.ends = spool.tokens, starts[order], np.cumsum(lengths[order])
-
-    def __len__(self) -> int:
-        """Tokens."""
-        return int(self.ends[-1]) if len(self.ends) else 0
-
-    def document_end(self, position: int) -> int:
-        """Where the document ends that holds the token before a position > 0."""
-        return int(self.ends[np.searchsorted(self.ends, position)])
-
-    def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens [start, stop) as uint16. What lies close together in the file is read together."""
-        first = int(np.searchsorted(self.ends, start, "right"))
-        last = int(np.searchsorted(self.ends, stop)) + 1
-        ends = self.ends[first:last].clip(max=stop)
-        begins = np.concatenate(([start], ends[:-1]))
-        sources = self.starts[first:last].copy()
-        sources[0] += start - (self.ends[first - 1] if first else 0)  # it may have begun before
-        order = np.argsort(sources)
-        tokens = np.empty(stop - start, "<u2")
-        view = memoryview(tokens).cast("B")
-        with self.path.open("rb") as file:
-            for source, begin, end in np.stack((sources, begins, ends))[:, order].T.tolist():
-                read_at(file.fileno(), 2 * source, view[2 * (begin - start) : 2 * (end - start)])
-        return tokens
-
-
-def read_at(descriptor: int, offset: int, view: memoryview) -> None:
-    """Fill the view with bytes of a file."""
-    while view:
-        if not (count := os.preadv(descriptor, [view], offset)):
-            raise OSError("a file of tokens is too short; delete the folder work to begin anew")
-        view, offset = view[count:], offset + count
-
-
-def find_starts(path: Path) -> np.ndarray:
-    """Positions of the documents (N,) int64 in a file of tokens: no text is encoded as START."""
-    found, position = [np.empty(0, np.int64)], 0
-    with path.open("rb") as file:
-        while len(tokens := np.fromfile(file, "<u2", 1 << 22)):
-            found.append(np.flatnonzero(tokens == START) + position)
-            position += len(tokens)
-    return np.concatenate(found)
-
-
-def deal(spools: dict[str, Spool], options: dict) -> list[tuple[str, Stream, int, int]]:
-    """(name, stream, start, stop) of every shard. Raises TextError if no training text is left.
-
-    Where validation has no text of its own, it gets the first documents of the shuffled order, the
-    last of them cut at the exact count; what is cut off is in no shard.
-    """
-    name, asked, begin = options["name"], options["val_tokens"], 0
-    train = Stream(spools["train"], options["seed"])
-    shards = []
-    if "val" in spools:
-        val = Stream(spools["val"], None)
-        shards.append((f"{name}_val_000000.bin", val, 0, len(val)))
-    elif asked:
-        begin = train.document_end(asked) if asked < len(train) else len(train)
-        shards.append((f"{name}_val_000000.bin", train, 0, asked))
-    if begin == len(train):
-        skipped = sum(sum(spool.done["skipped"].values()) for spool in spools.values())
-        raise TextError(
-            f"the input has {len(train):,} tokens in {len(train.ends):,} documents ({skipped:,} "
-            "were skipped), and none is left to train on; give more text, or less to --val_tokens"
-        )
-    for number, start in enumerate(range(begin, len(train), options["shard_tokens"]), 1):
-        stop = min(start + options["shard_tokens"], len(train))
-        shards.append((f"{name}_train_{number:06d}.bin", train, start, stop))
-    return shards
-
-
-def describe(path: Path, token_bytes: np.ndarray) -> dict:
-    """What the manifest says of a shard; token_bytes: (65536,), of text in each token."""
-    tokens = open_shard(path)
-    parts = np.array_split(tokens, len(tokens) // (1 << 22) + 1)
-    counts = sum(np.bincount(part, minlength=len(token_bytes)) for part in parts)
-    return {
-        "name": path.name,
-        "tokens": len(tokens),
-        "documents": int(counts[START]),
-        "bytes_of_text": int(counts @ token_bytes),
-        "sha256": file_sha256(path),
-    }
+@contextmanager
+def locked(out: Path) -> Iterator[None]:
+    """Keep other processes from a folder."""
+    out.mkdir(parents=True, exist_ok=True)
+    with (out / ".lock").open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise TextError(f"another process is writing to {out}; wait, or choose --out") from None
+        yield
 
 
 # ------------------------------------------------------------------------------ Presets
 
+PRESETS = {  # repository of the hub, prefix of its files, its name for each split
+    "openwebtext": ("Skylion007/openwebtext", "", {"both": "train"}),
+    "wikitext103": (
+        "Salesforce/wikitext",
+        "wikitext-103-raw-v1/",
+        {"val": "validation", "train": "train"},
+    ),
+}
 
-def preset_files(preset: Preset, folder: Path) -> dict[str, list[Path]]:
+
+def preset_files(name: str, folder: Path) -> dict[str, list[Path]]:
     """The parquet files of each split: those that were brought to the folder, or the hub's."""
-    if files := brought_files(preset, folder):
+    from data.hub import download, list_files  # slow to import, and only needed here
+
+    repo, prefix, splits = PRESETS[name]
+    # Not further down: there data/hub.py keeps what it has not checked yet.
+    here = sorted([*folder.glob("*.parquet"), *folder.glob("*/*.parquet")], key=lambda p: p.name)
+    brought = {path.relative_to(folder).as_posix(): path for path in here}
+    files = {split: files_of(hub, brought) for split, hub in splits.items()}
+    if all(is_whole(paths) for paths in files.values()):
         return files
-    from hub import download, list_files  # slow to import, and only needed here
-
-    advice = f"{where_to_bring(preset, folder)}, then run this again"
+    advice = (
+        f"bring {prefix}*.parquet from https://huggingface.co/datasets/{repo} to {folder}, "
+        "then run this again"
+    )
     for revision in ("main", CONVERTED):
-        listed = list_files(preset.repo, revision, preset.prefix, advice)
-        files = by_split(preset, {file.name: file for file in listed})
+        listed = {file.name: file for file in list_files(repo, revision, prefix, advice)}
+        files = {split: files_of(hub, listed) for split, hub in splits.items()}
         if all(files.values()):
-            return {
-                split: download(preset.repo, chosen, folder, revision, check_parquet)
-                for split, chosen in files.items()
-            }
-    raise TextError(f"{preset.repo} has no parquet files of all its splits; {advice}")
+            return {k: download(repo, chosen, folder, revision) for k, chosen in files.items()}
+    raise TextError(f"{repo} has no parquet files of all its splits; {advice}")
 
 
-def where_to_bring(preset: Preset, folder: Path) -> str:
-    source = f"https://huggingface.co/datasets/{preset.repo}"
-    return f"bring {preset.prefix}*.parquet from {source} to {folder}"
+def files_of(split: str, files: dict[str, Any]) -> list:
+    """Those whose names are like SPLIT-00000-of-00002.parquet or partial-SPLIT/0000.parquet."""
+    return [f for name, f in files.items() if re.search(rf"(^|[/-]){split}[-/].*\.parquet$", name)]
 
 
-def brought_files(preset: Preset, folder: Path) -> dict[str, list[Path]] | None:
-    return complete_splits(preset, sorted(folder.rglob("*.parquet")))
-
-
-def complete_splits(preset: Preset, paths: list[Path]) -> dict[str, list[Path]] | None:
-    """The files of each split, if their names (...-of-00002.parquet) say that all are here."""
-    files = by_split(preset, {path.as_posix(): path for path in paths})
-    for chosen in files.values():
-        totals = [re.search(r"-of-(\d+)\.parquet$", path.name) for path in chosen]
-        if not totals or any(m is None or int(m[1]) != len(chosen) for m in totals):
-            return None
-    return files
-
-
-def by_split(preset: Preset, files: dict[str, T]) -> dict[str, list[T]]:
-    """Files, by name, of the splits that become shards."""
-    hub_names = {"val": preset.val, "train": "train"} if preset.val else {"train": "train"}
-    return {
-        split: [f for n, f in files.items() if re.search(rf"(^|[/-]){hub}[-/].*\.parquet$", n)]
-        for split, hub in hub_names.items()
-    }
+def is_whole(paths: list[Path]) -> bool:
+    """Do their names (...-of-00002.parquet) say that all files of a split are here?"""
+    return {path.name.rpartition("-of-")[2] for path in paths} == {f"{len(paths):05d}.parquet"}
 
 
 # ------------------------------------------------------------------------------ Main
@@ -327,196 +295,67 @@ def by_split(preset: Preset, files: dict[str, T]) -> dict[str, list[T]]:
 
 def tokenize(args: argparse.Namespace) -> dict:
     """Make the shards and the manifest, or find them finished; return the manifest."""
-    preset = PRESETS.get(args.preset)
-    try:
-        ranks = gpt2_ranks(args.tokenizer_file)
-    except TextError as error:
-        if preset and not brought_files(preset, args.out / "parquet"):  # all that is to be brought
-            raise TextError(f"{error}; {where_to_bring(preset, args.out / 'parquet')}") from None
-        raise
-    options = options_of(args, ranks)
-    files = {"train": find_files(args.inputs)} if not preset else None
-    if finished := finished_manifest(args.out, options, files):
-        shutil.rmtree(args.out / "work", ignore_errors=True)
-        return finished
-    files = files or preset_files(preset, args.out / "parquet")
-    with working_folder(args.out, options) as work:
-        spools = fill_spools(work, files, preset, args, ranks)
-        token_bytes = np.zeros(1 << 16, np.int64)
-        for token, rank in ranks.items():
-            token_bytes[rank] = len(token)
-        shards = []
-        for name, stream, start, stop in tqdm(deal(spools, options), unit="shard", disable=None):
-            if not (args.out / name).exists():
-                write_shard(work / name, stream.read(start, stop))
-                (work / name).replace(args.out / name)
-            shards.append(describe(args.out / name, token_bytes))
-        skipped = sum((Counter(spool.done["skipped"]) for spool in spools.values()), Counter())
-        manifest = manifest_of(options, size_of(files), skipped, shards)
-        write_json(args.out / "manifest.json", manifest)
-    return manifest
-
-
-def options_of(args: argparse.Namespace, ranks: dict[bytes, int]) -> dict:
-    """All that sets the contents of the shards, apart from the contents of the input."""
-    return {
+    ranks, files = gpt2_ranks(args.tokenizer_file), {}
+    options = {
         "name": args.name,
         "inputs": args.inputs or [args.preset],
         "text_column": args.text_column,
         "shard_tokens": args.shard_tokens,
         "val_tokens": args.val_tokens,
-        "seed": args.seed,
-        "tokenizer_sha256": ranks_sha256(ranks),
+        "tokenizer_sha256": hashlib.sha256(b" ".join(sorted(ranks, key=ranks.get))).hexdigest(),
     }
+    if not args.preset:
+        files = {"both": find_files(args.inputs)}
+        options |= {"input_files": len(files["both"]), "input_bytes": size_of(files)}
+    with locked(args.out):
+        if (path := args.out / "manifest.json").exists():
+            return read_made(path, options)
+        shards = Shards(args.out, options, ranks)
+        files = files or preset_files(args.preset, args.out / "parquet")
+        with tqdm(total=size_of(files), unit="B", unit_scale=True, disable=None) as bar:
+            splits = {
+                split: read_documents(paths, args.text_column, shards.skipped, bar)
+                for split, paths in files.items()
+            }
+            if args.preset == "wikitext103":
+                splits = {split: articles(rows) for split, rows in splits.items()}
+            todo = batches(read_pieces(splits, shards.done["pieces"], shards.skipped))
+            for batch, tokens in encode_all(todo, ranks, args.workers, AHEAD * args.workers):
+                for piece, piece_tokens in zip(batch, tokens, strict=True):
+                    shards.take(piece, piece_tokens)
+        return shards.finish()
 
 
-def size_of(files: dict[str, list[Path | str]]) -> dict[str, int]:
+def size_of(files: dict[str, list[Path]]) -> int:
     paths = [path for chosen in files.values() for path in chosen]
-    return {
-        "files": len(paths),
-        "bytes": sum(path.stat().st_size for path in paths if path != STDIN),
-    }
-
-
-def finished_manifest(out: Path, options: dict, files: dict | None) -> dict | None:
-    """The manifest of a finished run with these options; TextError if it had others."""
-    if not (path := out / "manifest.json").exists():
-        return None
-    manifest = read_json(path)
-    found = manifest["options"] | ({"input": manifest["input"]} if files else {})
-    asked = options | ({"input": size_of(files)} if files else {})
-    if found != asked:
-        raise TextError(
-            f"{out} holds shards that were made otherwise ({differences(found, asked)}); choose "
-            f"another --out, or delete {path} and the shards beside it"
-        )
-    for entry in manifest["shards"]:
-        if len(open_shard(out / entry["name"])) != entry["tokens"]:
-            raise TextError(f"{out / entry['name']} is not as in {path}; delete both")
-    return manifest
-
-
-def differences(found: dict, asked: dict) -> str:
-    return ", ".join(f"{k}: {found.get(k)}, now {v}" for k, v in asked.items() if found.get(k) != v)
-
-
-@contextmanager
-def working_folder(out: Path, options: dict) -> Iterator[Path]:
-    """OUT/work for this process alone, with what a run with the same options left there."""
-    work = out / "work"
-    work.mkdir(parents=True, exist_ok=True)
-    try:
-        lock = FileLock(work / "lock").acquire(timeout=0)
-    except Timeout:
-        raise TextError(f"another process is writing to {out}; wait, or choose --out") from None
-    with lock:
-        noted = work / "options.json"
-        if not noted.exists():
-            if shards := sorted(out.glob(f"{options['name']}_*.bin")):
-                raise TextError(
-                    f"{shards[0]} is there, from no run that could be continued; choose another "
-                    "--out or --name, or delete it"
-                )
-            write_json(noted, options)
-        elif (found := read_json(noted)) != options:
-            raise TextError(
-                f"{work} holds the work of an interrupted run with other options "
-                f"({differences(found, options)}); give those again, or delete it and the shards "
-                "beside it"
-            )
-        yield work
-        shutil.rmtree(work)
-
-
-def fill_spools(
-    work: Path, files: dict, preset: Preset | None, args: argparse.Namespace, ranks: dict
-) -> dict[str, Spool]:
-    """Tokenize the files of each split."""
-    spools = {split: Spool(work / split) for split in files}
-    total = size_of(files)["bytes"] or None
-    with (
-        Workers(args.workers, ranks, args.text_column) as workers,
-        tqdm(total=total, unit="B", unit_scale=True, disable=None) as bar,
-    ):
-        for split, spool in spools.items():
-            if preset and preset.is_wikitext:
-                rows = (parquet_texts(path, args.text_column, bar) for path in files[split])
-                records = (("text", text) for text in articles(chain.from_iterable(rows)))
-            else:
-                records = read_records(files[split], args.text_column, bar)
-            spool.fill(records, workers)
-    return spools
-
-
-def manifest_of(options: dict, size: dict, skipped: Counter, shards: list[dict]) -> dict:
-    tokens, text_bytes = (sum(s[key] for s in shards) for key in ("tokens", "bytes_of_text"))
-    return {
-        "name": options["name"],
-        "created_by": "data/tokenize_text.py",
-        "tokenizer": {"name": "gpt2", "sha256": options["tokenizer_sha256"]},
-        "options": options,
-        "input": size,
-        "documents": sum(shard["documents"] for shard in shards),
-        "tokens": tokens,
-        "bytes_of_text": text_bytes,
-        "bytes_per_token": round(text_bytes / tokens, 6),
-        "skipped": dict(sorted(skipped.items())),
-        "shards": shards,
-    }
+    return sum(path.stat().st_size for path in paths if path != STDIN)
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "inputs",
-        nargs="*",
-        metavar="INPUT",
-        help=f"files, folders or quoted globs ({', '.join(KINDS)}), or - for standard input",
-    )
-    parser.add_argument("--preset", choices=PRESETS, help="a dataset of the Hugging Face hub")
-    parser.add_argument("--name", help="of the shards (default: the preset's, or text)")
-    parser.add_argument("--out", type=Path, help="folder (default: data/NAME)")
-    parser.add_argument(
-        "--text_column",
-        default="text",
-        help="of JSON lines and parquet (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--shard_tokens",
-        type=int,
-        default=100_000_000,
-        help="in each training shard but the last (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--val_tokens",
-        type=int,
-        help="in the validation shard; 0: none (default: 1048576, or the preset's own split)",
-    )
-    parser.add_argument("--seed", type=int, default=0, help="of the order (default: %(default)s)")
-    parser.add_argument(
-        "--tokenizer_file",
-        type=Path,
-        help="gpt2.tiktoken (default: data/gpt2.tiktoken, or a download)",
-    )
-    parser.add_argument(
-        "--workers",
-        type=int,
-        default=len(os.sched_getaffinity(0)),
-        help="processes (default: one a core)",
-    )
+    add = parser.add_argument
+    kinds = f"files, folders or quoted globs ({', '.join(KINDS)}), or - for standard input"
+    add("inputs", nargs="*", metavar="INPUT", help=kinds)
+    add("--preset", choices=PRESETS, help="a dataset of the Hugging Face hub")
+    add("--name", help="of the shards (default: the preset's, or text)")
+    add("--out", type=Path, help="folder (default: data/NAME)")
+    add("--text_column", default="text", help="of JSON lines and parquet (default: %(default)s)")
+    add("--shard_tokens", type=int, default=100_000_000, help="of training (default: %(default)s)")
+    add("--val_tokens", type=int, help="at most; 0: none (default: 1048576, or the preset's own)")
+    add("--tokenizer_file", type=Path, help="default: data/gpt2.tiktoken, or a download")
+    cores = len(os.sched_getaffinity(0))
+    add("--workers", type=int, default=cores, help="processes (default: one per core)")
     args = parser.parse_args()
     if bool(args.preset) == bool(args.inputs):
         parser.error("give either inputs or a --preset")
-    if not 1 <= args.shard_tokens <= MAX_SHARD_TOKENS:
-        parser.error(f"--shard_tokens must be 1 to {MAX_SHARD_TOKENS}")
+    has_val = args.preset and "val" in PRESETS[args.preset][2]
     if args.val_tokens is None:
-        args.val_tokens = 0 if args.preset and PRESETS[args.preset].val else 1 << 20
-    elif not 0 <= args.val_tokens <= MAX_SHARD_TOKENS:
-        parser.error(f"--val_tokens must be 0 to {MAX_SHARD_TOKENS}")
-    elif args.preset and PRESETS[args.preset].val:
+        args.val_tokens = 0 if has_val else 1 << 20
+    elif has_val:
         parser.error(f"--preset {args.preset} has a validation split of its own: no --val_tokens")
-    if args.workers < 1:
-        parser.error("--workers must be 1 or more")
+    for flag, least in (("shard_tokens", 1), ("val_tokens", 0), ("workers", 1)):
+        if not least <= getattr(args, flag) <= MAX_SHARD_TOKENS:
+            parser.error(f"--{flag} must be {least} to {MAX_SHARD_TOKENS}")
     args.name = args.name or args.preset or "text"
     args.out = args.out or FOLDER / args.name
     return args
@@ -552,6 +391,13 @@ def main() -> int:
         print(f"{args.out / shard['name']}  {shard['tokens']:,} tokens")
     for reason, count in manifest["skipped"].items():
         print(f"skipped {count:,} documents: {reason}", file=sys.stderr)
+    held_out = sum(s["tokens"] for s in manifest["shards"] if "_val_" in s["name"])
+    if held_out < args.val_tokens:
+        print(
+            f"validation has {held_out:,} of {args.val_tokens:,} tokens: one document in "
+            f"{VAL_SHARE} may go there; give more text, or lower --val_tokens",
+            file=sys.stderr,
+        )
     return 0
 
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Compare tokenize_text.py with tiktoken alone, on the same text and as many processes, in turns.
 
-    python tests/benchmark_tokenize.py english_train_000001.bin.xz --tokenizer_file gpt2.tiktoken
+    python -m tests.benchmark_tokenize english_train_000001.bin.xz --tokenizer_file gpt2.tiktoken
 
 tiktoken alone: the documents lie in the memory of processes that have started already, and their
 tokens are thrown away. tokenize_text.py: the whole command, from a .jsonl to shards and manifest.
@@ -20,11 +20,8 @@ from pathlib import Path
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "data"))
-
-from gpt2 import START, encoding_of, gpt2_ranks  # noqa: E402
-from shards import HEADER_BYTES  # noqa: E402
+from data.gpt2 import ROOT, START, encoding_of, gpt2_ranks
+from data.shards import HEADER_BYTES
 
 
 def read_documents(paths: list[Path], encoding) -> list[str]:
