@@ -76,15 +76,15 @@ count_gpus() { # the largest of 1, 2, 4, 8 GPUs that are visible and that torch 
 }
 
 get_data() { # get_data TRACK: its shards, unless they are there; its scripts say what is missing
-    local status=0 wikitext="$root/data/wikitext103"
+    local status=0
     case $1 in
     embedded)
         [ -e "$root/data/embedded/embedded_train.bin" ] || "$python" "$root/data/embedded.py" >&2
         ;;
     fineweb) "$python" "$root/data/cached_fineweb10B.py" 9 >&2 ;;
     fineweb_medium) "$python" "$root/data/cached_fineweb10B.py" 44 >&2 ;;
-    wikitext103) # an unfinished run has left a folder work beside its shards
-        { [ -e "$wikitext/wikitext103_train_000001.bin" ] && [ ! -e "$wikitext/work" ]; } ||
+    wikitext103) # manifest.json is written last
+        [ -e "$root/data/wikitext103/manifest.json" ] ||
             "$python" "$root/data/tokenize_text.py" --preset wikitext103 >&2
         ;;
     esac || status=$?

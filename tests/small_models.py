@@ -10,10 +10,14 @@ from baselines.train_gpt2 import GPT2, weights
 from baselines.train_gpt2 import TRACKS as GPT2_TRACKS
 from checkpoints import write_checkpoint
 from evals.models import LanguageModel, Tokenizer, tokenizer_of
-from harness import TASKS, Run, Runtime
+from harness import TASKS, Run, Runtime, Task
 from train_gpt import GPT, TRACKS
 
-BYTES = {"vocab_size": 257, "document_start": 256, "val_seq_len": 64}
+
+def bytes_task(val_seq_len: int) -> Task:
+    sizes = {"val_seq_len": val_seq_len, "val_tokens": 32 * val_seq_len}
+    changes = {**TINY_TASK, "vocab_size": 257, "document_start": 256, **sizes}
+    return dataclasses.replace(TASKS["embedded"], **changes)
 
 
 def write_small(folder: Path, trainer: str, task, hp, model) -> Path:
@@ -29,8 +33,7 @@ def write_speedrun(
 ) -> Path:
     """A checkpoint of train_gpt.py over bytes, with no parameter left at its initial zero."""
     hp = dataclasses.replace(TRACKS["embedded"], **{**TINY, **changes})
-    sizes = {"val_seq_len": val_seq_len, "val_tokens": 32 * val_seq_len}
-    task = dataclasses.replace(TASKS["embedded"], **{**TINY_TASK, **BYTES, **sizes})
+    task = bytes_task(val_seq_len)
     torch.manual_seed(0)
     model = GPT(hp, task, Runtime())
     for p in model.parameters():
@@ -39,7 +42,7 @@ def write_speedrun(
     return write_small(folder, "train_gpt.py", task, hp, model)
 
 
-def write_gpt2(folder: Path, **changes) -> Path:
+def write_gpt2(folder: Path, val_seq_len: int = 64, **changes) -> Path:
     """A checkpoint of baselines/train_gpt2.py over bytes, its every parameter drawn."""
     shape = dict(num_layers=3, model_dim=32, num_heads=4, mlp_dim=64, seq_len=64, embed_rows=257)
     hp = dataclasses.replace(GPT2_TRACKS["embedded"], **{**shape, **changes})
@@ -48,7 +51,7 @@ def write_gpt2(folder: Path, **changes) -> Path:
     for p in model.parameters():
         p.data.normal_(0, 0.3)
     model.positions.data.normal_(0, 2)  # else a tied head repeats one token
-    task = dataclasses.replace(TASKS["embedded"], **{**TINY_TASK, **BYTES})
+    task = bytes_task(val_seq_len)
     return write_small(folder, "baselines/train_gpt2.py", task, hp, model)
 
 

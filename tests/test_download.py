@@ -423,11 +423,13 @@ def test_run_sh_touches_no_network_for_shards_that_are_there(user, hub, checkout
             path = checkout / "data" / folder / name.replace("fineweb", prefix)
             path.parent.mkdir(exist_ok=True)
             path.write_bytes(contents[name])
+    manifest = checkout / "data" / "wikitext103" / "manifest.json"
+    manifest.write_text("{}")
     for track in ("fineweb", "wikitext103"):
         done = run_sh(user, checkout, track)
         assert (done.returncode, done.stdout, done.stderr) == (0, "training\n", "")
     assert not hub.requests
-    (checkout / "data" / "wikitext103" / "work").mkdir()  # left by a run that was killed
+    manifest.unlink()  # as a run that was killed leaves it
     assert run_sh(user, checkout, "wikitext103").returncode == 1
 
 

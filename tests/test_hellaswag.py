@@ -98,7 +98,7 @@ def evaluate(model, records) -> tuple[float, float]:
 
 @pytest.mark.parametrize("write", [write_speedrun, write_gpt2])
 def test_scores_equal_a_loop_over_single_endings(write, tmp_path):
-    model = load_model(write(tmp_path / "long.pt", seq_len=256, val_seq_len=256))
+    model = load_model(write(tmp_path / "long", val_seq_len=256, seq_len=256))
     records = made_up(50)
     sums, acc_norm, acc = brute_force(model, records)
     np.testing.assert_allclose(batched(model, records), sums, rtol=1e-5)
@@ -332,7 +332,7 @@ def test_the_result_is_printed_and_closes_a_log(checkpoint, tmp_path):
     stderr = math.sqrt(acc_norm * (1 - acc_norm) / 10)
     assert done.stdout.startswith(
         f"result hellaswag acc_norm:{acc_norm:.4f} stderr:{stderr:.4f} acc:{acc:.4f} n:10 "
-        f"checkpoint:tiny.pt trainer:train_gpt step:20 data_sha256:{digest} sha256:"
+        f"checkpoint:tiny trainer:train_gpt.py step:20 data_sha256:{digest} sha256:"
     )
     (log,) = (checkpoint.parent / "hellaswag").glob("tiny_*.txt")
     text = log.read_text()
