@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT / "data"), str(ROOT / "records")]
+sys.path.insert(0, str(ROOT / "data"))
 
 from data.shards import write_shard  # noqa: E402
 from records.harness import as_flag  # noqa: E402

@@ -15,7 +15,6 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from attempts import ENTRIES, project_files
 from conftest import ROOT, START, VOCAB, clean_environment, losses, only_log
 from torch.distributed._tools import MemTracker
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -39,7 +38,8 @@ from baselines.train_gpt2 import (
 )
 from data.shards import open_shard
 from records.harness import Run, RunError, Runtime, parse_flags
-from records.runs import read_log
+from tools.attempts import ENTRIES, project_files
+from tools.runs import read_log
 
 TINY = dict(
     vocab_size=VOCAB,
@@ -431,7 +431,7 @@ def test_a_run_learns_saves_and_resumes_to_the_same_digits(flags, tmp_path):
 
 def test_repeat_freezes_and_runs_the_baseline(flags, tmp_path):
     attempt = tmp_path / "2026-01-01_GPT2"
-    done = run("records/repeat.py", "-n", 1, "--entry", ENTRIES[1], attempt, *flags)
+    done = run("tools/repeat.py", "-n", 1, "--entry", ENTRIES[1], attempt, *flags)
     assert "GPT2 seed 0: result status:missed" in done.stdout + done.stderr, done.stderr
     made = read_log(only_log(attempt / "logs"))
     kept = {str(p.relative_to(attempt / "source")) for p in attempt.glob("source/**/*.py")}

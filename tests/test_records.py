@@ -13,16 +13,13 @@ import sys
 import time
 from pathlib import Path
 
-import attempts
-import comparison
-import leaderboard
 import numpy as np
 import pytest
-import runs
-import stats
-import tool as tool_errors
 from conftest import ROOT, TINY, as_flag, clean_environment, only_log, train
 from scipy import special
+
+from tools import attempts, comparison, leaderboard, runs, stats
+from tools.cli import ToolError
 
 RECORDS = sorted(ROOT.glob("records/*/20*/logs/*.txt"))
 REAL_LOGS = sorted(ROOT.glob("tests/logs/*/logs/*.txt"))
@@ -42,7 +39,7 @@ peak memory allocated: 28769 MiB reserved: 30000 MiB
 
 
 def tool(name: str, *words, **changes) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(ROOT / "records" / f"{name}.py"), *map(str, words)]
+    command = [sys.executable, str(ROOT / "tools" / f"{name}.py"), *map(str, words)]
     return subprocess.run(command, env=clean_environment(**changes), capture_output=True,
                           text=True, timeout=300)  # fmt: skip
 
@@ -700,7 +697,7 @@ def test_a_run_goes_on_when_the_one_it_takes_turns_with_is_killed(attempt_flags,
     a, b = tmp_path / "2026-01-01_A", tmp_path / "2026-01-01_B"
     words = ["-n", "1", "--turns", "2", str(a), str(b), *attempt_flags]
     with subprocess.Popen(
-        [sys.executable, str(ROOT / "records/repeat.py"), *words], env=clean_environment()
+        [sys.executable, str(ROOT / "tools/repeat.py"), *words], env=clean_environment()
     ) as process:
         while not any("step:2/" in p.read_text() for p in a.glob("logs/*.txt")):
             assert process.poll() is None
@@ -719,7 +716,7 @@ def both_faults(folder) -> list:
 
 def test_a_killed_run_stays_in_the_count(attempt_flags, tmp_path):
     attempt = tmp_path / "2026-01-01_Killed"
-    words = [str(ROOT / "records/repeat.py"), "-n", "2", str(attempt), *attempt_flags]
+    words = [str(ROOT / "tools/repeat.py"), "-n", "2", str(attempt), *attempt_flags]
     process = subprocess.Popen(
         [sys.executable, *words, "--num_steps=4000", "--max_epochs=99"],
         env=clean_environment(),
@@ -764,7 +761,7 @@ def test_runs_that_cannot_begin_stop_the_attempt(tmp_path):
 
 def test_sigterm_ends_the_run_too(attempt_flags, tmp_path):
     attempt = tmp_path / "2026-01-01_Stopped"
-    words = [str(ROOT / "records/repeat.py"), "-n", "2", str(attempt), *attempt_flags]
+    words = [str(ROOT / "tools/repeat.py"), "-n", "2", str(attempt), *attempt_flags]
     process = subprocess.Popen(
         [sys.executable, *words, "--num_steps=4000", "--max_epochs=99"],
         env=clean_environment(),
@@ -880,7 +877,7 @@ def test_a_record_needs_a_title_and_five_runs_that_pass(tmp_path):
     four = leaderboard.Record(folder)
     assert four.arm.target_status()[0] == "PASS" and not four.eligible
     (folder / "README.md").write_text("")
-    with pytest.raises(tool_errors.ToolError, match="lacks a first line"):
+    with pytest.raises(ToolError, match="lacks a first line"):
         leaderboard.Record(folder)
 
 
@@ -968,7 +965,7 @@ def test_misuse_and_missing_files_have_their_exit_codes(tmp_path):
 def test_a_reader_that_leaves_gets_no_traceback():
     read_end, write_end = os.pipe()
     os.close(read_end)
-    command = [sys.executable, str(ROOT / "records/validate.py"), *map(str, REAL_LOGS)]
+    command = [sys.executable, str(ROOT / "tools/validate.py"), *map(str, REAL_LOGS)]
     done = subprocess.run(command, stdout=write_end, stderr=subprocess.PIPE, text=True)
     os.close(write_end)
     assert done.returncode == 128 + signal.SIGPIPE and not done.stderr

@@ -11,8 +11,11 @@ import argparse
 import sys
 from pathlib import Path
 
-import stats
-from attempts import (
+import bootstrap  # noqa: F401
+from tqdm import tqdm
+
+from tools import stats
+from tools.attempts import (
     ENTRIES,
     ROOT,
     TURNS_HELP,
@@ -22,10 +25,9 @@ from attempts import (
     interleaved,
     source_texts,
 )
-from comparison import Arm
-from runs import find_logs
-from tool import ToolError, finish
-from tqdm import tqdm
+from tools.cli import ToolError, finish
+from tools.comparison import Arm
+from tools.runs import find_logs
 
 
 def attempts(paths: list[Path], flags: list[str], processes: int, entry: str) -> list[Attempt]:

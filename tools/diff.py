@@ -12,10 +12,12 @@ import math
 import sys
 from pathlib import Path
 
-import stats
-from comparison import Arm, Comparison, code_difference, compare, environment_difference
-from runs import config_changes, source_diff
-from tool import EXIT_MISUSE, finish
+import bootstrap  # noqa: F401
+
+from tools import stats
+from tools.cli import EXIT_MISUSE, finish
+from tools.comparison import Arm, Comparison, code_difference, compare, environment_difference
+from tools.runs import config_changes, source_diff
 
 COLUMNS = ("", "A", "B", "B vs A", "95% CI", "p", "rank p")
 NAMED_CHANGES = 6  # differences that a line of the report spells out
@@ -218,7 +220,7 @@ def main() -> int:
     if args.source:
         print(source_report(c, sys.stdout.isatty()))
     if args.plot:
-        from plots import plot_comparison  # matplotlib takes a second to load
+        from tools.plots import plot_comparison  # matplotlib takes a second to load
 
         plot_comparison(c, args.plot)
     return c.exit_code

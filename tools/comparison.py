@@ -11,8 +11,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import stats
-from runs import InvalidLog, Run, config_changes, environment_changes, read_arm, source_changes
+
+from tools import stats
+from tools.runs import (
+    InvalidLog,
+    Run,
+    config_changes,
+    environment_changes,
+    read_arm,
+    source_changes,
+)
 
 TARGET_RANKS = {"unknown": 0, "FAIL": 0, "open": 1, "PASS": 2}
 EXIT_CODES = {"FASTER": 0, "EQUIVALENT": 0, "REGRESSION": 1, "NOT COMPARABLE": 3,
@@ -296,12 +304,12 @@ def slowdown(run: Run) -> list[str]:
 def next_steps(c: Comparison) -> list[str]:
     steps = []
     if not c.times_comparable:
-        return ["run both on one host: python records/replay.py B --against A -n 10"]
+        return ["run both on one host: python tools/replay.py B --against A -n 10"]
     if c.order and not c.interleaved:
-        steps.append("interleave them: python records/replay.py B --against A -n 10")
+        steps.append("interleave them: python tools/replay.py B --against A -n 10")
     n = min(len(c.a.finished), len(c.b.finished))
     if n < 2:
-        return [*steps, "more runs: python records/replay.py B --against A -n 10"]
+        return [*steps, "more runs: python tools/replay.py B --against A -n 10"]
     of_time, of_loss = c.noise
     if c.verdict == "INCONCLUSIVE":
         for what in (abs(c.time.change), 0.01):

@@ -20,8 +20,8 @@ from itertools import groupby
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from runs import Run, find_logs, read_log
-from tool import ToolError
+from tools.cli import ToolError
+from tools.runs import Run, find_logs, read_log
 
 ROOT = Path(__file__).resolve().parent.parent
 ENTRIES = ("train_gpt.py", "baselines/train_gpt2.py")  # the first is what a checkout is run for

@@ -11,14 +11,16 @@ import argparse
 import sys
 from pathlib import Path
 
-import stats
-from comparison import Arm, compare, signed
-from runs import MISSED, ineligible
-from tool import ToolError, finish
+import bootstrap  # noqa: F401
+
+from tools import stats
+from tools.cli import ToolError, finish
+from tools.comparison import Arm, compare, signed
+from tools.runs import MISSED, ineligible
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORDS = ROOT / "records"
-BEGIN, END = "<!-- leaderboard: python records/leaderboard.py -->", "<!-- end of leaderboard -->"
+BEGIN, END = "<!-- leaderboard: python tools/leaderboard.py -->", "<!-- end of leaderboard -->"
 
 
 class Record:
@@ -114,7 +116,7 @@ def read_records() -> list[Record]:
     records = [Record(folder) for folder in folders]
     for record in records:
         if not record.eligible:
-            print(f"left out: {record.folder.relative_to(ROOT)} (see records/validate.py)",
+            print(f"left out: {record.folder.relative_to(ROOT)} (see tools/validate.py)",
                   file=sys.stderr)  # fmt: skip
     return [record for record in records if record.eligible]
 
@@ -136,12 +138,12 @@ def main() -> int:
     if args.check:
         missing = [g for g, r in ranked.items() if len(r) > 1 and not picture(g).exists()]
         if new != old or missing:
-            print("README.md is stale; run: python records/leaderboard.py", file=sys.stderr)
+            print("README.md is stale; run: python tools/leaderboard.py", file=sys.stderr)
         return int(new != old or bool(missing))
     readme.write_text(new)
     for group, records in ranked.items():
         if len(records) > 1:
-            from plots import plot_ladder  # matplotlib takes a second to load
+            from tools.plots import plot_ladder  # matplotlib takes a second to load
 
             title = f"{group[0]}, target {group[1]:g}, {group[2]}"
             names = [r.folder.name.partition("_")[2] for r in records]

@@ -9,10 +9,12 @@ against a B that truly needs 5% less time, on a host whose speed wanders.
 
 import argparse
 
+import bootstrap  # noqa: F401
 import numpy as np
-import stats
-from attempts import interleaved
-from tool import finish
+
+from tools import stats
+from tools.attempts import interleaved
+from tools.cli import finish
 
 LOSS, LOSS_SD = 3.28, 0.0014  # sd: pooled over 845 public logs
 MEMORY = 0.9  # correlation of a wandering host's speed with that of one run before

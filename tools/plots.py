@@ -4,7 +4,8 @@ from pathlib import Path
 
 import matplotlib
 import numpy as np
-from comparison import Arm, Comparison
+
+from tools.comparison import Arm, Comparison
 
 matplotlib.use("Agg")
 from matplotlib import pyplot as plt  # noqa: E402

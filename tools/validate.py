@@ -10,8 +10,10 @@ are sound but not eligible, 4 some are invalid.
 import argparse
 from pathlib import Path
 
-from runs import InvalidLog, find_logs, ineligible, read_log
-from tool import EXIT_FAILED, EXIT_INVALID, finish
+import bootstrap  # noqa: F401
+
+from tools.cli import EXIT_FAILED, EXIT_INVALID, finish
+from tools.runs import InvalidLog, find_logs, ineligible, read_log
 
 
 def report(path: Path) -> int:

@@ -5,7 +5,7 @@ import signal
 import sys
 from collections.abc import Callable
 
-from runs import InvalidLog
+from tools.runs import InvalidLog
 
 EXIT_FAILED, EXIT_MISUSE, EXIT_INVALID = 1, 2, 4
 

@@ -13,7 +13,10 @@ import sys
 import tempfile
 from pathlib import Path
 
-from attempts import (
+import bootstrap  # noqa: F401
+from tqdm import tqdm
+
+from tools.attempts import (
     TURNS_HELP,
     Attempt,
     carry_out,
@@ -23,11 +26,10 @@ from attempts import (
     read_origin,
     start,
 )
-from comparison import Arm, compare
-from diff import text_report
-from runs import Run, read_arm
-from tool import EXIT_MISUSE, ToolError, finish
-from tqdm import tqdm
+from tools.cli import EXIT_MISUSE, ToolError, finish
+from tools.comparison import Arm, compare
+from tools.diff import text_report
+from tools.runs import Run, read_arm
 
 
 def attempt_like(origin: Path, folder: Path, flags: list[str]) -> tuple[Attempt, Run | None]:
