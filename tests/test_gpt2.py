@@ -38,8 +38,8 @@ from baselines.train_gpt2 import (
 )
 from data.shards import open_shard
 from records.harness import Run, RunError, Runtime, parse_flags
-from tools.attempts import ENTRIES, project_files
 from tools.runs import read_log
+from tools.sources import ENTRIES, project_files
 
 TINY = dict(
     vocab_size=VOCAB,
@@ -429,9 +429,9 @@ def test_a_run_learns_saves_and_resumes_to_the_same_digits(flags, tmp_path):
     refused(*other, "to resume it, add: --num_steps 20")
 
 
-def test_repeat_freezes_and_runs_the_baseline(flags, tmp_path):
+def test_a_race_freezes_and_runs_the_baseline(flags, tmp_path):
     attempt = tmp_path / "2026-01-01_GPT2"
-    done = run("tools/repeat.py", "-n", 1, "--entry", ENTRIES[1], attempt, *flags)
+    done = run("tools/race.py", "-n", 1, "--entry", ENTRIES[1], attempt, *flags)
     assert "GPT2 seed 0: result status:missed" in done.stdout + done.stderr, done.stderr
     made = read_log(only_log(attempt / "logs"))
     kept = {str(p.relative_to(attempt / "source")) for p in attempt.glob("source/**/*.py")}

@@ -1,11 +1,9 @@
-"""Run the sources of attempts again and again, in an order that a drift of the host cannot bias.
+"""Run sources again and again, one run at a time or two that take turns.
 
-An attempt is a folder: source/ holds the trainer as it was when the attempt began, logs/ one log a
-run. Every run starts from a scratch copy of source/, so that editing train_gpt.py while runs go on
+Every run starts from a scratch copy of its source, so that editing train_gpt.py while runs go on
 changes none of them.
 """
 
-import ast
 import json
 import os
 import shutil
@@ -14,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -22,121 +20,121 @@ from tempfile import TemporaryDirectory
 
 from tools.cli import ToolError
 from tools.runs import Run, find_logs, read_log
-
-ROOT = Path(__file__).resolve().parent.parent
-ENTRIES = ("train_gpt.py", "baselines/train_gpt2.py")  # the first is what a checkout is run for
-TURNS_HELP = (
-    "start each pair of runs at once and let them take turns of so many steps, such as 10: what a "
-    "shared host does then falls on both alike (default: one run after the other)"
+from tools.sources import (
+    ENTRIES,
+    ROOT,
+    entry_of,
+    kept_texts,
+    require_whole,
+    slug_of,
+    source_texts,
+    write_texts,
 )
+
+SINGLE_RUN_FLAGS = {"--seed", "--slug", "--log_dir", "--source_dir", "--declared_runs", "--resume",
+                    "--turn_steps"}  # fmt: skip
 
 
 @dataclass
 class Attempt:
-    """What to run: an attempt's folder, the trainer's flags, and how many processes."""
+    """What to run: a source, with these flags, in so many processes a run.
 
-    folder: Path
-    flags: tuple[str, ...] = ()
-    processes: int = 1
-
-    @property
-    def name(self) -> str:
-        return self.folder.resolve().name
-
-    @property
-    def source(self) -> Path:
-        return self.folder / "source"
-
-    @property
-    def logs(self) -> Path:
-        return self.folder / "logs"
-
-    @property
-    def entry(self) -> str | None:
-        """The trainer in source/; None if there is none."""
-        return entry_of(self.source)
-
-    @property
-    def knows_turns(self) -> bool:
-        harness = self.source / "records/harness.py"
-        return harness.exists() and "turn_steps" in harness.read_text()
-
-    def command(self, scratch: Path) -> list[str]:
-        """The command of a run from a copy of the source in scratch."""
-        command = [sys.executable]
-        if self.processes > 1:
-            command += ["-m", "torch.distributed.run", "--standalone"]
-            command += [f"--nproc_per_node={self.processes}"]
-        slug = self.name.partition("_")[2] or self.name
-        return [*command, str(scratch / self.entry), *self.flags, "--slug", slug,
-                "--log_dir", str(self.logs), "--source_dir", str(self.source)]  # fmt: skip
-
-    def freeze(self, texts: dict[str, str]) -> None:
-        """Write the trainer's files, by path, into source/."""
-        for path, text in texts.items():
-            (self.source / path).parent.mkdir(parents=True, exist_ok=True)
-            (self.source / path).write_text(text)
-
-
-def entry_of(folder: Path) -> str | None:
-    return next((entry for entry in ENTRIES if (folder / entry).exists()), None)
-
-
-def project_files(folder: Path, entry: str) -> list[str]:
-    """The entry file and every module of the project that it imports, as relative paths."""
-    found, waiting = [], [entry]
-    while waiting:
-        path = waiting.pop()
-        found.append(path)
-        for node in ast.walk(ast.parse((folder / path).read_text())):
-            names = [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
-            names += [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            modules = (name.replace(".", "/") + ".py" for name in names)
-            waiting += {m for m in modules if (folder / m).exists() and m not in found + waiting}
-    return sorted(found)
-
-
-def source_texts(folder: Path, entry: str) -> dict[str, str]:
-    """The project's files in a checkout or a source/, by path."""
-    try:
-        return {path: (folder / path).read_text() for path in project_files(folder, entry)}
-    except (SyntaxError, UnicodeDecodeError) as error:
-        raise ToolError(f"{folder} holds a source that is no Python: {error}") from None
-
-
-def read_origin(origin: Path) -> tuple[dict[str, str], Run | None]:
-    """(the project's files by path, a run) of a log, an attempt's folder or a checkout.
-
-    An attempt's is the first sound one. A checkout has none: its logs may be of anything.
+    folder gets the source and the logs. base: the attempt against whose source this one's becomes a
+    diff when its runs have ended.
     """
-    if entry := entry_of(origin):
-        return source_texts(origin, entry), None
-    runs = [read_log(path) for path in find_logs([origin])]
-    if not runs and (entry := entry_of(origin / "source")):
-        return source_texts(origin / "source", entry), None
+
+    name: str
+    folder: Path
+    texts: dict[str, str]
+    flags: list[str]
+    processes: int = 1
+    base: Path | None = None
+
+    def __post_init__(self):
+        self.source, self.logs = self.folder / "source", self.folder / "logs"
+        self.entry = next((entry for entry in ENTRIES if entry in self.texts), None)
+
+    @property
+    def log_paths(self) -> list[Path]:
+        return sorted(self.logs.glob("*.txt"))
+
+    def knows(self, flag: str) -> bool:
+        """Whether the source is young enough to have a flag: its harness names it."""
+        return any(flag in text for text in self.texts.values())
+
+    def freeze(self) -> None:
+        """Keep the source in source/, where its runs look for it; ToolError if it cannot run."""
+        if not self.entry:
+            raise ToolError(f"the source of {self.name} holds neither {' nor '.join(ENTRIES)}")
+        require_whole(self.texts)
+        if self.texts != (kept_texts(self.folder) or self.texts):
+            raise ToolError(f"{self.folder} has runs of another source; name a new folder")
+        write_texts(self.texts, self.source)
+        self.logs.mkdir(exist_ok=True)
+
+
+# ------------------------------------------------------------------------------ What to run
+
+
+def takes_runs(origin: Path) -> bool:
+    """Whether runs of origin are added to it: an attempt's folder, until it has a README.md."""
+    if not origin.exists():
+        return True
+    if origin.is_file() or entry_of(origin):
+        return False
+    inside, logs = {path.name for path in origin.iterdir()}, find_logs(origin)
+    if kept_texts(origin):
+        return not (logs and "README.md" in inside)
+    return not logs and inside <= {"README.md", "logs"}
+
+
+def copy_of(origin: Path, folder: Path, flags: list[str], entry: str | None = None) -> Attempt:
+    """An attempt in folder that runs the source of a log, a folder of logs, or a checkout.
+
+    Of a log it has the flags as well, of a folder those of its first sound log.
+    """
+    name = origin.resolve().name.removesuffix(".txt")
+    if found := entry_of(origin):
+        return Attempt(name, folder, source_texts(origin, entry or found), flags)
+    runs = [read_log(path) for path in find_logs(origin)]
     if not runs:
         trainers = " or ".join(ENTRIES)
-        raise ToolError(f"{origin} is neither a log, nor a folder with {trainers}, source/ or logs")
+        raise ToolError(f"{origin} is neither a log, nor an attempt, nor a folder with {trainers}")
     run = next((run for run in runs if not run.faults), runs[0])
     if run.is_public or run.faults:
         why = "it is of the public speedrun" if run.is_public else run.faults[0][1]
         raise ToolError(f"{run.path} cannot be run again: {why}")
-    return {path: source.text for path, source in run.sources.items()}, run
+    texts = {path: source.text for path, source in run.sources.items()}
+    processes = int(run.environment.get("world_size", 1))
+    return Attempt(name, folder, texts, [*flags_of(run), *flags], processes)
 
 
 def flags_of(run: Run) -> list[str]:
     """The flags that a run was given, but for those that name the single run."""
-    words, kept = json.loads(run.config.get("argv", "[]")), []
-    single = {"--seed", "--slug", "--log_dir", "--source_dir", "--declared_runs", "--resume",
-              "--turn_steps"}  # fmt: skip
-    words = [
-        part for word in words for part in (word.split("=", 1) if word[:2] == "--" else [word])
-    ]
+    kept, words = [], []
+    for word in json.loads(run.config.get("argv", "[]")):
+        words += word.split("=", 1) if word.startswith("--") else [word]
     while words:
         flag = words.pop(0)
         value = [words.pop(0)] if words and not words[0].startswith("--") else []
-        kept += [] if flag in single else [flag, *value]
+        kept += [] if flag in SINGLE_RUN_FLAGS else [flag, *value]
     return kept
+
+
+def check_turns(attempts: list[Attempt], turn_steps: int) -> None:
+    """ToolError where the attempts cannot begin, or go on, with turns of so many steps."""
+    arms = [[read_log(path) for path in attempt.log_paths] for attempt in attempts]
+    for attempt, runs in zip(attempts, arms, strict=True):
+        if turn_steps and not attempt.knows("turn_steps"):
+            raise ToolError(f"the source of {attempt.name} is of before --turns; leave it out")
+        if turn_steps and attempt.processes > 1:
+            raise ToolError("--turns is for runs of one process; leave it out")
+        if runs and runs[0].turn_steps != turn_steps:
+            raise ToolError(f"the runs of {attempt.name} have turns of {runs[0].turn_steps} steps; "
+                            f"go on with --turns {runs[0].turn_steps}")  # fmt: skip
+    if turn_steps and len(counts := {len(runs) for runs in arms}) > 1:
+        raise ToolError(f"one attempt has {min(counts)} runs, the other {max(counts)}, so a run "
+                        "would lack its pair; name new folders")  # fmt: skip
 
 
 def interleaved(count: int, runs: int) -> Iterator[tuple[int, int]]:
@@ -146,43 +144,19 @@ def interleaved(count: int, runs: int) -> Iterator[tuple[int, int]]:
         yield from ((arm, turn) for arm in order)
 
 
+# ------------------------------------------------------------------------------ Running
+
+
 @dataclass
 class Ended:
-    """A run that ended: its attempt and seed, its log (None if it left none), what it printed."""
+    """A run that ended."""
 
     attempt: Attempt
     seed: int
-    log: Path | None
+    run: Run  # what its log says
     code: int
-    output: str
-    errors: str
-
-    @property
-    def last_words(self) -> str:
-        """What a failed run said last."""
-        lines = (self.errors.strip() or self.output.strip()).splitlines()
-        return lines[-1] if lines else f"it exited with {self.code}"
-
-    @property
-    def run(self) -> Run:
-        """What its log says; ToolError if it left none."""
-        if not self.log:
-            raise ToolError(f"no run of {self.attempt.folder} began: {self.last_words}")
-        return read_log(self.log)
-
-
-def check_turns(attempts: list[Attempt], turn_steps: int) -> None:
-    """ToolError where the attempts cannot begin, or go on, with turns of so many steps."""
-    arms = [[read_log(path) for path in find_logs([attempt.folder])] for attempt in attempts]
-    for attempt, runs in zip(attempts, arms, strict=True):
-        if turn_steps and not attempt.knows_turns:
-            raise ToolError(f"the source of {attempt.name} is of before --turns; leave it out")
-        if runs and runs[0].turn_steps != turn_steps:
-            raise ToolError(f"the runs of {attempt.folder} have turns of {runs[0].turn_steps} "
-                            f"steps; go on with --turns {runs[0].turn_steps}")  # fmt: skip
-    if turn_steps and len(counts := {len(runs) for runs in arms}) > 1:
-        raise ToolError(f"one attempt has {min(counts)} runs, the other {max(counts)}, so a run "
-                        "would lack its pair; name new folders")  # fmt: skip
+    output: list[str]  # lines
+    last_words: str  # the last line of its errors, where it has any
 
 
 def carry_out(jobs: list[tuple[Attempt, int]], declared: int, turn_steps: int) -> Iterator[Ended]:
@@ -198,55 +172,79 @@ def carry_out(jobs: list[tuple[Attempt, int]], declared: int, turn_steps: int) -
 def start(jobs: list[tuple[Attempt, int]], declared: int, turn_steps: int = 0) -> list[Ended]:
     """Run one job, or two that take turns of so many steps; return them in the order they ended.
 
-    Each runs from a scratch copy of its source, and its log lands in its attempt's logs/. On ctrl-C
-    the runs get it too, SIGTERM is passed on; they then end their logs by themselves.
+    On ctrl-C the runs get it too, SIGTERM is passed on; they then end their logs by themselves.
     """
-    before = {path for attempt, _ in jobs for path in find_logs([attempt.folder])}
+    before = {path for attempt, _ in jobs for path in attempt.log_paths}
     with ExitStack() as stack:
-        scratches = [Path(stack.enter_context(TemporaryDirectory(prefix="photofinish_")))
-                     for _ in jobs]  # fmt: skip
-        for (attempt, _), scratch in zip(jobs, scratches, strict=True):
-            stage(attempt.source, scratch)
-        ends = [stack.enter_context(end) for end in socket.socketpair()]
-        ends[1].send(b"1")  # the first turn is the first job's
-        pool, ended = stack.enter_context(ThreadPoolExecutor()), {}
+        scratches = [stack.enter_context(staged(attempt.texts)) for attempt, _ in jobs]
+        pool, running = stack.enter_context(ThreadPoolExecutor()), {}
+        ends = [None]
+        if turn_steps:
+            ends = [stack.enter_context(end) for end in socket.socketpair()]
+            ends[1].send(b"1")  # the first turn is the first job's
         try:
-            for (attempt, seed), scratch, end in zip(jobs, scratches, ends, strict=False):
-                turns = [f"--turn_steps={turn_steps}"] if turn_steps else []
-                process = subprocess.Popen(
-                    [*attempt.command(scratch), f"--seed={seed}", f"--declared_runs={declared}",
-                     *turns], env=os.environ | git_places(scratch), text=True,
-                    stdin=end if turns else None, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                )  # fmt: skip
-                ended[pool.submit(process.communicate)] = process, attempt, seed
-            for end in ends:
+            for job, scratch, end in zip(jobs, scratches, ends, strict=True):
+                process = begin(*job, scratch, declared, turn_steps, end)
+                running[pool.submit(process.communicate)] = process, *job
+            for end in ends if turn_steps else ():
                 end.close()
-            return [ended_run(*ended[future], *future.result(), before)
-                    for future in as_completed(ended)]  # fmt: skip
+            ended = [(*running[future], *future.result()) for future in as_completed(running)]
         except BaseException as stop:
             if type(stop) is not KeyboardInterrupt:  # of which the runs know
-                for process, *_ in ended.values():
+                for process, *_ in running.values():
                     process.terminate()
             raise
+    return [how_it_ended(*one, before) for one in ended]
 
 
-def ended_run(process, attempt: Attempt, seed: int, output: str, errors: str, before) -> Ended:
-    log = next((path for path in find_logs([attempt.folder]) if path not in before), None)
-    return Ended(attempt, seed, log, process.returncode, output, errors)
+@contextmanager
+def staged(texts: dict[str, str]):
+    """A folder from which a source runs, while it runs: its files, and links to the data."""
+    with TemporaryDirectory(prefix="photofinish_") as name:
+        scratch = Path(name)
+        write_texts(texts, scratch)
+        (scratch / "data").mkdir(exist_ok=True)
+        for folder in (ROOT / "data").iterdir():
+            if folder.is_dir() and folder.name != "__pycache__":
+                (scratch / "data" / folder.name).symlink_to(folder)
+        yield scratch
 
 
-def git_places(scratch: Path) -> dict[str, str]:
-    """Variables by which git compares the scratch copy with this checkout's last commit."""
-    if not shutil.which("git"):
-        return {}
-    git = subprocess.run(["git", "rev-parse", "--absolute-git-dir"], cwd=ROOT,
-                         capture_output=True, text=True)  # fmt: skip
-    return {"GIT_DIR": git.stdout.strip(), "GIT_WORK_TREE": str(scratch)} if git.stdout else {}
+def begin(
+    attempt: Attempt, seed: int, scratch: Path, declared: int, turn_steps: int, stdin
+) -> subprocess.Popen:
+    """Start a run from its scratch folder."""
+    command = [sys.executable]
+    if attempt.processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone"]
+        command += [f"--nproc_per_node={attempt.processes}"]
+    command += [str(scratch / attempt.entry), *attempt.flags, "--slug", slug_of(attempt.name)]
+    command += ["--log_dir", str(attempt.logs), f"--seed={seed}"]
+    younger = {"source_dir": attempt.source, "declared_runs": declared, "turn_steps": turn_steps}
+    command += [f"--{flag}={value}" for flag, value in younger.items() if attempt.knows(flag)]
+    return subprocess.Popen(command, env=variables(scratch), text=True, stdin=stdin,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
 
 
-def stage(source: Path, scratch: Path) -> None:
-    """Make scratch a folder from which source runs: its files, and links to the data."""
-    shutil.copytree(source, scratch, dirs_exist_ok=True)
-    for folder in (ROOT / "data").iterdir():
-        if folder.is_dir() and folder.name != "__pycache__":
-            (scratch / "data" / folder.name).symlink_to(folder)
+def variables(scratch: Path) -> dict[str, str]:
+    """A run's environment: no checkout lends it modules, and git compares scratch with our HEAD."""
+    found = dict(os.environ)
+    folders = found.pop("PYTHONPATH", "").split(os.pathsep)
+    if others := [folder for folder in folders if folder and not entry_of(Path(folder))]:
+        found["PYTHONPATH"] = os.pathsep.join(others)
+    if shutil.which("git"):
+        git = subprocess.run(["git", "rev-parse", "--absolute-git-dir"], cwd=ROOT,
+                             capture_output=True, text=True)  # fmt: skip
+        if git.stdout:
+            found |= {"GIT_DIR": git.stdout.strip(), "GIT_WORK_TREE": str(scratch)}
+    return found
+
+
+def how_it_ended(process, attempt: Attempt, seed: int, output: str, errors: str, before) -> Ended:
+    """What there is to tell of a run; ToolError if it left no log."""
+    said = errors.strip() or output.strip() or f"it exited with {process.returncode}"
+    last_words = said.splitlines()[-1]
+    log = next((path for path in attempt.log_paths if path not in before), None)
+    if not log:
+        raise ToolError(f"no run of {attempt.name} began: {last_words}")
+    return Ended(attempt, seed, read_log(log), process.returncode, output.splitlines(), last_words)

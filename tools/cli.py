@@ -5,9 +5,14 @@ import signal
 import sys
 from collections.abc import Callable
 
-from tools.runs import InvalidLog
-
 EXIT_FAILED, EXIT_MISUSE, EXIT_INVALID = 1, 2, 4
+
+
+class InvalidLog(Exception):
+    """What is wrong with which line of which log; line 0 is the whole file or folder."""
+
+    def __init__(self, path, line: int, what: str):
+        super().__init__(f"{path}:{line}: {what}" if line else f"{path}: {what}")
 
 
 class ToolError(Exception):

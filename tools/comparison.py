@@ -26,6 +26,7 @@ TARGET_RANKS = {"unknown": 0, "FAIL": 0, "open": 1, "PASS": 2}
 EXIT_CODES = {"FASTER": 0, "EQUIVALENT": 0, "REGRESSION": 1, "NOT COMPARABLE": 3,
               "INCONCLUSIVE": 5}  # fmt: skip
 VOLATILE = {"temperature.gpu", "clocks.sm", "clocks.mem", "gpu_processes"}
+RACE = "./run.sh tools/race.py A B -n 10"
 SLOWDOWN = 0.10  # change of a calibration within a run that is worth a warning
 
 
@@ -156,7 +157,7 @@ class Comparison:
     def in_pairs(self) -> bool:
         """Whether each two runs in a row are one of either arm, with one seed, both finished.
 
-        So repeat.py and replay.py run them. What the two share, such as the state of the host and
+        So race.py runs them. What the two share, such as the state of the host and
         the order of the data, cancels in their difference. A drift within the pairs cancels only
         between them, so either arm must be the first of as many pairs, but for an odd one.
         """
@@ -182,7 +183,12 @@ class Comparison:
 
 
 def compare(a: Arm, b: Arm, trust: bool = False) -> Comparison:
-    """trust: take it as given that both arms ran on one host, interleaved."""
+    """trust: take it as given that both arms ran on one host, interleaved.
+
+    InvalidLog if a log of either is not sound.
+    """
+    for arm in (a, b):
+        arm.require_sound()
     result = Comparison(a, b, trust)
     result.loss = stats.absolute(a.losses, b.losses, result.in_pairs)
     if obstacles := what_forbids_comparing(a, b, trust):
@@ -304,12 +310,12 @@ def slowdown(run: Run) -> list[str]:
 def next_steps(c: Comparison) -> list[str]:
     steps = []
     if not c.times_comparable:
-        return ["run both on one host: python tools/replay.py B --against A -n 10"]
+        return [f"run both on one host: {RACE}"]
     if c.order and not c.interleaved:
-        steps.append("interleave them: python tools/replay.py B --against A -n 10")
+        steps.append(f"interleave them: {RACE}")
     n = min(len(c.a.finished), len(c.b.finished))
     if n < 2:
-        return [*steps, "more runs: python tools/replay.py B --against A -n 10"]
+        return [*steps, f"more runs: {RACE}"]
     of_time, of_loss = c.noise
     if c.verdict == "INCONCLUSIVE":
         for what in (abs(c.time.change), 0.01):
@@ -347,17 +353,6 @@ def gpu_differences(key: str, old: str, new: str) -> list[str]:
 
 
 def code_difference(c: Comparison) -> list[str]:
-    first, second = (arm.runs[0] for arm in (c.a, c.b))
-    changes = source_changes(first, second)
+    changes = source_changes(*(arm.runs[0] for arm in (c.a, c.b)))
     lines = [f"{path} +{added} -{removed}" for path, (added, removed) in changes.items()]
-    pipelines = [data_pipeline(run) for run in (first, second)]
-    verdict = "unchanged" if pipelines[0] == pipelines[1] else "CHANGED"
-    return [*(lines or ["same source"]), f"data pipeline: {verdict}"]
-
-
-def data_pipeline(run: Run) -> str:
-    """The source between the banners Data and Model, and the shard reader."""
-    entry = next(iter(run.sources.values()), None)
-    section = re.search(r"^# -+ Data$.*?^# -+ Model$", entry.text if entry else "", re.M | re.S)
-    reader = run.sources.get("data/shards.py")
-    return (section[0] if section else "") + (reader.text if reader else "")
+    return lines or ["same source"]

@@ -13,6 +13,9 @@ import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from tools.cli import InvalidLog, ToolError
+from tools.sources import find_source, sha256_of
+
 LINE_SECTIONS = ("config", "environment", "data", "run")  # the others are text, counted in lines
 CONFIG_TYPES = {
     "seed": int,
@@ -24,13 +27,6 @@ CONFIG_TYPES = {
 RESULT_FIELDS = "status val_loss target train_time steps tokens seed overrides resumed_from sha256"
 MISSED = "it missed the target"
 PUBLIC_RULE = "=" * 100  # between the source, the environment and the steps of a public log
-
-
-class InvalidLog(Exception):
-    """What is wrong with which line of which log; line 0 is the whole file or folder."""
-
-    def __init__(self, path, line: int, what: str):
-        super().__init__(f"{path}:{line}: {what}" if line else f"{path}: {what}")
 
 
 @dataclass
@@ -140,21 +136,17 @@ def read_log(path: Path) -> Run:
     raise InvalidLog(path, 1, "neither a log of train_gpt.py nor one of the public speedrun")
 
 
-def find_logs(paths: list[Path]) -> list[Path]:
-    """The logs among files and folders; a folder may be an attempt, whose logs/ then counts."""
-    found = []
-    for path in paths:
-        if path.is_dir():
-            folder = path / "logs" if (path / "logs").is_dir() else path
-            found += sorted(p for p in folder.iterdir() if p.suffix in (".txt", ".log"))
-        else:
-            found.append(path)
-    return found
+def find_logs(path: Path) -> list[Path]:
+    """A log itself, or the logs of a folder, or of the folder logs/ in it."""
+    if not path.is_dir():
+        return [path]
+    folder = path / "logs" if (path / "logs").is_dir() else path
+    return sorted(log for log in folder.iterdir() if log.suffix in (".txt", ".log"))
 
 
 def read_arm(path: Path) -> list[Run]:
     """All runs of a log or a folder, in the order in which they began."""
-    logs = find_logs([path])
+    logs = find_logs(path)
     if not logs:
         raise InvalidLog(path, 0, "holds no logs (*.txt); give a log, or a folder of logs")
     return sorted(map(read_log, logs), key=lambda run: run.started)
@@ -218,13 +210,13 @@ class OwnLog:
         text = "".join(f"{line}\n" for line in self.lines[self.at + 1 : self.at + 1 + count])
         kept = None
         if "kept" in attributes:
-            kept = Path(os.path.normpath(self.run.path.parent / attributes["kept"]))
+            named = Path(os.path.normpath(self.run.path.parent / attributes["kept"]))
             try:
-                text = kept.read_text()
-            except OSError:
-                return self.fault(f"the source {path} is not at {kept}")
+                kept, text = find_source(self.run.path, named, path, digest)
+            except (OSError, ToolError) as error:
+                return self.fault(f"the source {path} is not at {named}: {error}")
         self.run.sources[path] = Source(digest, text, kept)
-        if hashlib.sha256(text.encode()).hexdigest() != digest:
+        if sha256_of(text) != digest:
             where = kept or f"lines {self.at + 2} to {self.at + 1 + count}"
             self.fault(f"the source {path} ({where}) is not what its sha256 says")
 
@@ -325,8 +317,7 @@ def read_public_log(path: Path, text: str) -> Run:
     source, _, system = source.rpartition(PUBLIC_RULE)
     if not source:  # older logs have one rule only, after the source
         source, system = system, rest
-    digest = hashlib.sha256(source.encode()).hexdigest()
-    run = Run(path, is_public=True, sources={"train_gpt.py": Source(digest, source)})
+    run = Run(path, is_public=True, sources={"train_gpt.py": Source(sha256_of(source), source)})
     for step, kind, loss, ms in re.findall(
         r"^step:(\d+)/\d+ (?:(val|train)_loss:(\S+) )?train_time:(\d+)ms", rest, re.M
     ):

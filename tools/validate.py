@@ -34,15 +34,21 @@ def report(path: Path) -> int:
     return EXIT_FAILED if reasons else 0
 
 
+def logs_of(path: Path) -> list[Path]:
+    """A log, or the logs of a folder and of every folder logs/ below it."""
+    folders = [path, *(below for below in path.rglob("logs") if below.is_dir())]
+    return sorted({log for folder in folders for log in find_logs(folder)})
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("logs", nargs="+", type=Path, metavar="LOG", help="logs or folders of logs")
+    parser.add_argument("logs", nargs="+", type=Path, metavar="LOG", help="or a folder of them")
     args = parser.parse_args()
-    paths = find_logs(args.logs)
+    paths = [log for path in args.logs for log in logs_of(path)]
     if not paths:
-        parser.error("no logs (*.txt) there; name logs, or folders such as records/*/*/logs")
+        parser.error("no logs (*.txt) there; name logs, or a folder such as records")
     return max(report(path) for path in paths)
 
 
