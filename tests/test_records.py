@@ -512,7 +512,7 @@ def test_drift_outliers_and_undeclared_counts_are_warned_of():
         run.config.pop("declared_runs")
     b[3].val_curve[-1] = (100, 300e3, 0.98)
     found = warnings_of(a, b[:4])
-    assert "outlier 300.000 s" in found and "4 runs, not declared" in found
+    assert "B: run 4 outlier 300.000 s" in found and "B: 4 runs, not declared" in found
 
 
 def warnings_of(a, b) -> str:
@@ -659,6 +659,12 @@ def test_a_frozen_source_takes_no_module_from_a_checkout(tmp_path, path):
     assert comparison.Arm.read(attempt).losses == [1.5]
 
 
+def test_a_runs_path_leaves_out_checkouts(tmp_path, monkeypatch):
+    path = os.pathsep.join(["", str(ROOT), "/opt/modules", str(STAND_IN)])
+    monkeypatch.setenv("PYTHONPATH", path)
+    assert attempts.variables(tmp_path)["PYTHONPATH"] == "/opt/modules"
+
+
 def test_a_log_finds_its_source_by_its_hash(tmp_path):
     attempt, store = stand_in(tmp_path / "x/2026-01-01_A"), tmp_path / "sources"
     assert tool("race", attempt, "-n", 1).returncode == 0
@@ -739,7 +745,7 @@ def test_attempts_interleave_and_go_on(tmp_path):
     assert done.returncode == 0 and "VERDICT   B EQUIVALENT" in done.stdout, done.stderr
     assert "A: 2 runs, not declared before the first" in done.stdout
     done = tool("race", a, "-n", 2)
-    assert done.returncode == 0 and "a look is allowed at 5, 10, 20 runs only" in done.stdout
+    assert done.returncode == 0 and "WARN      2 runs, not declared" in done.stdout
     changed = (a / "source/kernels.py").read_text() + "# tampered\n"
     (a / "source/kernels.py").write_text(changed)
     assert all("not what its sha256 says" in what for _, what in both_faults(a))
@@ -769,7 +775,7 @@ def test_a_run_that_crashes_counts_and_the_others_go_on(tmp_path):
     attempt = stand_in(tmp_path / "2026-01-01_A")
     done = tool("race", attempt, "-n", 3, "--crashing_seed", 1)
     assert done.returncode == 0 and "exit code 1: error: this run shall crash" in done.stdout
-    assert "1 of 3 runs did not finish, and count" in done.stdout
+    assert "FAIL (1 of 3 runs did not finish)" in done.stdout
     done = tool("race", STAND_IN, attempt, "-n", 3)
     assert done.returncode == 5 and "B: 1 of 3 runs aborted, they count" in done.stdout
 
@@ -804,6 +810,7 @@ def test_attempts_take_turns(attempt_flags, tmp_path):
         ([ROOT / "tests"], "is neither a log, nor an attempt"),
         ([ROOT / "README.md"], "neither a log of train_gpt.py nor"),
         (["new", "--base", STAND_IN], "is no other attempt"),
+        (["new", "--out", "out"], "every attempt here keeps its own runs"),
     ],
 )
 def test_what_cannot_race_gets_one_clear_error(words, problem, tmp_path, monkeypatch):
@@ -840,7 +847,9 @@ def race_until(pattern: str, folder: Path, *words, **options) -> subprocess.Pope
 
 def test_a_run_goes_on_when_the_one_it_takes_turns_with_is_killed(attempt_flags, tmp_path):
     a, b = tmp_path / "2026-01-01_A", tmp_path / "2026-01-01_B"
-    process = race_until("step:2/", a, "-n", 1, "--turns", 2, a, b, *attempt_flags)
+    longer = ("--num_steps=400", "--val_every=400", "--max_epochs=99")
+    words = ("-n", 1, "--turns", 2, a, b, *attempt_flags, *longer)
+    process = race_until("step:2/", a, *words)
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
     os.kill(int(children.split()[0]), signal.SIGKILL)
     assert process.wait(60) == 4  # its log is cut
@@ -863,7 +872,7 @@ def test_a_killed_run_stays_in_the_count(attempt_flags, tmp_path):
     process.wait()
     done = tool("race", *words)
     assert done.returncode == 0, done.stderr
-    assert "1 of 2 runs did not finish, and count" in done.stdout
+    assert "FAIL (1 of 2 runs did not finish)" in done.stdout
     assert len(runs.find_logs(attempt)) == 2
     assert tool("diff", attempt, attempt).returncode == 4
 
@@ -906,14 +915,17 @@ OLD_LAYOUTS = {
     "the source in the log": "records/embedded/2026-11-22_Default",
     "a try, by two diffs": "records/embedded/tries/2026-11-22_Windows",
     "the baseline": "records/embedded/baseline/2026-11-22_GPT2",
-    "by a store": "tests/logs/turns_114",
 }
 
 
-@pytest.mark.parametrize("folder", OLD_LAYOUTS.values(), ids=OLD_LAYOUTS)
-def test_a_log_of_each_layout_runs_again(folder, tmp_path):
-    """Its first step at least, whose loss no machine's arithmetic moves by much."""
+@pytest.fixture(scope="module")
+def embedded_data():
     subprocess.run([sys.executable, str(ROOT / "data/embedded.py")], check=True)
+
+
+@pytest.mark.parametrize("folder", OLD_LAYOUTS.values(), ids=OLD_LAYOUTS)
+def test_a_log_of_each_layout_runs_again(folder, tmp_path, embedded_data):
+    """Its first step at least, whose loss no machine's arithmetic moves by much."""
     old = runs.read_log(runs.find_logs(ROOT / folder)[0])
     few = ("--num_steps=1", "--val_every=1", "--val_tokens=1024", "--compile=false")
     done = tool("replay", old.path, "--out", tmp_path / "out", *few)
@@ -939,17 +951,11 @@ def test_what_cannot_be_replayed_gets_one_clear_error(words, tmp_path, monkeypat
     assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
 
 
-def test_a_checked_in_record_is_reproduced_digit_for_digit():
-    run = runs.read_log(min((REAL / "steps_114/logs").iterdir()))
-    from records.harness import Runtime, environment
-
-    here = environment(on_gpu=False) | {"matmul_dtype": Runtime().matmul_dtype}
-    for key in ("torch", "cpu", "threads", "matmul_dtype"):
-        if str(here[key]) != run.environment[key]:
-            pytest.skip(f"the record's {key} is {run.environment[key]}, this machine's {here[key]}")
-    subprocess.run([sys.executable, str(ROOT / "data/embedded.py")], check=True)
-    done = tool("replay", run.path, OMP_NUM_THREADS=run.environment["threads"])
-    assert done.returncode == 0, done.stdout + done.stderr
+def test_a_checked_in_log_is_reproduced_or_the_difference_of_the_machines_named(embedded_data):
+    old = runs.read_log(runs.find_logs(REAL / "steps_114")[0])
+    done = tool("replay", old.path, OMP_NUM_THREADS=old.environment["threads"])
+    assert done.returncode in (0, 1) and " 116 losses" in done.stdout, done.stderr
+    assert done.returncode == 0 or "which may be why" in done.stdout
 
 
 # ------------------------------------------------------------------------------ The record tools

@@ -18,18 +18,10 @@ from itertools import groupby
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from tools import sources
 from tools.cli import ToolError
 from tools.runs import Run, find_logs, read_log
-from tools.sources import (
-    ENTRIES,
-    ROOT,
-    entry_of,
-    kept_texts,
-    require_whole,
-    slug_of,
-    source_texts,
-    write_texts,
-)
+from tools.sources import ENTRIES, ROOT, entry_of, kept_texts, source_texts
 
 SINGLE_RUN_FLAGS = {"--seed", "--slug", "--log_dir", "--source_dir", "--declared_runs", "--resume",
                     "--turn_steps"}  # fmt: skip
@@ -66,10 +58,10 @@ class Attempt:
         """Keep the source in source/, where its runs look for it; ToolError if it cannot run."""
         if not self.entry:
             raise ToolError(f"the source of {self.name} holds neither {' nor '.join(ENTRIES)}")
-        require_whole(self.texts)
+        sources.require_whole(self.texts)
         if self.texts != (kept_texts(self.folder) or self.texts):
             raise ToolError(f"{self.folder} has runs of another source; name a new folder")
-        write_texts(self.texts, self.source)
+        sources.write_texts(self.texts, self.source)
         self.logs.mkdir(exist_ok=True)
 
 
@@ -202,7 +194,7 @@ def staged(texts: dict[str, str]):
     """A folder from which a source runs, while it runs: its files, and links to the data."""
     with TemporaryDirectory(prefix="photofinish_") as name:
         scratch = Path(name)
-        write_texts(texts, scratch)
+        sources.write_texts(texts, scratch)
         (scratch / "data").mkdir(exist_ok=True)
         for folder in (ROOT / "data").iterdir():
             if folder.is_dir() and folder.name != "__pycache__":
@@ -218,8 +210,8 @@ def begin(
     if attempt.processes > 1:
         command += ["-m", "torch.distributed.run", "--standalone"]
         command += [f"--nproc_per_node={attempt.processes}"]
-    command += [str(scratch / attempt.entry), *attempt.flags, "--slug", slug_of(attempt.name)]
-    command += ["--log_dir", str(attempt.logs), f"--seed={seed}"]
+    command += [str(scratch / attempt.entry), *attempt.flags, f"--seed={seed}"]
+    command += [f"--slug={sources.slug_of(attempt.name)}", f"--log_dir={attempt.logs}"]
     younger = {"source_dir": attempt.source, "declared_runs": declared, "turn_steps": turn_steps}
     command += [f"--{flag}={value}" for flag, value in younger.items() if attempt.knows(flag)]
     return subprocess.Popen(command, env=variables(scratch), text=True, stdin=stdin,

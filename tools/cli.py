@@ -1,5 +1,6 @@
-"""How every tool of this folder ends: its exit code, and one line for what went wrong."""
+"""How every tool of this folder begins and ends: its flags, its exit code, its words for errors."""
 
+import argparse
 import os
 import signal
 import sys
@@ -21,6 +22,14 @@ class ToolError(Exception):
 
 class Terminated(KeyboardInterrupt):
     """SIGTERM, which unlike ctrl-C reaches this process alone and not the run that it started."""
+
+
+def flag_parser(doc: str, usage: str | None = None) -> argparse.ArgumentParser:
+    """A parser whose help is a script's docstring, as it stands there."""
+    form = argparse.RawDescriptionHelpFormatter
+    return argparse.ArgumentParser(
+        usage=usage, description=doc, formatter_class=form, allow_abbrev=False
+    )
 
 
 def finish(main: Callable[[], int], failed: int = EXIT_FAILED) -> None:

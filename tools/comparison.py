@@ -271,30 +271,29 @@ def warnings(c: Comparison) -> list[str]:
     if c.order and not c.interleaved:
         found.append(f"order {c.order} is not interleaved: a drift of the host looks like a gain")
     for letter, arm in c.arms:
-        found += [f"{letter}: {doubt}" for doubt in arm.doubts]
-        for status, count in arm.unfinished.items():
-            found.append(f"{letter}: {count} of {len(arm.runs)} runs {status}, they count")
-        if not arm.declared and len(arm.runs) not in stats.LOOKS:
-            found.append(
-                f"{letter}: {len(arm.runs)} runs, not declared before the first; without that "
-                f"the allowed looks are n = {', '.join(map(str, stats.LOOKS))}"
-            )
-        for i, mads in stats.outliers(arm.times):
-            found.append(
-                f"{letter} run {i + 1} outlier {arm.times[i]:.3f} s ({mads:.1f} MAD), kept"
-            )
-        changed = {k for run in arm.runs[1:] for k in environment_changes(arm.runs[0], run)}
-        if changed := sorted(k for k in changed if not re.fullmatch(r"gpu.*", k)):
-            found.append(f"{letter}: {', '.join(changed)} changed between its runs")
-        said = [what for run in arm.runs for what in [*run.warnings, *slowdown(run)]]
-        troubles = Counter(re.sub(r" \(cpu_share \S+\)", "", what) for what in said)
-        found += [f"{letter}: {what} ({n} of {len(arm.runs)} runs)" for what, n in troubles.items()]
+        found += [f"{letter}: {warning}" for warning in arm_warnings(arm)]
     means = {letter: arm.times.mean() for letter, arm in c.arms if arm.finished}
     times = [run.train_s / means[letter] for letter, run in c.in_order if run.finished]
     drifts = c.order and not c.in_pairs  # which cancel a drift
     if drifts and (p := stats.drift(np.array(times))) < stats.DRIFT_P:
         found.append(f"train time drifts with the order of the runs (p={p:.2g})")
     return found
+
+
+def arm_warnings(arm: Arm) -> list[str]:
+    found, n = arm.doubts, len(arm.runs)
+    found += [f"{count} of {n} runs {how}, they count" for how, count in arm.unfinished.items()]
+    if not arm.declared and n not in stats.LOOKS:
+        found.append(f"{n} runs, not declared before the first; without that the allowed looks are "
+                     f"n = {', '.join(map(str, stats.LOOKS))}")  # fmt: skip
+    found += [f"run {i + 1} outlier {arm.times[i]:.3f} s ({mads:.1f} MAD), kept"
+              for i, mads in stats.outliers(arm.times)]  # fmt: skip
+    changed = {k for run in arm.runs[1:] for k in environment_changes(arm.runs[0], run)}
+    if changed := sorted(k for k in changed if not k.startswith("gpu")):
+        found.append(f"{', '.join(changed)} changed between its runs")
+    said = [what for run in arm.runs for what in [*run.warnings, *slowdown(run)]]
+    troubles = Counter(re.sub(r" \(cpu_share \S+\)", "", what) for what in said)
+    return found + [f"{what} ({count} of {n} runs)" for what, count in troubles.items()]
 
 
 def slowdown(run: Run) -> list[str]:

@@ -5,7 +5,6 @@ A and B are logs, or folders of logs. Exit code: 0 faster or equivalent, 1 regre
 3 not comparable, 4 invalid record, 5 inconclusive.
 """
 
-import argparse
 import dataclasses
 import json
 import math
@@ -15,7 +14,7 @@ from pathlib import Path
 import bootstrap  # noqa: F401
 
 from tools import stats
-from tools.cli import EXIT_MISUSE, finish
+from tools.cli import EXIT_MISUSE, finish, flag_parser
 from tools.comparison import Arm, Comparison, code_difference, compare, environment_difference
 from tools.runs import config_changes, source_diff
 
@@ -173,16 +172,9 @@ def json_report(c: Comparison) -> str:
               "order": c.order, "in_pairs": c.in_pairs, "environment": different,
               "config": config_changes(c.a.runs[0], c.b.runs[0]), "code": code_difference(c),
               "warnings": c.warnings, "next": c.next_steps}  # fmt: skip
-    return json.dumps(finite(report), indent=2)
-
-
-def finite(value):
-    """The value with nan and infinities as None, which JSON lacks."""
-    if isinstance(value, dict):
-        return {key: finite(item) for key, item in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(item) for item in value]
-    return value if not isinstance(value, float) or math.isfinite(value) else None
+    # JSON lacks nan and infinities: they are null.
+    report = json.loads(json.dumps(report), parse_constant=lambda name: None)
+    return json.dumps(report, indent=2)
 
 
 def source_report(c: Comparison, colour: bool) -> str:
@@ -194,7 +186,7 @@ def source_report(c: Comparison, colour: bool) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], epilog=__doc__)
+    parser = flag_parser(__doc__)
     parser.add_argument("a", type=Path, metavar="A", help="baseline: a log or a folder of logs")
     parser.add_argument("b", type=Path, metavar="B", help="candidate: a log or a folder of logs")
     form = parser.add_mutually_exclusive_group()

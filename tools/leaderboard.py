@@ -7,18 +7,17 @@ that other processes disturbed are kept and marked. With --check nothing is writ
 code is 1 if README is stale.
 """
 
-import argparse
 import sys
 from pathlib import Path
 
 import bootstrap  # noqa: F401
 
 from tools import stats
-from tools.cli import ToolError, finish
+from tools.cli import ToolError, finish, flag_parser
 from tools.comparison import Arm, compare, signed
 from tools.runs import MISSED, ineligible
+from tools.sources import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 RECORDS = ROOT / "records"
 BEGIN, END = "<!-- leaderboard: python tools/leaderboard.py -->", "<!-- end of leaderboard -->"
 
@@ -55,23 +54,15 @@ def mean_and_sd(values, digits: int) -> str:
     return f"{values.mean():.{digits}f} ({stats.sd(values):.{digits}f})"
 
 
-def row(number: int, record: Record, previous: Record | None, base: Path) -> str:
+def row(number: int, record: Record, previous: Record | None) -> str:
     arm = record.arm
     gain = "" if previous is None else gain_over(previous, record)
     status, p = arm.target_status()
     loss = f"{mean_and_sd(arm.losses, 4)}, n={len(arm.runs)}, p={p:.1g}"
-    link = f"[{record.date}]({record.folder.relative_to(base).as_posix()}/README.md)"
+    link = f"[{record.date}]({record.folder.relative_to(ROOT).as_posix()}/README.md)"
     disturbed = f" †{record.disturbed}" if record.disturbed else ""
-    cells = (
-        number,
-        mean_and_sd(arm.times, 1) + disturbed,
-        gain,
-        loss,
-        arm.runs[0].steps,
-        record.title,
-        link,
-    )
-    return f"| {' | '.join(map(str, cells))} |"
+    return (f"| {number} | {mean_and_sd(arm.times, 1)}{disturbed} | {gain} | {loss} "
+            f"| {arm.runs[0].steps} | {record.title} | {link} |")  # fmt: skip
 
 
 def gain_over(previous: Record, record: Record) -> str:
@@ -90,17 +81,17 @@ def groups(records: list[Record]) -> dict[tuple, list[Record]]:
     return found
 
 
-def table(group: tuple, records: list[Record], base: Path) -> list[str]:
+def table(group: tuple, records: list[Record]) -> list[str]:
     track, target, machine_class = group
     lines = [f"**{track}, target {target:g}**, on {machine_class}", "",
              "| | time s (sd) | against the one before | val_loss (sd) | steps | what | record |",
              "|---|---|---|---|---|---|---|"]  # fmt: skip
     for i, record in enumerate(records):
-        lines.append(row(i + 1, record, records[i - 1] if i else None, base))
+        lines.append(row(i + 1, record, records[i - 1] if i else None))
     if any(record.disturbed for record in records):
         lines += ["", "†n: in n of these runs other processes took part of the CPU; they are kept."]
     if len(records) > 1:
-        lines += ["", f"![train times]({picture(group).relative_to(base).as_posix()})"]
+        lines += ["", f"![train times]({picture(group).relative_to(ROOT).as_posix()})"]
     return [*lines, ""]
 
 
@@ -122,9 +113,7 @@ def read_records() -> list[Record]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = flag_parser(__doc__)
     parser.add_argument("--check", action="store_true", help="write nothing; 1 if README is stale")
     args = parser.parse_args()
     readme = ROOT / "README.md"
@@ -132,7 +121,7 @@ def main() -> int:
     if BEGIN not in old or END not in old:
         raise ToolError(f"{readme} lacks the lines {BEGIN} and {END}")
     ranked = groups(read_records())
-    lines = [line for group, records in ranked.items() for line in table(group, records, ROOT)]
+    lines = [line for group, records in ranked.items() for line in table(group, records)]
     before, after = old.partition(BEGIN)[0], old.partition(END)[2]
     new = "\n".join([before + BEGIN, "", *lines, END]) + after
     if args.check:

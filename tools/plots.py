@@ -23,7 +23,7 @@ def plot_comparison(c: Comparison, path: Path) -> None:
         draw_losses(axes[0, 1], arm, label, colour, by_time=False)
         draw_step_times(axes[1, 0], arm, colour)
         draw_step_trace(axes[0, 2], arm, colour)
-    draw_by_order(axes[1, 1], c, lambda run: run.val_loss, "final val_loss, nats a token")
+    draw_by_order(axes[1, 1], c, lambda run: run.val_loss, "final val_loss, nats per token")
     draw_by_order(axes[1, 2], c, lambda run: run.train_s, "train time, s")
     if not np.isnan(c.b.target):
         for ax in (axes[0, 0], axes[0, 1], axes[1, 1]):
@@ -46,7 +46,7 @@ def draw_losses(ax, arm: Arm, label: str, colour: str, by_time: bool) -> None:
     ax.plot(x, loss.mean(0), color=colour, label=label, marker=".")
     ax.fill_between(x, loss.mean(0) - loss.std(0), loss.mean(0) + loss.std(0), color=colour,
                     alpha=0.2)  # fmt: skip
-    ax.set(xlabel="train time, s" if by_time else "step", ylabel="val_loss, nats a token")
+    ax.set(xlabel="train time, s" if by_time else "step", ylabel="val_loss, nats per token")
 
 
 def step_times(run) -> np.ndarray:

@@ -16,7 +16,6 @@ Exit code: 0, or of two attempts that of diff.py; 2 if the runs could not be mad
 import argparse
 import sys
 from pathlib import Path
-from string import ascii_uppercase
 from tempfile import TemporaryDirectory
 
 import bootstrap  # noqa: F401
@@ -24,9 +23,9 @@ from tqdm import tqdm
 
 from tools import stats
 from tools.attempts import Attempt, carry_out, check_turns, copy_of, interleaved, takes_runs
-from tools.cli import EXIT_MISUSE, ToolError, finish
-from tools.comparison import Arm, compare
-from tools.diff import text_report
+from tools.cli import EXIT_MISUSE, ToolError, finish, flag_parser
+from tools.comparison import Arm, arm_warnings, compare
+from tools.diff import target_text, text_report
 from tools.runs import read_arm
 from tools.sources import ENTRIES, ROOT, base_of, diff_of, keep_as_diff, kept_texts, source_texts
 
@@ -38,7 +37,7 @@ def attempt_at(folder: Path, args, flags: list[str]) -> Attempt:
     base = args.base or (base_of(diff) if diff else None)
     if base and (base.resolve() == folder.resolve() or not kept_texts(base)):
         raise ToolError(f"--base {base} is no other attempt that keeps its source")
-    return Attempt(folder.resolve().name, folder, texts, flags, args.nproc_per_node or 1, base)
+    return Attempt(folder.resolve().name, folder, texts, flags, base=base)
 
 
 def line_up(args, flags: list[str], out: Path) -> list[Attempt]:
@@ -47,13 +46,15 @@ def line_up(args, flags: list[str], out: Path) -> list[Attempt]:
     if len(set(paths)) < len(paths):
         raise ToolError("an attempt is named twice; name each folder once")
     attempts = []
-    for origin, letter in zip(args.origins, ascii_uppercase, strict=False):
+    for i, origin in enumerate(args.origins):
         if takes_runs(origin):
-            attempts.append(attempt_at(origin, args, flags))
+            attempt = attempt_at(origin, args, flags)
         else:
-            attempt = copy_of(origin, out / letter, flags, args.entry)
-            attempt.processes = args.nproc_per_node or attempt.processes
-            attempts.append(attempt)
+            attempt = copy_of(origin, out / chr(ord("A") + i), flags, args.entry)
+        attempt.processes = args.nproc_per_node or attempt.processes
+        attempts.append(attempt)
+    if args.out and len(paths) == len(args.origins):
+        raise ToolError("--out: every attempt here keeps its own runs; leave it out")
     check_turns(attempts, args.turns)
     for attempt in attempts:
         attempt.freeze()
@@ -77,42 +78,30 @@ def run_all(attempts: list[Attempt], count: int, turn_steps: int) -> None:
 
 
 def report(arms: list[Arm]) -> int:
-    """Print the verdict on two arms, or of each the test of its target; return the exit code."""
+    """Print the verdict on two arms, or the figures of each; return the exit code."""
     if len(arms) == 2:
         comparison = compare(*arms)
         print(text_report(comparison))
         return comparison.exit_code
     for arm in arms:
-        print(summary(arm))
+        print(f"{arm.name}: n={len(arm.runs)} {figures(arm)}")
+        for warning in arm_warnings(arm):
+            print(f"WARN      {warning}")
     return 0
 
 
-def summary(arm: Arm) -> str:
-    """The loss and time of all runs of an attempt, and its test of the target."""
-    (status, p), n, name = arm.target_status(), len(arm.runs), arm.name
+def figures(arm: Arm) -> str:
+    """Loss and time of the runs that finished, and the test of the target."""
     if not arm.finished:
-        return f"{name}: none of {n} runs finished"
-    words = {"PASS": "reached", "FAIL": "not reached", "open": "not shown to be reached"}
-    text = (
-        f"{name}: n={n} val_loss {arm.losses.mean():.5f} (sd {stats.sd(arm.losses):.5f}) "
-        f"train_time {arm.times.mean():.2f} s (sd {stats.sd(arm.times):.2f})    "
-    )
-    if arm.unfinished:
-        text += f"{sum(arm.unfinished.values())} of {n} runs did not finish, and count; "
-    if not arm.declared and n not in stats.LOOKS:
-        looks = ", ".join(map(str, stats.LOOKS))
-        return f"{text}target: n was not declared, so a look is allowed at {looks} runs only"
-    return f"{text}target {arm.target:g} {words[status]}: p={p:.2g}, needed < {arm.level}"
+        return "no run finished"
+    return (f"val_loss {arm.losses.mean():.5f} (sd {stats.sd(arm.losses):.5f}) "
+            f"train_time {arm.times.mean():.2f} s (sd {stats.sd(arm.times):.2f})    "
+            f"target {arm.target:g}: {target_text(arm)}, needed p < {arm.level}")  # fmt: skip
 
 
 def parse() -> tuple[argparse.Namespace, list[str]]:
     """(this tool's arguments, the trainer's flags)."""
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        usage="%(prog)s ATTEMPT... [-n N] [--turns STEPS] [--FLAG VALUE of the trainer]...",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = flag_parser(__doc__, "%(prog)s ATTEMPT... [-n N] [--FLAG VALUE of the trainer]...")
     add = parser.add_argument
     add("origins", nargs="+", type=Path, metavar="ATTEMPT", help="folder, log or checkout")
     add("-n", type=int, default=10, help="runs of each attempt, declared in every log (default: "
@@ -142,7 +131,7 @@ def main() -> int:
         try:
             run_all(attempts, args.n, args.turns)
         except KeyboardInterrupt:
-            print("interrupted: what was running counts; the same command goes on after it",
+            print("interrupted: what ran counts, where it is kept; the same command goes on there",
                   file=sys.stderr)  # fmt: skip
             raise
         finally:

@@ -6,14 +6,13 @@
 Exit code: 0 if they are, 1 if they are not, 2 if it cannot be run again.
 """
 
-import argparse
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import bootstrap  # noqa: F401
 
 from tools.attempts import copy_of, start
-from tools.cli import EXIT_MISUSE, ToolError, finish
+from tools.cli import EXIT_MISUSE, ToolError, finish, flag_parser
 from tools.runs import Run, read_log
 
 CAUSES = ("torch", "cpu", "device", "matmul_dtype", "threads")  # of losses that differ
@@ -52,11 +51,7 @@ def same_losses(old: Run, new: Run) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = flag_parser(__doc__)
     parser.add_argument("log", type=Path, metavar="LOG")
     parser.add_argument("--out", type=Path, help="keep source and log here (default: discard)")
     args, flags = parser.parse_known_args()

@@ -38,7 +38,7 @@ class Source:
 
 @dataclass
 class Run:
-    """What one log says. Times are milliseconds of train time, losses nats a token."""
+    """What one log says. Times are milliseconds of train time, losses nats per token."""
 
     path: Path
     is_public: bool = False

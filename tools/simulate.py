@@ -7,14 +7,12 @@ useless: the worst case. The target is tested on losses whose true mean lies exa
 against a B that truly needs 5% less time, on a host whose speed wanders.
 """
 
-import argparse
-
 import bootstrap  # noqa: F401
 import numpy as np
 
 from tools import stats
 from tools.attempts import interleaved
-from tools.cli import finish
+from tools.cli import finish, flag_parser
 
 LOSS, LOSS_SD = 3.28, 0.0014  # sd: pooled over 845 public logs
 MEMORY = 0.9  # correlation of a wandering host's speed with that of one run before
@@ -62,7 +60,7 @@ def best_of(rng, kept: int, count: int) -> bool:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = flag_parser(__doc__)
     parser.add_argument("--comparisons", type=int, default=2000, help="of each kind (%(default)s)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()

@@ -7,12 +7,11 @@ no resume, committed or kept source, known data, target reached. Exit code: 0 al
 are sound but not eligible, 4 some are invalid.
 """
 
-import argparse
 from pathlib import Path
 
 import bootstrap  # noqa: F401
 
-from tools.cli import EXIT_FAILED, EXIT_INVALID, finish
+from tools.cli import EXIT_FAILED, EXIT_INVALID, finish, flag_parser
 from tools.runs import InvalidLog, find_logs, ineligible, read_log
 
 
@@ -41,9 +40,7 @@ def logs_of(path: Path) -> list[Path]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = flag_parser(__doc__)
     parser.add_argument("logs", nargs="+", type=Path, metavar="LOG", help="or a folder of them")
     args = parser.parse_args()
     paths = [log for path in args.logs for log in logs_of(path)]
