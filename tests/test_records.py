@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import numpy as np
@@ -236,6 +237,11 @@ def test_validate_says_yes_to_a_record_and_no_with_reasons(log, tmp_path):
     bad.write_text(good.read_text().replace("step:9/20", "step:8/20"))
     assert tool("validate", good).returncode == 0
     assert "record-eligible: yes" in tool("validate", good).stdout
+    (tmp_path / "a/logs").mkdir(parents=True)
+    shutil.copy(good, tmp_path / "a/logs/good.txt")
+    shutil.copytree(tmp_path / "a", tmp_path / "below/b")
+    done = tool("validate", tmp_path / "a", tmp_path / "below")
+    assert done.returncode == 0 and done.stdout.count("record-eligible: yes") == 2
     assert tool("validate", log).returncode == 1
     done = tool("validate", good, bad, log)
     assert done.returncode == 4 and re.search(rf"INVALID   {bad}:\d+: ", done.stdout)
@@ -835,24 +841,31 @@ def test_a_run_that_fails_in_its_set_up_ends_its_pair(attempt_flags, tmp_path):
     assert run.result["status"] == "aborted" and not run.train_curve
 
 
-def race_until(pattern: str, folder: Path, *words, **options) -> subprocess.Popen:
-    """race.py as a process, once a log in folder holds pattern."""
+@contextmanager
+def race_until(pattern: str, folder: Path, *words):
+    """race.py as a process group of its own, once a log in folder holds pattern."""
     command = [sys.executable, str(ROOT / "tools/race.py"), *map(str, words)]
-    process = subprocess.Popen(command, env=clean_environment(), text=True, **options)
-    while not any(pattern in p.read_text() for p in folder.glob("logs/*.txt")):
-        assert process.poll() is None
-        time.sleep(0.02)
-    return process
+    process = subprocess.Popen(command, env=clean_environment(), text=True,
+                               stderr=subprocess.PIPE, start_new_session=True)  # fmt: skip
+    try:
+        while not any(pattern in p.read_text() for p in folder.glob("logs/*.txt")):
+            assert process.poll() is None
+            time.sleep(0.02)
+        yield process
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
 
 
 def test_a_run_goes_on_when_the_one_it_takes_turns_with_is_killed(attempt_flags, tmp_path):
     a, b = tmp_path / "2026-01-01_A", tmp_path / "2026-01-01_B"
     longer = ("--num_steps=400", "--val_every=400", "--max_epochs=99")
     words = ("-n", 1, "--turns", 2, a, b, *attempt_flags, *longer)
-    process = race_until("step:2/", a, *words)
-    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
-    os.kill(int(children.split()[0]), signal.SIGKILL)
-    assert process.wait(60) == 4  # its log is cut
+    with race_until("step:2/", a, *words) as process:
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text()
+        os.kill(int(children.split()[0]), signal.SIGKILL)
+        assert process.wait(60) == 4  # its log is cut
     (killed,), (whole,) = ([runs.read_log(p) for p in runs.find_logs(x)] for x in (a, b))
     assert not killed.finished and whole.finished and not whole.faults
 
@@ -867,9 +880,8 @@ LONG = ("--num_steps=4000", "--max_epochs=99")
 def test_a_killed_run_stays_in_the_count(attempt_flags, tmp_path):
     attempt = tmp_path / "2026-01-01_Killed"
     words = ["-n", 2, attempt, *attempt_flags]
-    process = race_until("step:3/", attempt, *words, *LONG, start_new_session=True)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
+    with race_until("step:3/", attempt, *words, *LONG) as process:
+        os.killpg(process.pid, signal.SIGKILL)
     done = tool("race", *words)
     assert done.returncode == 0, done.stderr
     assert "FAIL (1 of 2 runs did not finish)" in done.stdout
@@ -880,9 +892,9 @@ def test_a_killed_run_stays_in_the_count(attempt_flags, tmp_path):
 def test_sigterm_ends_the_run_too(attempt_flags, tmp_path):
     attempt = tmp_path / "2026-01-01_Stopped"
     words = ["-n", 2, attempt, *attempt_flags, *LONG]
-    process = race_until("step:3/", attempt, *words, stderr=subprocess.PIPE)
-    process.terminate()
-    assert "interrupted" in process.communicate(timeout=60)[1] and process.returncode == 143
+    with race_until("step:3/", attempt, *words) as process:
+        process.terminate()
+        assert "interrupted" in process.communicate(timeout=60)[1] and process.returncode == 143
     (run,) = [runs.read_log(path) for path in runs.find_logs(attempt)]
     assert run.result["status"] == "aborted" and not run.faults
 
@@ -915,6 +927,7 @@ OLD_LAYOUTS = {
     "the source in the log": "records/embedded/2026-11-22_Default",
     "a try, by two diffs": "records/embedded/tries/2026-11-22_Windows",
     "the baseline": "records/embedded/baseline/2026-11-22_GPT2",
+    "by a store": "tests/logs/turns_114",
 }
 
 
@@ -951,11 +964,14 @@ def test_what_cannot_be_replayed_gets_one_clear_error(words, tmp_path, monkeypat
     assert "Traceback" not in done.stderr and not list(tmp_path.iterdir())
 
 
-def test_a_checked_in_log_is_reproduced_or_the_difference_of_the_machines_named(embedded_data):
+def test_a_checked_in_log_is_reproduced_digit_for_digit(log, embedded_data):
     old = runs.read_log(runs.find_logs(REAL / "steps_114")[0])
+    here = runs.read_log(log).environment
+    for key in ("torch", "cpu", "matmul_dtype"):
+        if here[key] != old.environment[key]:
+            pytest.skip(f"its {key} is {old.environment[key]}, this machine's {here[key]}")
     done = tool("replay", old.path, OMP_NUM_THREADS=old.environment["threads"])
-    assert done.returncode in (0, 1) and " 116 losses" in done.stdout, done.stderr
-    assert done.returncode == 0 or "which may be why" in done.stdout
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 # ------------------------------------------------------------------------------ The record tools
