@@ -36,6 +36,8 @@ from baselines.train_gpt2 import (
 from checkpoints import facts_sha256, read_checkpoint, write_checkpoint
 from data.shards import open_shard
 from harness import Run, RunError, Runtime, warm_up
+from tools.runs import read_log
+from tools.sources import ENTRIES, project_files
 
 TINY = dict(
     num_steps=20,
@@ -410,6 +412,7 @@ def test_a_run_learns_saves_and_resumes_to_the_same_digits(flags, tmp_path):
     code, err = outcome(train_gpt2, *flags, "--save_every=12")
     assert code == 0, err
     log = only_log(tmp_path)
+    assert not read_log(log).faults
     first = losses(log)
     assert float(first["val", 20]) < float(first["val", 0]) - 0.5
     (folder,) = tmp_path.glob("*_step*")
@@ -421,6 +424,15 @@ def test_a_run_learns_saves_and_resumes_to_the_same_digits(flags, tmp_path):
     assert len(again) == 9 and again == {key: first[key] for key in again}
     other = outcome(train_gpt2, *flags, "--num_steps=30", f"--resume={folder}")
     refused(*other, "to resume it, add: --num_steps 20")
+
+
+def test_a_race_freezes_and_runs_the_baseline(flags, tmp_path):
+    attempt = tmp_path / "2026-01-01_GPT2"
+    done = run("tools/race.py", "-n", 1, "--entry", ENTRIES[1], attempt, *flags)
+    assert "GPT2 seed 0: result status:missed" in done.stdout + done.stderr, done.stderr
+    made = read_log(only_log(attempt / "logs"))
+    kept = {str(p.relative_to(attempt / "source")) for p in attempt.glob("source/**/*.py")}
+    assert not made.faults and kept == set(made.sources) == set(project_files(ROOT, ENTRIES[1]))
 
 
 def test_a_size_that_cannot_fit_is_refused_with_the_numbers(flags):

@@ -1,0 +1,242 @@
+"""Run sources again and again, one run at a time or two that take turns.
+
+Every run starts from a scratch copy of its source, so that editing train_gpt.py while runs go on
+changes none of them.
+"""
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from tools import sources
+from tools.cli import ToolError
+from tools.runs import Run, find_logs, read_log
+from tools.sources import ENTRIES, ROOT, entry_of, kept_texts, source_texts
+
+SINGLE_RUN_FLAGS = {"--seed", "--slug", "--log_dir", "--source_dir", "--declared_runs", "--resume",
+                    "--turn_steps"}  # fmt: skip
+
+
+@dataclass
+class Attempt:
+    """What to run: a source, with these flags, in so many processes a run.
+
+    folder gets the source and the logs. base: the attempt against whose source this one's becomes a
+    diff when its runs have ended.
+    """
+
+    name: str
+    folder: Path
+    texts: dict[str, str]
+    flags: list[str]
+    processes: int = 1
+    base: Path | None = None
+
+    def __post_init__(self):
+        self.source, self.logs = self.folder / "source", self.folder / "logs"
+        self.entry = next((entry for entry in ENTRIES if entry in self.texts), None)
+
+    @property
+    def log_paths(self) -> list[Path]:
+        return sorted(self.logs.glob("*.txt"))
+
+    def knows(self, flag: str) -> bool:
+        """Whether the source is young enough to have a flag: its harness names it."""
+        return any(flag in text for text in self.texts.values())
+
+    def freeze(self) -> None:
+        """Keep the source in source/, where its runs look for it; ToolError if it cannot run."""
+        if not self.entry:
+            raise ToolError(f"the source of {self.name} holds neither {' nor '.join(ENTRIES)}")
+        sources.require_whole(self.texts)
+        if self.texts != (kept_texts(self.folder) or self.texts):
+            raise ToolError(f"{self.folder} has runs of another source; name a new folder")
+        sources.write_texts(self.texts, self.source)
+        self.logs.mkdir(exist_ok=True)
+
+
+# ------------------------------------------------------------------------------ What to run
+
+
+def takes_runs(origin: Path) -> bool:
+    """Whether runs of origin are added to it: an attempt's folder, until it has a README.md."""
+    if not origin.exists():
+        return True
+    if origin.is_file() or entry_of(origin):
+        return False
+    inside, logs = {path.name for path in origin.iterdir()}, find_logs(origin)
+    if kept_texts(origin):
+        return not (logs and "README.md" in inside)
+    return not logs and inside <= {"README.md", "logs"}
+
+
+def copy_of(origin: Path, folder: Path, flags: list[str], entry: str | None = None) -> Attempt:
+    """An attempt in folder that runs the source of a log, a folder of logs, or a checkout.
+
+    Of a log it has the flags as well, of a folder those of its first sound log.
+    """
+    name = origin.resolve().name.removesuffix(".txt")
+    if found := entry_of(origin):
+        return Attempt(name, folder, source_texts(origin, entry or found), flags)
+    runs = [read_log(path) for path in find_logs(origin)]
+    if not runs:
+        trainers = " or ".join(ENTRIES)
+        raise ToolError(f"{origin} is neither a log, nor an attempt, nor a folder with {trainers}")
+    run = next((run for run in runs if not run.faults), runs[0])
+    if run.is_public or run.faults:
+        why = "it is of the public speedrun" if run.is_public else run.faults[0][1]
+        raise ToolError(f"{run.path} cannot be run again: {why}")
+    texts = {path: source.text for path, source in run.sources.items()}
+    processes = int(run.environment.get("world_size", 1))
+    return Attempt(name, folder, texts, [*flags_of(run), *flags], processes)
+
+
+def flags_of(run: Run) -> list[str]:
+    """The flags that a run was given, but for those that name the single run."""
+    kept, words = [], []
+    for word in json.loads(run.config.get("argv", "[]")):
+        words += word.split("=", 1) if word.startswith("--") else [word]
+    while words:
+        flag = words.pop(0)
+        value = [words.pop(0)] if words and not words[0].startswith("--") else []
+        kept += [] if flag in SINGLE_RUN_FLAGS else [flag, *value]
+    return kept
+
+
+def check_turns(attempts: list[Attempt], turn_steps: int) -> None:
+    """ToolError where the attempts cannot begin, or go on, with turns of so many steps."""
+    arms = [[read_log(path) for path in attempt.log_paths] for attempt in attempts]
+    for attempt, runs in zip(attempts, arms, strict=True):
+        if turn_steps and not attempt.knows("turn_steps"):
+            raise ToolError(f"the source of {attempt.name} is of before --turns; leave it out")
+        if turn_steps and attempt.processes > 1:
+            raise ToolError("--turns is for runs of one process; leave it out")
+        if runs and runs[0].turn_steps != turn_steps:
+            raise ToolError(f"the runs of {attempt.name} have turns of {runs[0].turn_steps} steps; "
+                            f"go on with --turns {runs[0].turn_steps}")  # fmt: skip
+    if turn_steps and len(counts := {len(runs) for runs in arms}) > 1:
+        raise ToolError(f"one attempt has {min(counts)} runs, the other {max(counts)}, so a run "
+                        "would lack its pair; name new folders")  # fmt: skip
+
+
+def interleaved(count: int, runs: int) -> Iterator[tuple[int, int]]:
+    """(arm, round) for so many rounds: arms 0 1 2, 2 1 0, 0 1 2 ..., which cancels linear drift."""
+    for turn in range(runs):
+        order = range(count) if turn % 2 == 0 else reversed(range(count))
+        yield from ((arm, turn) for arm in order)
+
+
+# ------------------------------------------------------------------------------ Running
+
+
+@dataclass
+class Ended:
+    """A run that ended."""
+
+    attempt: Attempt
+    seed: int
+    run: Run  # what its log says
+    code: int
+    output: list[str]  # lines
+    last_words: str  # the last line of its errors, where it has any
+
+
+def carry_out(jobs: list[tuple[Attempt, int]], declared: int, turn_steps: int) -> Iterator[Ended]:
+    """Run every job (attempt, seed) and tell how it ended.
+
+    One after the other; with turn_steps those two in a row that share a seed take turns.
+    """
+    groups = (list(pair) for _, pair in groupby(jobs, key=lambda job: job[1]))
+    for group in groups if turn_steps else ([job] for job in jobs):
+        yield from start(group, declared, turn_steps)
+
+
+def start(jobs: list[tuple[Attempt, int]], declared: int, turn_steps: int = 0) -> list[Ended]:
+    """Run one job, or two that take turns of so many steps; return them in the order they ended.
+
+    On ctrl-C the runs get it too, SIGTERM is passed on; they then end their logs by themselves.
+    """
+    before = {path for attempt, _ in jobs for path in attempt.log_paths}
+    with ExitStack() as stack:
+        scratches = [stack.enter_context(staged(attempt.texts)) for attempt, _ in jobs]
+        pool, running = stack.enter_context(ThreadPoolExecutor()), {}
+        ends = [None]
+        if turn_steps:
+            ends = [stack.enter_context(end) for end in socket.socketpair()]
+            ends[1].send(b"1")  # the first turn is the first job's
+        try:
+            for job, scratch, end in zip(jobs, scratches, ends, strict=True):
+                process = begin(*job, scratch, declared, turn_steps, end)
+                running[pool.submit(process.communicate)] = process, *job
+            for end in ends if turn_steps else ():
+                end.close()
+            ended = [(*running[future], *future.result()) for future in as_completed(running)]
+        except BaseException as stop:
+            if type(stop) is not KeyboardInterrupt:  # of which the runs know
+                for process, *_ in running.values():
+                    process.terminate()
+            raise
+    return [how_it_ended(*one, before) for one in ended]
+
+
+@contextmanager
+def staged(texts: dict[str, str]):
+    """A folder from which a source runs, while it runs: its files, and links to the data."""
+    with TemporaryDirectory(prefix="photofinish_") as name:
+        scratch = Path(name)
+        sources.write_texts(texts, scratch)
+        (scratch / "data").mkdir(exist_ok=True)
+        for folder in (ROOT / "data").iterdir():
+            if folder.is_dir() and folder.name != "__pycache__":
+                (scratch / "data" / folder.name).symlink_to(folder)
+        yield scratch
+
+
+def begin(
+    attempt: Attempt, seed: int, scratch: Path, declared: int, turn_steps: int, stdin
+) -> subprocess.Popen:
+    """Start a run from its scratch folder."""
+    command = [sys.executable]
+    if attempt.processes > 1:
+        command += ["-m", "torch.distributed.run", "--standalone"]
+        command += [f"--nproc_per_node={attempt.processes}"]
+    command += [str(scratch / attempt.entry), *attempt.flags, f"--seed={seed}"]
+    command += [f"--slug={sources.slug_of(attempt.name)}", f"--log_dir={attempt.logs}"]
+    younger = {"source_dir": attempt.source, "declared_runs": declared, "turn_steps": turn_steps}
+    command += [f"--{flag}={value}" for flag, value in younger.items() if attempt.knows(flag)]
+    return subprocess.Popen(command, env=variables(scratch), text=True, stdin=stdin,
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+
+
+def variables(scratch: Path) -> dict[str, str]:
+    """A run's environment: no checkout lends it modules, and git compares scratch with our HEAD."""
+    found = dict(os.environ)
+    folders = found.pop("PYTHONPATH", "").split(os.pathsep)
+    if others := [folder for folder in folders if folder and not entry_of(Path(folder))]:
+        found["PYTHONPATH"] = os.pathsep.join(others)
+    if shutil.which("git"):
+        git = subprocess.run(["git", "rev-parse", "--absolute-git-dir"], cwd=ROOT,
+                             capture_output=True, text=True)  # fmt: skip
+        if git.stdout:
+            found |= {"GIT_DIR": git.stdout.strip(), "GIT_WORK_TREE": str(scratch)}
+    return found
+
+
+def how_it_ended(process, attempt: Attempt, seed: int, output: str, errors: str, before) -> Ended:
+    """What there is to tell of a run; ToolError if it left no log."""
+    said = errors.strip() or output.strip() or f"it exited with {process.returncode}"
+    last_words = said.splitlines()[-1]
+    log = next((path for path in attempt.log_paths if path not in before), None)
+    if not log:
+        raise ToolError(f"no run of {attempt.name} began: {last_words}")
+    return Ended(attempt, seed, read_log(log), process.returncode, output.splitlines(), last_words)

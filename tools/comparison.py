@@ -1,0 +1,357 @@
+"""What two sets of runs say about each other: the verdict, its reasons and its warnings.
+
+The rules, in one place: raw seconds are compared on one host only, in interleaved order;
+a run that did not finish counts; the target is a test, not a minimum; thresholds are in stats.py.
+"""
+
+import math
+import re
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from tools import stats
+from tools.runs import (
+    InvalidLog,
+    Run,
+    config_changes,
+    environment_changes,
+    read_arm,
+    source_changes,
+)
+
+TARGET_RANKS = {"unknown": 0, "FAIL": 0, "open": 1, "PASS": 2}
+EXIT_CODES = {"FASTER": 0, "EQUIVALENT": 0, "REGRESSION": 1, "NOT COMPARABLE": 3,
+              "INCONCLUSIVE": 5}  # fmt: skip
+VOLATILE = {"temperature.gpu", "clocks.sm", "clocks.mem", "gpu_processes"}
+RACE = "./run.sh tools/race.py A B -n 10"
+SLOWDOWN = 0.10  # change of a calibration within a run that is worth a warning
+
+
+def repeated(values) -> list:
+    return [value for value, count in Counter(values).items() if count > 1]
+
+
+class Arm:
+    """All runs of one attempt, in the order in which they began."""
+
+    def __init__(self, name: str, runs: list[Run], target: float = math.nan):
+        self.name, self.runs = name, runs
+        self.finished = [run for run in runs if run.finished]
+        own_target = runs[0].target
+        self.target = target if math.isnan(own_target) else own_target
+        self.level = stats.alpha(len(runs), len(runs), self.declared)
+
+    @classmethod
+    def read(cls, path: Path, target: float = math.nan) -> "Arm":
+        path = path.resolve()
+        return cls(path.parent.name if path.name == "logs" else path.stem, read_arm(path), target)
+
+    def require_sound(self) -> None:
+        """Raise InvalidLog for the first fault of any log, or a log that is there twice."""
+        for run in self.runs:
+            if run.faults:
+                raise InvalidLog(run.path, *run.faults[0])
+        if names := repeated(run.name for run in self.runs):
+            raise InvalidLog(self.runs[0].path.parent, 0, f"{names[0]} is there more than once")
+
+    def values(self, figure) -> np.ndarray:
+        """A figure of every finished run."""
+        return np.array([figure(run) for run in self.finished], float)
+
+    @property
+    def times(self) -> np.ndarray:
+        return self.values(lambda run: run.train_s)
+
+    @property
+    def losses(self) -> np.ndarray:
+        return self.values(lambda run: run.val_loss)
+
+    @property
+    def declared(self) -> int:
+        """Runs that every log says were declared before the first; 0 if they do not agree."""
+        said = {int(run.config.get("declared_runs", 0)) for run in self.runs}
+        return said.pop() if len(said) == 1 else 0
+
+    @property
+    def unfinished(self) -> Counter:
+        return Counter(r.result.get("status", "killed") for r in self.runs if not r.finished)
+
+    @property
+    def doubts(self) -> list[str]:
+        """Why these runs prove no gain, however their figures look."""
+        found, n = [], len(self.runs)
+        if self.declared not in (0, n):
+            found.append(f"{self.declared} runs were declared, {n} are there")
+        if seeds := repeated(run.seed for run in self.runs if not run.is_public):
+            found.append(f"seed {', '.join(seeds)} ran more than once")
+        if resumed := sum(run.number("resumed_from") > 0 for run in self.runs):
+            found.append(f"{resumed} of {n} runs were resumed: a checkpoint told their time")
+        return found
+
+    def is_one_thing(self) -> bool:
+        """Whether all runs have one source and configuration."""
+        first = self.runs[0]
+        return not any(source_changes(first, r) or config_changes(first, r) for r in self.runs[1:])
+
+    def reaches_target(self) -> bool:
+        """Whether the mean loss is shown to lie below the target; every run must have finished."""
+        return not self.unfinished and stats.target_p(self.losses, self.target) < self.level
+
+    def target_status(self) -> tuple[str, float]:
+        """(PASS, FAIL, open or unknown; p of the claim that the mean loss is below target)."""
+        if math.isnan(self.target):
+            return "unknown", math.nan
+        p = stats.target_p(self.losses, self.target)
+        if self.unfinished or not len(self.losses) or self.losses.mean() > self.target:
+            return "FAIL", p
+        return ("PASS" if self.reaches_target() and not self.doubts else "open"), p
+
+
+@dataclass
+class Comparison:
+    """B against A."""
+
+    a: Arm
+    b: Arm
+    trust: bool = False  # that both ran on one host, interleaved, though the logs do not say so
+    verdict: str = "INCONCLUSIVE"
+    reason: str = ""
+    time: stats.Difference = stats.NO_DIFFERENCE
+    loss: stats.Difference = stats.NO_DIFFERENCE
+    warnings: list[str] = field(default_factory=list)
+    next_steps: list[str] = field(default_factory=list)
+
+    @property
+    def exit_code(self) -> int:
+        return EXIT_CODES[self.verdict]
+
+    @property
+    def level(self) -> float:
+        """The p below which a difference of the arms counts."""
+        declared = self.a.declared if self.a.declared == self.b.declared else 0
+        return stats.alpha(len(self.a.runs), len(self.b.runs), declared)
+
+    @property
+    def arms(self) -> tuple[tuple[str, Arm], ...]:
+        return ("A", self.a), ("B", self.b)
+
+    @property
+    def times_comparable(self) -> bool:
+        return self.verdict != "NOT COMPARABLE"
+
+    @property
+    def in_order(self) -> list[tuple[str, Run]]:
+        """(A or B, run) of every run, in the order in which they began."""
+        runs = [(letter, run) for letter, arm in self.arms for run in arm.runs]
+        return sorted(runs, key=lambda pair: pair[1].started)
+
+    @property
+    def order(self) -> str:
+        """Such as ABBA; empty where the logs do not tell."""
+        return "".join(letter for letter, run in self.in_order if "utc" in run.config)
+
+    @property
+    def in_pairs(self) -> bool:
+        """Whether each two runs in a row are one of either arm, with one seed, both finished.
+
+        So race.py runs them. What the two share, such as the state of the host and
+        the order of the data, cancels in their difference. A drift within the pairs cancels only
+        between them, so either arm must be the first of as many pairs, but for an odd one.
+        """
+        runs = self.in_order
+        if len(self.order) < len(runs) or len(self.a.runs) != len(self.b.runs):
+            return False
+        pairs = list(zip(runs[::2], runs[1::2], strict=True))
+        first = [x for (x, _), _ in pairs]
+        return abs(first.count("A") - first.count("B")) < 2 and all(
+            x != y and one.seed == other.seed and one.finished and other.finished
+            for (x, one), (y, other) in pairs
+        )
+
+    @property
+    def interleaved(self) -> bool:
+        return self.trust or stats.is_interleaved(self.order)
+
+    @property
+    def noise(self) -> tuple[float, float]:
+        """Standard deviations of one run's log time and of its loss, as the tests meet them."""
+        samples = ((np.log(self.a.times), np.log(self.b.times)), (self.a.losses, self.b.losses))
+        return tuple(stats.noise(a, b, self.in_pairs) for a, b in samples)
+
+
+def compare(a: Arm, b: Arm, trust: bool = False) -> Comparison:
+    """trust: take it as given that both arms ran on one host, interleaved.
+
+    InvalidLog if a log of either is not sound.
+    """
+    for arm in (a, b):
+        arm.require_sound()
+    result = Comparison(a, b, trust)
+    result.loss = stats.absolute(a.losses, b.losses, result.in_pairs)
+    if obstacles := what_forbids_comparing(a, b, trust):
+        result.verdict, result.reason = "NOT COMPARABLE", "; ".join(obstacles)
+    else:
+        result.time = stats.relative(a.times, b.times, result.in_pairs)
+        result.verdict, result.reason = judge(result)
+    result.warnings, result.next_steps = warnings(result), next_steps(result)
+    return result
+
+
+def what_forbids_comparing(a: Arm, b: Arm, trust: bool) -> list[str]:
+    reasons = []
+    for letter, arm in (("A", a), ("B", b)):
+        if not arm.is_one_thing():
+            reasons.append(f"{letter} mixes runs of different sources or configurations")
+    if {r.name for r in a.runs} & {r.name for r in b.runs}:
+        reasons.append("A and B share runs")
+    tasks = [{(r.data_hash, r.config.get("val_tokens")) for r in arm.runs} for arm in (a, b)]
+    if tasks[0] != tasks[1]:
+        reasons.append("different data")
+    if a.target != b.target and not (math.isnan(a.target) and math.isnan(b.target)):
+        reasons.append(f"different targets, {a.target} and {b.target}")
+    classes = [{r.machine_class for r in arm.runs} for arm in (a, b)]
+    if classes[0] != classes[1]:
+        names = [" and ".join(sorted(c)) for c in classes]
+        reasons.append(f"different classes, {names[0]} and {names[1]}")
+    elif not trust:
+        hosts = {r.host for arm in (a, b) for r in arm.runs}
+        if "unknown" in hosts:
+            reasons.append("the logs do not name their host; if it is one, add --same_host")
+        elif len(hosts) > 1:
+            reasons.append("different hosts")
+    return reasons
+
+
+def judge(c: Comparison) -> tuple[str, str]:
+    """(verdict, its reason) of two comparable arms."""
+    a_target, b_target = c.a.target_status()[0], c.b.target_status()[0]
+    speed = stats.time_verdict(c.time, c.level)
+    percent = f"{abs(c.time.change):.2%} {interval(c.time)}"
+    if c.b.unfinished["diverged"] > c.a.unfinished["diverged"]:
+        return "REGRESSION", f"{c.b.unfinished['diverged']} of {len(c.b.runs)} runs diverged"
+    if a_target == "PASS" and stats.target_p(c.b.losses, c.b.target, "greater") < c.level:
+        return "REGRESSION", f"B's mean loss is above the target {c.b.target}"
+    if c.loss.p < c.level and c.loss.change > 0 and not c.b.reaches_target():
+        return "REGRESSION", f"the loss is higher by {c.loss.change:.4f}"
+    if c.a.unfinished or c.b.unfinished:
+        return "INCONCLUSIVE", "runs that did not finish count, and have no time"
+    if speed in ("faster", "slower") and not c.interleaved:
+        return "INCONCLUSIVE", f"{speed} by {percent}, but A and B ran in blocks: it may be drift"
+    if speed == "slower":
+        return "REGRESSION", f"slower by {percent}"
+    if doubts := [f"{x}: {doubt}" for x, arm in c.arms for doubt in arm.doubts]:
+        return "INCONCLUSIVE", f"{signed(c.time, 2)}, but {'; '.join(doubts)}"
+    if speed == "faster" and TARGET_RANKS[b_target] >= TARGET_RANKS[a_target]:
+        return "FASTER", f"by {percent}"
+    if speed == "faster":
+        return "INCONCLUSIVE", f"faster by {percent}, but the target is not shown to be reached"
+    if speed == "equivalent":
+        return "EQUIVALENT", f"times differ by less than {stats.FLOOR:.1%}"
+    if len(c.a.finished) < 2 or len(c.b.finished) < 2:
+        return "INCONCLUSIVE", "one run an arm shows no spread"
+    return "INCONCLUSIVE", f"{signed(c.time, 2)} may be noise"
+
+
+def interval(d: stats.Difference) -> str:
+    """The 95% interval of a relative difference, in percent of its absolute value."""
+    low, high = sorted((d.low, d.high)) if d.change >= 0 else sorted((-d.low, -d.high))
+    return f"[{100 * low:.2f}, {100 * high:.2f}]"
+
+
+def signed(d: stats.Difference, digits: int) -> str:
+    """A relative difference with its 95% interval, in percent."""
+    return f"{d.change:+.{digits}%} [{100 * d.low:+.{digits}f}, {100 * d.high:+.{digits}f}]"
+
+
+def warnings(c: Comparison) -> list[str]:
+    found = []
+    if c.order and not c.interleaved:
+        found.append(f"order {c.order} is not interleaved: a drift of the host looks like a gain")
+    for letter, arm in c.arms:
+        found += [f"{letter}: {warning}" for warning in arm_warnings(arm)]
+    means = {letter: arm.times.mean() for letter, arm in c.arms if arm.finished}
+    times = [run.train_s / means[letter] for letter, run in c.in_order if run.finished]
+    drifts = c.order and not c.in_pairs  # which cancel a drift
+    if drifts and (p := stats.drift(np.array(times))) < stats.DRIFT_P:
+        found.append(f"train time drifts with the order of the runs (p={p:.2g})")
+    return found
+
+
+def arm_warnings(arm: Arm) -> list[str]:
+    found, n = arm.doubts, len(arm.runs)
+    found += [f"{count} of {n} runs {how}, they count" for how, count in arm.unfinished.items()]
+    if not arm.declared and n not in stats.LOOKS:
+        found.append(f"{n} runs, not declared before the first; without that the allowed looks are "
+                     f"n = {', '.join(map(str, stats.LOOKS))}")  # fmt: skip
+    found += [f"run {i + 1} outlier {arm.times[i]:.3f} s ({mads:.1f} MAD), kept"
+              for i, mads in stats.outliers(arm.times)]  # fmt: skip
+    changed = {k for run in arm.runs[1:] for k in environment_changes(arm.runs[0], run)}
+    if changed := sorted(k for k in changed if not k.startswith("gpu")):
+        found.append(f"{', '.join(changed)} changed between its runs")
+    said = [what for run in arm.runs for what in [*run.warnings, *slowdown(run)]]
+    troubles = Counter(re.sub(r" \(cpu_share \S+\)", "", what) for what in said)
+    return found + [f"{what} ({count} of {n} runs)" for what, count in troubles.items()]
+
+
+def slowdown(run: Run) -> list[str]:
+    """A host or GPU that was slower, or faster, after the run than before it."""
+    if len(run.calibrations) < 2:
+        return []
+    before, after = run.calibrations[0], run.calibrations[-1]
+    if abs(after - before) < SLOWDOWN * before:
+        return []
+    return [f"its matmul rate changed by over {SLOWDOWN:.0%} within a run: throttled or shared"]
+
+
+def next_steps(c: Comparison) -> list[str]:
+    steps = []
+    if not c.times_comparable:
+        return [f"run both on one host: {RACE}"]
+    if c.order and not c.interleaved:
+        steps.append(f"interleave them: {RACE}")
+    n = min(len(c.a.finished), len(c.b.finished))
+    if n < 2:
+        return [*steps, f"more runs: {RACE}"]
+    of_time, of_loss = c.noise
+    if c.verdict == "INCONCLUSIVE":
+        for what in (abs(c.time.change), 0.01):
+            need = stats.runs_needed(of_time, what, c.level, c.in_pairs)
+            if need > n:
+                steps.append(f"{need} runs an arm would show a difference of {what:.2%} in time")
+    need = stats.runs_needed(of_loss, stats.LOSS_MARGIN, c.level, c.in_pairs)
+    if need > n:
+        steps.append(f"{need} runs an arm would show |loss difference| < {stats.LOSS_MARGIN}")
+    return steps
+
+
+def environment_difference(c: Comparison) -> tuple[list[str], list[str]]:
+    """(names that are the same, differences) of the two arms' first runs."""
+    first, second = (arm.runs[0] for arm in (c.a, c.b))
+    changed = environment_changes(first, second)
+    same = [k for k in first.environment if k not in changed and k != "load_average"]
+    lines = []
+    for key, (old, new) in changed.items():
+        if re.fullmatch(r"gpu\d+", key):
+            lines += gpu_differences(key, old, new)
+        elif key not in VOLATILE:
+            lines.append(f"{key}: {old} -> {new}")
+    return same, lines
+
+
+def gpu_differences(key: str, old: str, new: str) -> list[str]:
+    """Differences in nvidia-smi's row of one GPU, but for what changes from second to second."""
+    if " = " not in old + new:
+        return [f"{key}: {old} -> {new}"]
+    names, before = old.partition(" = ")[::2]
+    columns = names.split(","), before.split(", "), new.partition(" = ")[2].split(", ")
+    rows = zip(*columns, strict=False)
+    return [f"{key} {name}: {x} -> {y}" for name, x, y in rows if x != y and name not in VOLATILE]
+
+
+def code_difference(c: Comparison) -> list[str]:
+    changes = source_changes(*(arm.runs[0] for arm in (c.a, c.b)))
+    lines = [f"{path} +{added} -{removed}" for path, (added, removed) in changes.items()]
+    return lines or ["same source"]

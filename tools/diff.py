@@ -1,0 +1,219 @@
+#!/usr/bin/env python3
+"""Say whether B is faster than A, or a regression, or noise.
+
+A and B are logs, or folders of logs. Exit code: 0 faster or equivalent, 1 regression, 2 misuse,
+3 not comparable, 4 invalid record, 5 inconclusive.
+"""
+
+import dataclasses
+import json
+import math
+import sys
+from pathlib import Path
+
+import bootstrap  # noqa: F401
+
+from tools import stats
+from tools.cli import EXIT_MISUSE, finish, flag_parser
+from tools.comparison import Arm, Comparison, code_difference, compare, environment_difference
+from tools.runs import config_changes, source_diff
+
+COLUMNS = ("", "A", "B", "B vs A", "95% CI", "p", "rank p")
+NAMED_CHANGES = 6  # differences that a line of the report spells out
+GREEN, RED, CYAN, PLAIN = "\033[32m", "\033[31m", "\033[36m", "\033[0m"
+
+
+def mean(arm: Arm, figure) -> float:
+    values = arm.values(figure)
+    return float(values.mean()) if len(values) else math.nan
+
+
+def relative_row(label: str, c: Comparison, figure, digits: int) -> tuple[str, ...] | None:
+    a, b = mean(c.a, figure), mean(c.b, figure)
+    if math.isnan(a) and math.isnan(b):
+        return None
+    change = f"{b / a - 1:+.2%}" if c.times_comparable and a else "-"
+    return label, f"{a:.{digits}f}", f"{b:.{digits}f}", change, "", "", ""
+
+
+def time_row(c: Comparison) -> tuple[str, ...] | None:
+    row, d = relative_row("train_time s", c, lambda run: run.train_s, 3), c.time
+    if not math.isfinite(d.low):
+        return row
+    ci = f"[{100 * d.low:+.2f},{100 * d.high:+.2f}]%"
+    return *row[:3], f"{d.change:+.2%}", ci, *p_values(d, c.a.times, c.b.times, c.in_pairs)
+
+
+def loss_row(c: Comparison) -> tuple[str, ...]:
+    (a, b), d = (mean(arm, lambda run: run.val_loss) for arm in (c.a, c.b)), c.loss
+    row = "val_loss", f"{a:.5f}", f"{b:.5f}"
+    if not math.isfinite(d.low):
+        return *row, f"{b - a:+.5f}", "", "", ""
+    ci = f"[{d.low:+.5f},{d.high:+.5f}]"
+    return *row, f"{d.change:+.5f}", ci, *p_values(d, c.a.losses, c.b.losses, c.in_pairs)
+
+
+def p_values(d: stats.Difference, a, b, paired: bool) -> tuple[str, str]:
+    if paired and len(a) < stats.LEAST_RANKED_PAIRS:
+        return f"{d.p:.2g}", "-"
+    return f"{d.p:.2g}", f"{stats.rank_p(a, b, paired):.2g}"
+
+
+def rows(c: Comparison) -> list[tuple[str, ...]]:
+    """The table, as text, under COLUMNS."""
+    table = [
+        time_row(c),
+        loss_row(c),
+        relative_row("step_avg ms", c, lambda run: 1000 * run.train_s / max(run.steps, 1), 2),
+        relative_row("steps", c, lambda run: run.steps, 0),
+        relative_row("tokens/s", c, lambda run: run.number("tokens_per_s"), 0),
+        relative_row("MFU", c, lambda run: run.number("mfu"), 4),
+        relative_row("peak memory MiB", c, lambda run: run.number("peak_memory"), 0),
+        time_to_target_row(c),
+    ]
+    return [row for row in table if row]
+
+
+def time_to_target_row(c: Comparison) -> tuple[str, ...] | None:
+    """Mean time to target of the runs that crossed it, and how many of all did."""
+    cells = []
+    for arm in (c.a, c.b):
+        seconds = [run.number("time_to_target") / 1000 for run in arm.runs]
+        crossed = [s for s in seconds if not math.isnan(s)]
+        average = sum(crossed) / len(crossed) if crossed else math.nan
+        cells.append(f"{average:.2f} ({len(crossed)}/{len(arm.runs)})")
+    if all(cell.startswith("nan") for cell in cells):
+        return None
+    return "t to target s", *cells, "explore", "", "", ""
+
+
+def target_text(arm: Arm) -> str:
+    status, p = arm.target_status()
+    if status == "unknown":
+        return "unknown"
+    if arm.unfinished:
+        return f"FAIL ({sum(arm.unfinished.values())} of {len(arm.runs)} runs did not finish)"
+    return f"{'not shown' if status == 'open' else status} (p={p:.2g})"
+
+
+def loss_text(c: Comparison) -> str:
+    if not math.isfinite(c.loss.low):
+        return "no test with one run"
+    if c.loss.p < c.level:
+        return f"{'higher' if c.loss.change > 0 else 'lower'} by {abs(c.loss.change):.4f}"
+    p = stats.not_worse(c.a.losses, c.b.losses, c.in_pairs)
+    if p < c.level:
+        return f"not higher by more than {stats.LOSS_MARGIN} (p={p:.2g})"
+    return "not shown to be neutral"
+
+
+def order_text(c: Comparison) -> str:
+    if c.trust:
+        return "same host and order as said by the user"
+    if not c.times_comparable:
+        return ""
+    if c.in_pairs and c.interleaved:
+        turns = c.a.runs[0].turn_steps
+        how = f"in pairs by seed, in turns of {turns} steps" if turns else "in pairs by seed"
+        return f"same host, interleaved, {how}"
+    return f"same host, {'interleaved' if c.interleaved else 'in blocks'}"
+
+
+def summary(changes: list[str]) -> str:
+    more = len(changes) - NAMED_CHANGES
+    return "    ".join(changes[:NAMED_CHANGES]) + (f"    and {more} more" if more > 0 else "")
+
+
+def code_line(c: Comparison) -> str:
+    config = config_changes(c.a.runs[0], c.b.runs[0])
+    named = [f"{name} {a} -> {b}" for name, (a, b) in config.items()]
+    return f"{summary(code_difference(c))}    config: {summary(named) or 'same'}"
+
+
+def text_report(c: Comparison) -> str:
+    a, b = (f"{arm.name}  n={len(arm.runs)}" for arm in (c.a, c.b))
+    lines = [
+        f"A  {a}      B  {b}      {order_text(c)}".rstrip(),
+        f"VERDICT   B {c.verdict} {c.reason}",
+        f"TARGET    {c.b.target:g}: A {target_text(c.a)}, B {target_text(c.b)}"
+        f"    LOSS  {loss_text(c)}",
+    ]
+    table = [COLUMNS, *rows(c)]
+    widths = [max(len(row[i]) for row in table) for i in range(len(COLUMNS))]
+    for row in table:
+        first, *others = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
+        lines.append("  ".join([first.strip().ljust(widths[0]), *others]).rstrip())
+    same, different = environment_difference(c)
+    lines.append(f"ENV       same: {len(same)} entries    DIFF: {summary(different) or 'none'}")
+    lines.append(f"CODE      {code_line(c)}")
+    lines += [f"WARN      {warning}" for warning in c.warnings]
+    lines += [f"NEXT      {step}" for step in c.next_steps]
+    return "\n".join(lines)
+
+
+def markdown_report(c: Comparison) -> str:
+    lines = [f"**B {c.verdict}** {c.reason}. A: {c.a.name} (n={len(c.a.runs)}), "
+             f"B: {c.b.name} (n={len(c.b.runs)}). Target {c.b.target:g}: {target_text(c.b)}. "
+             f"Loss: {loss_text(c)}.", ""]  # fmt: skip
+    table = [COLUMNS, ("---",) * len(COLUMNS), *rows(c)]
+    lines += [f"| {' | '.join(row)} |" for row in table]
+    lines += ["", f"Code: {code_line(c)}"]
+    return "\n".join([*lines, *(f"- Warning: {warning}" for warning in c.warnings)])
+
+
+def json_report(c: Comparison) -> str:
+    same, different = environment_difference(c)
+    arms = {letter: {"name": arm.name, "runs": [str(run.path) for run in arm.runs],
+                     "train_s": arm.times.tolist(), "val_loss": arm.losses.tolist(),
+                     "target": arm.target_status()[0], "target_p": arm.target_status()[1]}
+            for letter, arm in c.arms}  # fmt: skip
+    report = {"verdict": c.verdict, "exit_code": c.exit_code, "reason": c.reason, **arms,
+              "time": dataclasses.asdict(c.time), "loss": dataclasses.asdict(c.loss),
+              "order": c.order, "in_pairs": c.in_pairs, "environment": different,
+              "config": config_changes(c.a.runs[0], c.b.runs[0]), "code": code_difference(c),
+              "warnings": c.warnings, "next": c.next_steps}  # fmt: skip
+    # JSON lacks nan and infinities: they are null.
+    report = json.loads(json.dumps(report), parse_constant=lambda name: None)
+    return json.dumps(report, indent=2)
+
+
+def source_report(c: Comparison, colour: bool) -> str:
+    lines = []
+    for path in sorted(c.a.runs[0].sources.keys() | c.b.runs[0].sources.keys()):
+        lines += source_diff(c.a.runs[0], c.b.runs[0], path)
+    colours = {"+": GREEN, "-": RED, "@": CYAN} if colour else {}
+    return "\n".join(f"{colours[x[0]]}{x}{PLAIN}" if x[:1] in colours else x for x in lines)
+
+
+def main() -> int:
+    parser = flag_parser(__doc__)
+    parser.add_argument("a", type=Path, metavar="A", help="baseline: a log or a folder of logs")
+    parser.add_argument("b", type=Path, metavar="B", help="candidate: a log or a folder of logs")
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print everything for programs")
+    form.add_argument("--markdown", action="store_true", help="print a table for a README")
+    parser.add_argument("--source", action="store_true", help="add the diff of the sources")
+    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw losses and times")
+    parser.add_argument("--target", type=float, default=math.nan, help="of logs that name none")
+    trust = "both ran on one host, interleaved, though the logs do not say so"
+    parser.add_argument("--same_host", action="store_true", help=trust)
+    args = parser.parse_args()
+    if args.plot and args.plot.suffix != ".png":
+        parser.error(f"--plot {args.plot}: the name of a picture ends with .png")
+    a, b = (Arm.read(path, args.target) for path in (args.a, args.b))
+    c = compare(a, b, args.same_host)
+    if args.json:
+        print(json_report(c))
+    else:
+        print(markdown_report(c) if args.markdown else text_report(c))
+    if args.source:
+        print(source_report(c, sys.stdout.isatty()))
+    if args.plot:
+        from tools.plots import plot_comparison  # matplotlib takes a second to load
+
+        plot_comparison(c, args.plot)
+    return c.exit_code
+
+
+if __name__ == "__main__":
+    finish(main, failed=EXIT_MISUSE)  # 1 is a regression

@@ -1,0 +1,144 @@
+#!/usr/bin/env python3
+"""Write README's tables of records, and their pictures, from the logs below records/.
+
+One table a class: track, target and machine class, which are never mixed. A record is a folder
+records/<track>/<date>_<Slug> with a README.md, whose title says what changed, and logs/. Runs
+that other processes disturbed are kept and marked. With --check nothing is written, and the exit
+code is 1 if README is stale.
+"""
+
+import sys
+from pathlib import Path
+
+import bootstrap  # noqa: F401
+
+from tools import stats
+from tools.cli import ToolError, finish, flag_parser
+from tools.comparison import Arm, compare, signed
+from tools.runs import MISSED, ineligible
+from tools.sources import ROOT
+
+RECORDS = ROOT / "records"
+BEGIN, END = "<!-- leaderboard: ./run.sh tools/leaderboard.py -->", "<!-- end of leaderboard -->"
+
+
+class Record:
+    """One attempt below records/."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.arm = folder, Arm.read(folder)
+        self.track, self.date = folder.parent.name, folder.name.partition("_")[0]
+        self.arm.require_sound()
+        self.title = next(iter((folder / "README.md").read_text().splitlines()), "").lstrip("# ")
+        if not self.title:
+            raise ToolError(f"{folder / 'README.md'} lacks a first line that says what changed")
+        forgiven = {MISSED}  # one run may miss a target that the mean is shown to reach
+        self.eligible = (
+            len(self.arm.runs) >= min(stats.LOOKS)
+            and self.arm.target_status()[0] == "PASS"
+            and not any(set(ineligible(r)) - set(r.warnings) - forgiven for r in self.arm.runs)
+        )
+        self.disturbed = sum(bool(run.warnings) for run in self.arm.runs)
+
+    @property
+    def place(self) -> tuple[str, ...]:
+        """Records stand in the order of their dates, on one day in that of their first runs."""
+        return self.date, *self.arm.runs[0].started
+
+    @property
+    def group(self) -> tuple[str, float, str]:
+        return self.track, self.arm.target, self.arm.runs[0].machine_class
+
+
+def mean_and_sd(values, digits: int) -> str:
+    return f"{values.mean():.{digits}f} ({stats.sd(values):.{digits}f})"
+
+
+def row(number: int, record: Record, previous: Record | None) -> str:
+    arm = record.arm
+    gain = "" if previous is None else gain_over(previous, record)
+    status, p = arm.target_status()
+    loss = f"{mean_and_sd(arm.losses, 4)}, n={len(arm.runs)}, p={p:.1g}"
+    link = f"[{record.date}]({record.folder.relative_to(ROOT).as_posix()}/README.md)"
+    disturbed = f" †{record.disturbed}" if record.disturbed else ""
+    return (f"| {number} | {mean_and_sd(arm.times, 1)}{disturbed} | {gain} | {loss} "
+            f"| {arm.runs[0].steps} | {record.title} | {link} |")  # fmt: skip
+
+
+def gain_over(previous: Record, record: Record) -> str:
+    """Change of train time with its interval; a dash where the two are not comparable."""
+    c = compare(previous.arm, record.arm)
+    if not c.times_comparable:
+        return "-"
+    text = signed(c.time, 1)
+    return text if c.exit_code == 0 else f"{text}, {c.verdict.lower()}"
+
+
+def groups(records: list[Record]) -> dict[tuple, list[Record]]:
+    found = {}
+    for record in sorted(records, key=lambda r: r.place):
+        found.setdefault(record.group, []).append(record)
+    return found
+
+
+def table(group: tuple, records: list[Record]) -> list[str]:
+    track, target, machine_class = group
+    lines = [f"**{track}, target {target:g}**, on {machine_class}", "",
+             "| | time s (sd) | against the one before | val_loss (sd) | steps | what | record |",
+             "|---|---|---|---|---|---|---|"]  # fmt: skip
+    for i, record in enumerate(records):
+        lines.append(row(i + 1, record, records[i - 1] if i else None))
+    if any(record.disturbed for record in records):
+        lines += ["", "†n: in n of these runs other processes took part of the CPU; they are kept."]
+    if len(records) > 1:
+        lines += ["", f"![train times]({picture(group).relative_to(ROOT).as_posix()})"]
+    return [*lines, ""]
+
+
+def picture(group: tuple) -> Path:
+    track, target, machine_class = group
+    name = "".join(c if c.isalnum() else "-" for c in f"{target:g}-{machine_class}")
+    return RECORDS / track / f"progress_{name}.png"
+
+
+def read_records() -> list[Record]:
+    """Every folder below records/<track> whose name begins with a year, and that can be ranked."""
+    folders = [p.parent for p in sorted(RECORDS.glob("*/20*/logs")) if any(p.glob("*.txt"))]
+    records = [Record(folder) for folder in folders]
+    for record in records:
+        if not record.eligible:
+            print(f"left out: {record.folder.relative_to(ROOT)} (see tools/validate.py)",
+                  file=sys.stderr)  # fmt: skip
+    return [record for record in records if record.eligible]
+
+
+def main() -> int:
+    parser = flag_parser(__doc__)
+    parser.add_argument("--check", action="store_true", help="write nothing; 1 if README is stale")
+    args = parser.parse_args()
+    readme = ROOT / "README.md"
+    old = readme.read_text()
+    if BEGIN not in old or END not in old:
+        raise ToolError(f"{readme} lacks the lines {BEGIN} and {END}")
+    ranked = groups(read_records())
+    lines = [line for group, records in ranked.items() for line in table(group, records)]
+    before, after = old.partition(BEGIN)[0], old.partition(END)[2]
+    new = "\n".join([before + BEGIN, "", *lines, END]) + after
+    if args.check:
+        missing = [g for g, r in ranked.items() if len(r) > 1 and not picture(g).exists()]
+        if new != old or missing:
+            print("README.md is stale; run: ./run.sh tools/leaderboard.py", file=sys.stderr)
+        return int(new != old or bool(missing))
+    readme.write_text(new)
+    for group, records in ranked.items():
+        if len(records) > 1:
+            from tools.plots import plot_ladder  # matplotlib takes a second to load
+
+            title = f"{group[0]}, target {group[1]:g}, {group[2]}"
+            names = [r.folder.name.partition("_")[2] for r in records]
+            plot_ladder(title, names, [r.arm for r in records], picture(group))
+    return 0
+
+
+if __name__ == "__main__":
+    finish(main)

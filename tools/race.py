@@ -1,0 +1,147 @@
+#!/usr/bin/env python3
+"""Run one attempt with n seeds, or several attempts interleaved; of two, say which is faster.
+
+    race.py records/embedded/2026-11-30_MyIdea -n 10    seeds 0 to 9, then the test of the target
+    race.py A B -n 10 --turns 10                        A B B A ..., then the verdict of diff.py
+
+An attempt is a folder. The first call freezes this checkout's source in it, and runs start from
+there; the same command goes on after an interruption, up to n. A log, another checkout (. for this
+one) or a record that has its README.md lends its source and flags, and its runs go to --out.
+Crashed and aborted runs keep their logs, and count. On a host whose speed wanders, --turns lets the
+two runs of a pair advance side by side, one of them at a time.
+
+Exit code: 0, or of two attempts that of diff.py; 2 if the runs could not be made.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import bootstrap  # noqa: F401
+from tqdm import tqdm
+
+from tools import stats
+from tools.attempts import Attempt, carry_out, check_turns, copy_of, interleaved, takes_runs
+from tools.cli import EXIT_MISUSE, ToolError, finish, flag_parser
+from tools.comparison import Arm, arm_warnings, compare
+from tools.diff import target_text, text_report
+from tools.runs import read_arm
+from tools.sources import ENTRIES, ROOT, base_of, diff_of, keep_as_diff, kept_texts, source_texts
+
+
+def attempt_at(folder: Path, args, flags: list[str]) -> Attempt:
+    """The attempt whose runs go to folder; a new one gets this checkout's source."""
+    texts = kept_texts(folder) or source_texts(ROOT, args.entry or ENTRIES[0])
+    diff = diff_of(folder)
+    base = args.base or (base_of(diff) if diff else None)
+    if base and (base.resolve() == folder.resolve() or not kept_texts(base)):
+        raise ToolError(f"--base {base} is no other attempt that keeps its source")
+    return Attempt(folder.resolve().name, folder, texts, flags, base=base)
+
+
+def line_up(args, flags: list[str], out: Path) -> list[Attempt]:
+    """What to run: the attempts named, and copies in out of what lends its source."""
+    paths = [path.resolve() for path in args.origins if takes_runs(path)]
+    if len(set(paths)) < len(paths):
+        raise ToolError("an attempt is named twice; name each folder once")
+    attempts = []
+    for i, origin in enumerate(args.origins):
+        if takes_runs(origin):
+            attempt = attempt_at(origin, args, flags)
+        else:
+            attempt = copy_of(origin, out / chr(ord("A") + i), flags, args.entry)
+        attempt.processes = args.nproc_per_node or attempt.processes
+        attempts.append(attempt)
+    if args.out and len(paths) == len(args.origins):
+        raise ToolError("--out: every attempt here keeps its own runs; leave it out")
+    check_turns(attempts, args.turns)
+    for attempt in attempts:
+        attempt.freeze()
+    return attempts
+
+
+def run_all(attempts: list[Attempt], count: int, turn_steps: int) -> None:
+    """Run every attempt until it has count logs, interleaved; a failed run is told and counted."""
+    have = [len(attempt.log_paths) for attempt in attempts]
+    todo = [(attempts[i], seed) for i, seed in interleaved(len(attempts), count) if seed >= have[i]]
+    with tqdm(total=len(todo), unit="run", disable=not sys.stderr.isatty()) as bar:
+        for ended in carry_out(todo, count, turn_steps):
+            bar.update()
+            result = ended.output[-1].partition(" time_to_target")[0] if ended.output else ""
+            tqdm.write(f"{ended.attempt.name} seed {ended.seed}: {result}")
+            if ended.code:
+                tqdm.write(f"  exit code {ended.code}: {ended.last_words}")
+            if not ended.run.val_curve:
+                raise ToolError(f"{ended.run.path} ended before its first validation, as every run "
+                                f"would: {ended.last_words}")  # fmt: skip
+
+
+def report(arms: list[Arm]) -> int:
+    """Print the verdict on two arms, or the figures of each; return the exit code."""
+    if len(arms) == 2:
+        comparison = compare(*arms)
+        print(text_report(comparison))
+        return comparison.exit_code
+    for arm in arms:
+        print(f"{arm.name}: n={len(arm.runs)} {figures(arm)}")
+        for warning in arm_warnings(arm):
+            print(f"WARN      {warning}")
+    return 0
+
+
+def figures(arm: Arm) -> str:
+    """Loss and time of the runs that finished, and the test of the target."""
+    if not arm.finished:
+        return "no run finished"
+    return (f"val_loss {arm.losses.mean():.5f} (sd {stats.sd(arm.losses):.5f}) "
+            f"train_time {arm.times.mean():.2f} s (sd {stats.sd(arm.times):.2f})    "
+            f"target {arm.target:g}: {target_text(arm)}, needed p < {arm.level}")  # fmt: skip
+
+
+def parse() -> tuple[argparse.Namespace, list[str]]:
+    """(this tool's arguments, the trainer's flags)."""
+    parser = flag_parser(__doc__, "%(prog)s ATTEMPT... [-n N] [--FLAG VALUE of the trainer]...")
+    add = parser.add_argument
+    add("origins", nargs="+", type=Path, metavar="ATTEMPT", help="folder, log or checkout")
+    add("-n", type=int, default=10, help="runs of each attempt, declared in every log (default: "
+        "%(default)s; a record needs 5; 0: only freeze the source)")  # fmt: skip
+    add("--turns", type=int, default=0, metavar="STEPS", help="start each pair of runs at once and "
+        "let them take turns of so many steps, such as 10: what a shared host does then falls on "
+        "both alike (default: one run after the other)")  # fmt: skip
+    add("--out", type=Path, metavar="FOLDER", help="keep the runs of what lends its source in "
+        "FOLDER/A, FOLDER/B ..., by its place above (default: discard them)")  # fmt: skip
+    add("--base", type=Path, metavar="ATTEMPT", help="this is a try: after its runs keep its "
+        "source as a diff against that of another attempt")  # fmt: skip
+    add("--entry", choices=ENTRIES, help=f"trainer to freeze (default: {ENTRIES[0]})")
+    add("--nproc_per_node", type=int, help="GPUs of a run (default: 1, or those of the lender)")
+    args, flags = parser.parse_known_args()
+    processes = args.nproc_per_node or 1
+    if min(args.n, args.turns, processes - 1) < 0:
+        parser.error("-n and --turns must be at least 0, --nproc_per_node at least 1")
+    if args.turns and (len(args.origins) != 2 or processes > 1):
+        parser.error("--turns needs two attempts, of one process a run")
+    return args, flags
+
+
+def main() -> int:
+    args, flags = parse()
+    with TemporaryDirectory(prefix="photofinish_race_") as scratch:
+        attempts = line_up(args, flags, args.out or Path(scratch))
+        try:
+            run_all(attempts, args.n, args.turns)
+        except KeyboardInterrupt:
+            print("interrupted: what ran counts, where it is kept; the same command goes on there",
+                  file=sys.stderr)  # fmt: skip
+            raise
+        finally:
+            for attempt in attempts:
+                if attempt.base:
+                    keep_as_diff(attempt.folder, attempt.base)
+        if not args.n:
+            return 0
+        return report([Arm(attempt.name, read_arm(attempt.logs)) for attempt in attempts])
+
+
+if __name__ == "__main__":
+    finish(main, failed=EXIT_MISUSE)  # 1 is a regression

@@ -1,0 +1,400 @@
+"""The one reader of logs: photofinish's own, and those of the public 8xH100 speedrun.
+
+A log is parsed once into a Run; `faults` says what is wrong with it, `ineligible` why it is no
+record. Nothing here imports torch: a comparison answers in a second.
+"""
+
+import difflib
+import hashlib
+import json
+import math
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from tools.cli import InvalidLog, ToolError
+from tools.sources import find_source, sha256_of
+
+LINE_SECTIONS = ("config", "environment", "data", "run")  # the others are text, counted in lines
+CONFIG_TYPES = {
+    "seed": int,
+    "target_val_loss": float,
+    "declared_runs": int,
+    "turn_steps": int,
+    "argv": json.loads,
+}
+RESULT_FIELDS = "status val_loss target train_time steps tokens seed overrides resumed_from sha256"
+MISSED = "it missed the target"
+PUBLIC_RULE = "=" * 100  # between the source, the environment and the steps of a public log
+
+
+@dataclass
+class Source:
+    sha256: str
+    text: str
+    kept: Path | None = None  # where it stands, if outside the log
+
+
+@dataclass
+class Run:
+    """What one log says. Times are milliseconds of train time, losses nats per token."""
+
+    path: Path
+    is_public: bool = False
+    sources: dict[str, Source] = field(default_factory=dict)
+    config: dict[str, str] = field(default_factory=dict)
+    environment: dict[str, str] = field(default_factory=dict)
+    git: dict[str, str] = field(default_factory=dict)
+    data: list[str] = field(default_factory=list)
+    train_curve: list[tuple[int, float, float]] = field(default_factory=list)  # step, ms, loss
+    val_curve: list[tuple[int, float, float]] = field(default_factory=list)
+    ledger: dict[str, float] = field(default_factory=dict)  # seconds by account
+    calibrations: list[float] = field(default_factory=list)  # TFLOP/s of a matmul
+    warnings: list[str] = field(default_factory=list)
+    result: dict[str, str] = field(default_factory=dict)
+    faults: list[tuple[int, str]] = field(default_factory=list)  # (line number, what)
+
+    @property
+    def finished(self) -> bool:
+        return self.result.get("status") in ("success", "missed")
+
+    @property
+    def started(self) -> tuple[str, str]:
+        """What sorts runs in the order in which they began; empty first where a log has no date."""
+        return self.config.get("utc", ""), self.path.name
+
+    @property
+    def name(self) -> str:
+        """What no other run has."""
+        return self.config.get("run", str(self.path))
+
+    @property
+    def seed(self) -> str:
+        return self.config.get("seed", "unknown")
+
+    @property
+    def steps(self) -> int:
+        return self.val_curve[-1][0] if self.val_curve else 0
+
+    @property
+    def train_s(self) -> float:
+        return self.val_curve[-1][1] / 1000 if self.val_curve else math.nan
+
+    @property
+    def val_loss(self) -> float:
+        return self.val_curve[-1][2] if self.val_curve else math.nan
+
+    @property
+    def target(self) -> float:
+        return float(self.config.get("target_val_loss", "nan"))
+
+    @property
+    def host(self) -> str:
+        return self.environment.get("host", "unknown")
+
+    @property
+    def turn_steps(self) -> int:
+        """Steps after which it gave the machine to the other run of its pair; 0 if it ran alone."""
+        return int(self.config.get("turn_steps", 0))
+
+    @property
+    def machine_class(self) -> str:
+        """The class within which times may be ranked: device, count, arithmetic, turns."""
+        env = self.environment
+        count = f"{env.get('world_size', '?')}x "
+        if "gpu0" not in env:
+            count = f"{env.get('threads', '?')} threads of "
+        turns = f", in turns of {self.turn_steps} steps" if self.turn_steps else ""
+        device, dtype = env.get("device", "unknown"), env.get("matmul_dtype", "unknown")
+        return f"{count}{device}, {dtype}{turns}"
+
+    @property
+    def data_hash(self) -> str:
+        found = re.search(r"^data_sha256: (\S+)", "\n".join(self.data), re.M)
+        return found[1] if found else "unknown"
+
+    def number(self, name: str) -> float:
+        """A figure of the result line, without its unit; nan where it is missing or unknown."""
+        found = re.match(r"[-+]?\d+\.?\d*(?:e[-+]?\d+)?", self.result.get(name, ""), re.I)
+        return float(found[0]) if found else math.nan
+
+
+def read_log(path: Path) -> Run:
+    """Parse one log; its faults stand in Run.faults. Raises InvalidLog if it is no log at all."""
+    try:
+        text = path.read_bytes().decode()
+    except OSError as error:
+        raise InvalidLog(path, 0, f"cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        line = error.object[: error.start].count(b"\n") + 1
+        raise InvalidLog(path, line, "cannot be read: this is no UTF-8 text") from None
+    if text.startswith("=== source "):
+        return OwnLog(path, text).run
+    if PUBLIC_RULE in text:
+        return read_public_log(path, text)
+    raise InvalidLog(path, 1, "neither a log of train_gpt.py nor one of the public speedrun")
+
+
+def find_logs(path: Path) -> list[Path]:
+    """A log itself, or the logs of a folder, or of the folder logs/ in it."""
+    if not path.is_dir():
+        return [path]
+    folder = path / "logs" if (path / "logs").is_dir() else path
+    return sorted(log for log in folder.iterdir() if log.suffix in (".txt", ".log"))
+
+
+def read_arm(path: Path) -> list[Run]:
+    """All runs of a log or a folder, in the order in which they began."""
+    logs = find_logs(path)
+    if not logs:
+        raise InvalidLog(path, 0, "holds no logs (*.txt); give a log, or a folder of logs")
+    return sorted(map(read_log, logs), key=lambda run: run.started)
+
+
+class OwnLog:
+    """One pass over the lines of a log of train_gpt.py."""
+
+    def __init__(self, path: Path, text: str):
+        self.run, self.lines, self.at = Run(path), text.split("\n"), 0
+        self.hash, self.checked, self.changed, self.section = hashlib.sha256(), 0, False, ""
+        cut_short = bool(self.lines.pop())  # what stands after the last line end
+        while self.at < len(self.lines):
+            counted = 0
+            try:
+                counted = self.read_line(self.lines[self.at])
+            except (ValueError, IndexError, KeyError):
+                self.fault(f"cannot be read: {self.lines[self.at][:60]}")
+            self.take(1 + counted)
+        if cut_short or not self.run.result:
+            self.fault("the log ends without a result line: the run was killed, or the log cut")
+        self.check_consistency()
+
+    def fault(self, what: str) -> None:
+        self.run.faults.append((self.at + 1, what))
+
+    def take(self, count: int) -> None:
+        taken = self.lines[self.at : self.at + count]
+        self.hash.update("".join(f"{line}\n" for line in taken).encode())
+        self.at += len(taken)
+
+    def read_line(self, line: str) -> int:
+        """Read one line; return how many of those below it were read with it."""
+        if line.startswith("=== ") and line.endswith(" ==="):
+            return self.open_section(line)
+        if line.startswith("check: "):
+            self.compare_check(line.split()[1])
+        elif line.startswith("result "):
+            self.read_result(line)
+        else:
+            self.read_entry(line)
+        return 0
+
+    def open_section(self, heading: str) -> int:
+        """Read a heading and the lines that it counts; return their number."""
+        words = heading[4:-4].split()
+        self.section, attributes = words[0], dict(w.split(":", 1) for w in words if ":" in w)
+        # A source that is kept elsewhere has no lines here.
+        count = 0 if "kept" in attributes else max(0, int(attributes.get("lines", 0)))
+        if self.section == "source":
+            self.read_source(words[1], attributes, count)
+        elif self.section == "git":
+            self.run.git = attributes
+            self.read_git_diff(count)
+        elif self.section not in LINE_SECTIONS:
+            self.fault(f"unknown section {self.section}")
+        return count
+
+    def read_source(self, path: str, attributes: dict[str, str], count: int) -> None:
+        digest = attributes.get("sha256", "")
+        text = "".join(f"{line}\n" for line in self.lines[self.at + 1 : self.at + 1 + count])
+        kept = None
+        if "kept" in attributes:
+            named = Path(os.path.normpath(self.run.path.parent / attributes["kept"]))
+            try:
+                kept, text = find_source(self.run.path, named, path, digest)
+            except (OSError, ToolError) as error:
+                return self.fault(f"the source {path} is not at {named}: {error}")
+        self.run.sources[path] = Source(digest, text, kept)
+        if sha256_of(text) != digest:
+            where = kept or f"lines {self.at + 2} to {self.at + 1 + count}"
+            self.fault(f"the source {path} ({where}) is not what its sha256 says")
+
+    def read_git_diff(self, count: int) -> None:
+        """Which sources differ from the commit, where the heading of an older log does not say."""
+        diff = self.lines[self.at + 1 : self.at + 1 + count]
+        changed = [p for p in self.run.sources if f"+++ b/{p}" in diff]
+        self.run.git.setdefault("changed", ",".join(changed) or "none")
+
+    def compare_check(self, digest: str) -> None:
+        if not self.changed and not self.hash.hexdigest().startswith(digest):
+            self.fault(f"of the lines {self.checked + 1} to {self.at + 1} at least one was changed")
+            self.changed = True
+        self.checked = self.at + 1
+
+    def read_result(self, line: str) -> None:
+        self.run.result = dict(w.split(":", 1) for w in line.split()[1:] if ":" in w)
+        if self.run.config.get("schema") != "1":
+            self.hash.update(line.rpartition(" sha256:")[0].encode())
+        if not self.changed and self.run.result.get("sha256") != self.hash.hexdigest():
+            self.fault(f"of the lines {self.checked + 1} to {self.at + 1} at least one was changed")
+        if self.at != len(self.lines) - 1:
+            self.fault("lines follow the result")
+        missing = [name for name in RESULT_FIELDS.split() if name not in self.run.result]
+        if missing and self.run.val_curve:
+            self.fault(f"the result lacks {', '.join(missing)}")
+
+    def read_entry(self, line: str) -> None:
+        run, key, value = self.run, *line.partition(": ")[::2]
+        if self.section == "config":
+            CONFIG_TYPES.get(key, str)(value)  # a ValueError makes the line a fault
+            run.config[key] = value
+        elif self.section == "environment":
+            run.environment[key] = value
+        elif self.section == "data":
+            run.data.append(line)
+        elif line.startswith("step:"):
+            self.read_step(line)
+        elif key == "ledger":
+            accounts = (word.split(":") for word in value.split())
+            run.ledger = {name: float(seconds.rstrip("s")) for name, seconds in accounts}
+        elif key == "calibration":
+            rates = dict(word.split(":") for word in value.split())
+            run.calibrations.append(float(rates["matmul_tflops"]))
+        elif key == "warning":
+            run.warnings.append(value)
+
+    def read_step(self, line: str) -> None:
+        found = STEP.match(line)
+        if not found:
+            return self.fault(f"not a step line: {line[:60]}")
+        step, kind, loss, ms = int(found[1]), found[2], float(found[3]), float(found[4])
+        curve = self.run.val_curve if kind == "val" else self.run.train_curve
+        if curve and (step <= curve[-1][0] or ms < curve[-1][1]):
+            self.fault("steps or train times do not rise")
+        if found[5] and abs(float(found[5]) * max(step, 1) - ms) > 0.5 + 0.006 * max(step, 1):
+            self.fault("step_avg is not train_time / step")
+        curve.append((step, ms, loss))
+
+    def check_consistency(self) -> None:
+        """Faults between lines: the result, which no hash covers, and the ledger."""
+        run, ledger = self.run, self.run.ledger
+        if run.val_curve and run.finished:
+            last, config = "last validation", "config"
+            above = (
+                ("val_loss", run.val_loss, last),
+                ("steps", run.steps, last),
+                ("target", run.target, config),
+                ("seed", float(run.config.get("seed", "nan")), config),
+            )
+            for name, value, where in above:
+                if not abs(run.number(name) - value) <= 1e-6:
+                    self.fault(f"the result's {name} is not that of the {where}")
+            if not abs(run.number("train_time") / 1000 - run.train_s) <= 0.01 * run.train_s + 0.01:
+                self.fault("the result's train_time is not that of the last validation")
+            if (run.result["status"] == "success") != (run.val_loss <= run.target):
+                self.fault(f"status {run.result['status']} does not follow from loss and target")
+        if ledger:
+            total = sum(s for name, s in ledger.items() if name != "total")
+            if not abs(total - ledger.get("total", 0)) <= 0.01 * total:
+                self.fault("the ledger's accounts do not add up to its total")
+            fresh = run.number("resumed_from") == 0
+            if fresh and not abs(ledger.get("train", 0) - run.number("train_time") / 1000) <= 0.02:
+                self.fault("the ledger's train time is not the result's")
+
+
+STEP = re.compile(
+    r"step:(\d+)/\d+ (val|train)_loss:(\S+) train_time:(\d+)ms(?: step_avg:([\d.]+|nan)ms)?"
+)
+
+
+def read_public_log(path: Path, text: str) -> Run:
+    """A log of the public speedrun: source, environment and steps between rules of 100 signs.
+
+    It names neither host, seed, hyperparameters nor hashes; the source holds what there is.
+    """
+    source, _, rest = text.rpartition(PUBLIC_RULE)
+    source, _, system = source.rpartition(PUBLIC_RULE)
+    if not source:  # older logs have one rule only, after the source
+        source, system = system, rest
+    run = Run(path, is_public=True, sources={"train_gpt.py": Source(sha256_of(source), source)})
+    for step, kind, loss, ms in re.findall(
+        r"^step:(\d+)/\d+ (?:(val|train)_loss:(\S+) )?train_time:(\d+)ms", rest, re.M
+    ):
+        curve = run.val_curve if kind == "val" else run.train_curve
+        curve.append((int(step), float(ms), float(loss or "nan")))
+    if not run.val_curve:
+        raise InvalidLog(path, text.count("\n") + 1, "the log has no line with val_loss")
+    planned = int(re.findall(r"^step:\d+/(\d+) ", rest, re.M)[-1])
+    memory = re.search(r"peak memory \w+: (\d+) MiB", rest)
+    run.result = {"status": "missed" if run.steps == planned else "aborted"}
+    run.result |= {"peak_memory": f"{memory[1]}MiB"} if memory else {}
+    if version := re.search(r"Running PyTorch (\S+)", system, re.I):
+        run.environment["torch"] = version[1]
+    gpus = re.findall(r"NVIDIA ([A-Z]+\d+[^|]*?)\s{2,}", system)
+    if gpus:
+        run.environment |= {"device": gpus[0], "gpu0": gpus[0], "world_size": str(len(gpus))}
+    return run
+
+
+def ineligible(run: Run) -> list[str]:
+    """Why a sound run is no record, a reason each; empty for an eligible one."""
+    if run.is_public:
+        return ["a log of the public speedrun: no seed, no data hash, no result line"]
+    reasons, status = [], run.result.get("status", "none")
+    if status != "success":
+        reasons.append(MISSED if status == "missed" else f"status is {status}, not success")
+    if (overrides := run.config.get("overrides", "none")) != "none":
+        reasons.append(f"hyperparameters were overridden: {overrides}")
+    if run.number("resumed_from") > 0 or run.config.get("resume"):
+        reasons.append(f"resumed from step {run.result['resumed_from']}")
+    if not any("(as expected)" in line for line in run.data):
+        reasons.append("the data is not what the track's hash expects, or no hash is known")
+    changed, kept = run.git.get("changed", "none"), [s.kept for s in run.sources.values()]
+    if run.git.get("commit", "none") == "none" and not all(kept):
+        reasons.append("no git commit")
+    elif changed != "none" and not all(kept):
+        reasons.append(f"{changed} differs from commit {run.git['commit'][:10]}: commit it")
+    if run.number("recompiled") > 0:
+        reasons.append(f"{run.result['recompiled']} graphs were compiled inside the timed part")
+    untimed = {"startup", "compile", "turn", "validation", "checkpoint", "train", "end", "total"}
+    if unknown := set(run.ledger) - untimed:
+        reasons.append(f"untimed work of an unknown kind: {', '.join(sorted(unknown))}")
+    return reasons + run.warnings
+
+
+def source_changes(a: Run, b: Run) -> dict[str, tuple[int, int]]:
+    """(lines added, lines removed) from a to b, by path of each source that differs."""
+    counts = {}
+    for path in sorted(a.sources.keys() | b.sources.keys()):
+        diff = source_diff(a, b, path)
+        added = sum(line.startswith("+") and not line.startswith("+++") for line in diff)
+        removed = sum(line.startswith("-") and not line.startswith("---") for line in diff)
+        if added or removed:
+            counts[path] = added, removed
+    return counts
+
+
+def source_diff(a: Run, b: Run, path: str) -> list[str]:
+    """The unified diff of one source from a to b, a line each."""
+    texts = (run.sources[path].text if path in run.sources else "" for run in (a, b))
+    lines = [text.splitlines() for text in texts]
+    return list(difflib.unified_diff(*lines, f"A/{path}", f"B/{path}", lineterm=""))
+
+
+RUN_BOUND = ("schema", "utc", "argv", "run", "seed", "slug", "log_dir", "source_dir",
+             "declared_runs", "save_every", "resume", "overrides")  # fmt: skip
+
+
+def config_changes(a: Run, b: Run) -> dict[str, tuple[str, str]]:
+    """Hyperparameters and options that differ, but for those that name a single run."""
+    return changes(a.config, b.config, RUN_BOUND)
+
+
+def environment_changes(a: Run, b: Run) -> dict[str, tuple[str, str]]:
+    return changes(a.environment, b.environment, ("load_average",))
+
+
+def changes(a: dict[str, str], b: dict[str, str], but_for) -> dict[str, tuple[str, str]]:
+    pairs = {k: (a.get(k, "none"), b.get(k, "none")) for k in a | b if k not in but_for}
+    return {k: pair for k, pair in pairs.items() if pair[0] != pair[1]}

@@ -1,0 +1,183 @@
+"""A trainer's source as {path: text}: found by its imports, kept whole, as a diff, or in a store.
+
+An attempt's folder keeps it whole in source/, or as NAME.diff against another attempt. A diff's
+first line is `base: FOLDER`; the rest is for `patch -p1` in a copy of that folder's source.
+A store is a folder sources/ whose files have names that begin with digits of their sha256.
+"""
+
+import ast
+import difflib
+import hashlib
+import os
+import re
+import shutil
+from itertools import chain
+from pathlib import Path
+
+from tools.cli import ToolError
+
+ROOT = Path(__file__).resolve().parent.parent
+ENTRIES = ("train_gpt.py", "baselines/train_gpt2.py")  # the first is what a checkout is run for
+STORE_DIGITS = 12
+
+
+def sha256_of(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def slug_of(name: str) -> str:
+    """MyIdea of an attempt called 2026-11-30_MyIdea."""
+    return re.sub(r"^\d{4}-[^_]*_", "", name)
+
+
+# ------------------------------------------------------------------------------ By imports
+
+
+def imported_modules(path: str, text: str) -> list[list[str]]:
+    """For each import of a source, the files below the project's root that it could mean."""
+    found = []
+    try:
+        tree = ast.parse(text)
+    except SyntaxError as error:
+        raise ToolError(f"{path}:{error.lineno}: this is no Python: {error.msg}") from None
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found += [[alias.name] for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found += [[node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]]
+    return [[f"{name.replace('.', '/')}.py" for name in names] for names in found]
+
+
+def project_files(folder: Path, entry: str) -> list[str]:
+    """The entry file and every module of the project that it imports, as relative paths."""
+    found, waiting = set(), {entry}
+    while waiting:
+        path = waiting.pop()
+        found.add(path)
+        modules = chain(*imported_modules(path, (folder / path).read_text()))
+        waiting |= {m for m in modules if m not in found and (folder / m).exists()}
+    return sorted(found)
+
+
+def entry_of(folder: Path) -> str | None:
+    return next((entry for entry in ENTRIES if (folder / entry).exists()), None)
+
+
+def source_texts(folder: Path, entry: str) -> dict[str, str]:
+    """The project's files of a checkout, by path."""
+    return {path: (folder / path).read_text() for path in project_files(folder, entry)}
+
+
+def require_whole(texts: dict[str, str]) -> None:
+    """ToolError if a source imports a module of the project that is not among its files.
+
+    Its run would take that module from a checkout which happens to be on the path.
+    """
+    names = [path.relative_to(ROOT) for path in (*ROOT.glob("*.py"), *ROOT.glob("*/*.py"))]
+    project = {top_name(path) for path in (*names, *texts)}
+    for path, text in texts.items():
+        for places in imported_modules(path, text):
+            if top_name(places[0]) in project and not set(places) & texts.keys():
+                raise ToolError(f"the source {path} imports {places[0]}, which is not kept with it")
+
+
+def top_name(path: str | Path) -> str:
+    """data of data/shards.py, train_gpt of train_gpt.py."""
+    return Path(path).parts[0].removesuffix(".py")
+
+
+# ------------------------------------------------------------------------------ Kept
+
+
+def kept_texts(folder: Path) -> dict[str, str]:
+    """The source that an attempt's folder keeps; empty if it keeps none."""
+    whole = folder / "source"
+    if whole.is_dir():
+        files = sorted(whole.rglob("*.py"))
+        return {path.relative_to(whole).as_posix(): path.read_text() for path in files}
+    diff = diff_of(folder)
+    return made_by(diff) if diff else {}
+
+
+def write_texts(texts: dict[str, str], folder: Path) -> None:
+    for path, text in texts.items():
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        (folder / path).write_text(text)
+
+
+def diff_of(folder: Path) -> Path | None:
+    return next(iter(sorted(folder.glob("*.diff"))), None)
+
+
+def base_of(diff: Path) -> Path:
+    """The attempt's folder against whose source a diff stands."""
+    first = diff.read_text().partition("\n")[0]
+    if not first.startswith("base: "):
+        raise ToolError(f"{diff}:1: this is not `base: FOLDER`, an attempt against which it stands")
+    return diff.parent / first.removeprefix("base: ")
+
+
+def made_by(diff: Path) -> dict[str, str]:
+    """The source that a diff makes of its base's."""
+    base = base_of(diff)
+    try:
+        texts = kept_texts(base)
+        _, *parts = re.split(r"^--- a/.*\n\+\+\+ b/(.*)\n", diff.read_text(), flags=re.M)
+        for path, hunks in zip(parts[::2], parts[1::2], strict=True):
+            texts[path] = patched(texts.get(path, ""), hunks)
+    except (ValueError, RecursionError):
+        raise ToolError(f"{diff} does not fit the source of {base}") from None
+    if not texts:
+        raise ToolError(f"{diff} stands against {base}, which keeps no source")
+    return {path: text for path, text in texts.items() if text}
+
+
+def patched(old: str, hunks: str) -> str:
+    """A text after the hunks of a unified diff; ValueError if they do not fit."""
+    lines, new, at = old.splitlines(keepends=True), [], 0
+    for line in hunks.splitlines(keepends=True):
+        if heading := re.match(r"@@ -(\d+)(,0 )?", line):
+            start = int(heading[1]) - (0 if heading[2] else 1)  # of no lines: the line before them
+            new += lines[at:start]
+            at = start
+        elif line[0] == "+":
+            new.append(line[1:])
+        elif line[1:] not in lines[at : at + 1]:
+            raise ValueError(f"line {at + 1} is not {line[1:]}")
+        else:
+            new += [line[1:]] if line[0] == " " else []
+            at += 1
+    return "".join(new + lines[at:])
+
+
+def keep_as_diff(folder: Path, base: Path) -> None:
+    """Put in place of an attempt's source/ a diff against the source of base, another attempt."""
+    old, new = kept_texts(base), kept_texts(folder)
+    lines = [f"base: {Path(os.path.relpath(base, folder)).as_posix()}\n"]
+    for path in sorted(old | new):
+        texts = (texts.get(path, "").splitlines(keepends=True) for texts in (old, new))
+        lines += difflib.unified_diff(*texts, f"a/{path}", f"b/{path}")
+    diff = diff_of(folder) or folder / f"{slug_of(folder.resolve().name)}.diff"
+    diff.write_text("".join(lines))
+    if made_by(diff) != new:
+        diff.unlink()
+        raise ToolError(f"no diff makes the source of {folder} from that of {base}; it stays whole")
+    shutil.rmtree(folder / "source", ignore_errors=True)
+
+
+def find_source(log: Path, named: Path, path: str, sha256: str) -> tuple[Path, str]:
+    """(where it stands, text) of a source that a log keeps elsewhere.
+
+    named is where the log says; what is not there any more is found by its sha256.
+    """
+    if named.exists():
+        return named, named.read_text()
+    log = log.resolve()
+    for folder in log.parents:
+        for kept in folder.glob(f"sources/{sha256[:STORE_DIGITS]}*"):
+            return kept, kept.read_text()
+    diff = diff_of(log.parent.parent)
+    text = made_by(diff).get(path, "") if diff else ""
+    if sha256_of(text) != sha256:
+        raise ToolError("no folder sources/ above the log has it, and no diff of its attempt")
+    return diff, text

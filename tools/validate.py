@@ -1,0 +1,53 @@
+#!/usr/bin/env python3
+"""Say of each log whether it is whole and true to itself, and whether it can be a record.
+
+Checked: the hash over all lines, required fields, sources against their hashes, the ledger's sum,
+the clock against the step lines, status against loss and target. A record also needs: no override,
+no resume, committed or kept source, known data, target reached. Exit code: 0 all eligible, 1 some
+are sound but not eligible, 4 some are invalid.
+"""
+
+from pathlib import Path
+
+import bootstrap  # noqa: F401
+
+from tools.cli import EXIT_FAILED, EXIT_INVALID, finish, flag_parser
+from tools.runs import InvalidLog, find_logs, ineligible, read_log
+
+
+def report(path: Path) -> int:
+    """Print the findings on one log; return its exit code."""
+    try:
+        run = read_log(path)
+    except InvalidLog as error:
+        print(f"INVALID   {error}")
+        return EXIT_INVALID
+    for line, what in run.faults:
+        print(f"INVALID   {path}:{line}: {what}")
+    if run.faults:
+        return EXIT_INVALID
+    reasons = ineligible(run)
+    print(f"{path}    sound    record-eligible: {'no' if reasons else 'yes'}")
+    for reason in reasons:
+        print(f"    {reason}")
+    return EXIT_FAILED if reasons else 0
+
+
+def logs_of(path: Path) -> list[Path]:
+    """A log, or the logs of a folder and of every folder logs/ below it."""
+    folders = [path, *(below for below in path.rglob("logs") if below.is_dir())]
+    return sorted({log for folder in folders for log in find_logs(folder)})
+
+
+def main() -> int:
+    parser = flag_parser(__doc__)
+    parser.add_argument("logs", nargs="+", type=Path, metavar="LOG", help="or a folder of them")
+    args = parser.parse_args()
+    paths = [log for path in args.logs for log in logs_of(path)]
+    if not paths:
+        parser.error("no logs (*.txt) there; name logs, or a folder such as records")
+    return max(report(path) for path in paths)
+
+
+if __name__ == "__main__":
+    finish(main)
