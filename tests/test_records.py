@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, TINY, as_flag, clean_environment, only_log, train
+from conftest import ROOT, clean_environment, only_log, tiny_flags, train
 from scipy import special
 
 from tools import attempts, comparison, leaderboard, runs, sources, stats
@@ -55,12 +55,6 @@ def log(shards, tmp_path_factory) -> Path:
     done = train([*tiny_flags(shards, folder), *tiny])
     assert done.returncode == 0, done.stderr
     return only_log(folder)
-
-
-def tiny_flags(shards, folder) -> list[str]:
-    tiny = [f"--{name}={as_flag(value)}" for name, value in TINY.items()]
-    files = [f"--train_files={shards}/train_*.bin", f"--val_files={shards}/val.bin"]
-    return ["--track=embedded", *files, f"--log_dir={folder}", "--compile=false", *tiny]
 
 
 def forge(log: Path, target: Path, *changes: tuple[str, str]) -> Path:
