@@ -1,4 +1,4 @@
-"""Checkpoints: folders that are whole or not there, and that are checked before anything loads.
+"""Checkpoints: folders that are written completely or not at all, and verified before loading.
 
 A folder holds what torch.distributed.checkpoint wrote, one file or more per rank, and config.json,
 which says what they are: step, configuration, data, the sha256 of every other file and of its own
@@ -73,8 +73,8 @@ def read_checkpoint(folder: Path, rt) -> dict:
         said, written = facts.pop("sha256"), facts["files"]
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
         raise RunError(
-            f"{folder} is no usable checkpoint, which is a folder with a config.json; give one "
-            "that a log names, or start without it",
+            f"{folder} is not a usable checkpoint (a folder with a config.json); give one that a "
+            "log names, or start without it",
             rt.is_main,
         ) from None
     wrong = ["config.json"] if facts_sha256(facts) != said else []

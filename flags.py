@@ -1,4 +1,4 @@
-"""Flags from dataclasses: every field made by `option` is one. And the error that ends a run."""
+"""Turn dataclass fields into command-line flags; also the error that ends a run with one line."""
 
 import argparse
 import dataclasses

@@ -1,16 +1,17 @@
 """The referee: everything about a run that an idea must not touch.
 
 It sets the task (data, validation rows, target loss), reads the flags, owns device and ranks,
-times, logs and takes the validation loss. It imports no trainer: `execute` is handed one, and a
-trainer is handed a `Run`, through which it reports.
+times, logs and takes the validation loss. It imports no trainer: `execute` is handed the function
+that makes one from a `Run`, through which the trainer reports.
 
 Validation: the trainer gets inputs, never targets, and yields logits; the loss is taken here. The
 clock charges every moment of the process to one account, so that timed and untimed seconds add up
 to its wall time. The log is one text file for people and programs, written line by line: sections
-`=== name ===` in the order source, config, environment, git, data, run; then the lines
-`step:N/M val_loss:X train_time:Yms step_avg:Zms`; last the line `result ...`, which ends with the
-sha256 of everything before it. A line `check:` holds the first digits of that hash so far, to tell
-where a log was changed. Losses are nats per token.
+`=== name ===` in the order source, config, environment, git, data, run; in the last one lines
+`step:N/M train_loss:X train_time:Yms`, `step:N/M val_loss:X train_time:Yms step_avg:Zms`, and named
+ones such as `calibration:` and `ledger:`; last the line `result ...`, which ends with the sha256 of
+everything before it. A line `check:` holds the first digits of that hash so far, to tell where a
+log was changed. Losses are nats per token.
 """
 
 import argparse
@@ -177,7 +178,7 @@ class Validation:
                 if end > len(targets_N) or logits_NV.size(1) < self.task.vocab_size:
                     raise RunError(f"logits {tuple(logits_NV.shape)} at position {done} do not fit "
                                    f"{len(targets_N)} positions and {self.task.vocab_size} tokens; "
-                                   "mend what the trainer yields in validation")  # fmt: skip
+                                   "fix what the trainer yields")  # fmt: skip
                 losses_N = F.cross_entropy(logits_NV.float(), targets_N[done:end], reduction="none")
                 total += losses_N.double().sum()
                 done = end
@@ -246,6 +247,7 @@ def parse_flags(
     tracks: hyperparameters by name; their field `task` names one of TASKS. gpu_track: the track
     without --track on a GPU. options: RunOptions(), or what a tool has in their place.
     """
+    # --track and --task come first: they set the defaults of all other flags.
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--track", default=gpu_track if torch.cuda.is_available() else "embedded")
     first.add_argument("--task")
@@ -649,8 +651,10 @@ class Run:
     def start(self) -> None:
         """Start the timed part; from here on the first signal asks for a clean end."""
         self.stop.deferred = True
-        if self.turns.steps and not self.give_turn() and self.turns.is_first:
-            raise RunError(OTHER_ENDED)
+        if self.turns.steps:
+            other_works = self.give_turn()
+            if not other_works and self.turns.is_first:
+                raise RunError(OTHER_ENDED)
         self.clock.switch("train")
 
     def give_turn(self) -> bytes:
@@ -663,20 +667,20 @@ class Run:
 
         Losses are read while later steps run, so that the device never waits for the host.
         """
-        pulse = torch.stack([loss, torch.full_like(loss, self.stop.signal > 0)])
-        self.rt.average([pulse])
+        report = torch.stack([loss, torch.full_like(loss, self.stop.signal > 0)])
+        self.rt.average([report])
         self.step, self.tokens = self.step + 1, self.tokens + tokens
-        self.pending.append((self.step, *self.rt.to_host(pulse)))
-        while len(self.pending) > self.rt.steps_in_flight * (self.step < self.hp.num_steps):
-            self.read_pulse(*self.pending.pop(0))
-        ends = self.status or self.step == self.hp.num_steps
-        if self.turns.end_at(self.step) and not ends:
+        self.pending.append((self.step, *self.rt.to_host(report)))
+        is_last = self.step == self.hp.num_steps
+        while len(self.pending) > (0 if is_last else self.rt.steps_in_flight):
+            self.log_step(*self.pending.pop(0))
+        if self.turns.end_at(self.step) and not (self.status or is_last):
             self.give_turn()
 
-    def read_pulse(self, step: int, pulse: Tensor, wait) -> None:
-        """Log the step that pulse [loss, stop request] belongs to; end the run if it has to end."""
+    def log_step(self, step: int, report: Tensor, wait) -> None:
+        """Log a step once its report [loss, stop request] is here; end the run if it has to end."""
         wait()
-        loss, stop = pulse.tolist()
+        loss, stop = report.tolist()
         train_ms, num_steps = self.clock.train_ms(), self.hp.num_steps
         self.log.line(f"step:{step}/{num_steps} train_loss:{loss:.6f} train_time:{train_ms:.0f}ms")
         rate = self.tokens_per_second() / 1000
@@ -703,7 +707,7 @@ class Run:
     def finish(self) -> None:
         """End the timed part; the last validation gives the status of a run that came so far."""
         while self.pending:  # steps that were under way when the run was asked to end
-            self.read_pulse(*self.pending.pop(0))
+            self.log_step(*self.pending.pop(0))
         reached = self.curve and self.curve[-1][1] <= self.task.target_val_loss
         self.status = self.status or ("success" if reached else "missed")
         self.clock.switch("end")
@@ -798,10 +802,11 @@ def execute(
 ) -> int:
     """Carry out the run that this process's flags describe; return its exit code.
 
-    make_trainer(run) returns an object with compile(compiled), which passes what is to be compiled
-    through compiled; warm_up(), which runs all of it once; state(), every tensor that training
-    changes, by name; and train(), the loop. tracks, gpu_track: as in parse_flags. sources: what the
-    log embeds, by path, the entry file first. started: perf_counter at first import.
+    make_trainer(run) returns an object with compile(compile_fn), which applies torch.compile, or
+    what stands for it, to what is to be compiled; warm_up(), which runs all of that; state(), every
+    tensor that training changes, by name; and train(), the loop. tracks, gpu_track: as in
+    parse_flags. sources: what the log embeds, by path, the entry file first. started: perf_counter
+    at first import.
     """
     stop = StopRequest()
     rt = None

@@ -1,10 +1,14 @@
 """Attention, the head's loss and the MLP: each by its definition, and on a GPU by a kernel.
 
-What the model calls stands last in each section, and shows the definition: `attend`, `head_loss`,
-`relu_squared_mlp`. A first reading may skip the rest. Shapes: B sequences, T tokens, N = B * T, H
-heads, K head_dim, V vocabulary, D model_dim, M mlp_dim, J targets per token. Speed-ups over the
-definitions: not measured yet. tools/compile_kernels.py compiles every Triton kernel without a GPU
-and prints registers, spills and shared memory.
+    attend            FlexAttention by blocks; its definition is SDPA with the mask of may_attend
+    head_loss         a Triton kernel by chunks; its definition is softcapped_loss
+    relu_squared_mlp  a Triton kernel for up and ReLU squared; its definition is its last two lines
+
+A change of a definition needs the same change of its kernel and of its backward pass; an idea is
+tried faster in plain torch, in train_gpt.py. Shapes: B sequences, T tokens, N = B * T, H heads, K
+head_dim, V vocabulary, D model_dim, M mlp_dim, J targets per token. Speed-ups over the definitions:
+not measured yet. tools/compile_kernels.py compiles every Triton kernel without a GPU and prints
+registers, spills and shared memory.
 """
 
 from collections import namedtuple
@@ -19,9 +23,9 @@ HAS_TRITON = find_spec("triton") is not None
 BLOCK = 128  # tokens per side of an attention block
 SMALL_FLEX_BLOCKS = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_M1": 32, "BLOCK_N1": 64,
                      "BLOCK_M2": 64, "BLOCK_N2": 32}  # fmt: skip
-HEAD_CHUNK_ROWS = 16384  # tokens whose logits are in memory at a time
-# The value that fp8's 1 stands for in x, in the weight (both e4m3) and in the gradient of a token's
-# loss (e5m2). That gradient is not yet divided by N, which would underflow e5m2.
+HEAD_CHUNK_TOKENS = 16384  # tokens whose logits are in memory at a time
+# fp8 value 1 means so much: in x, in the weight (both e4m3), and in the gradient of a token's loss
+# (e5m2), which is divided by N after the product, for it would underflow before.
 FP8_SCALES = (100 / 448, 1.6 / 448, 0.75 / 448)
 LARGE_TILE = dict(BLOCK_N=128, BLOCK_M=256, BLOCK_K=64, num_warps=8, num_stages=4)  # 192 KiB
 SMALL_TILE = dict(BLOCK_N=128, BLOCK_M=128, BLOCK_K=32, num_warps=8, num_stages=4)
@@ -88,7 +92,7 @@ if HAS_TRITON:
 
         A (N, K), B (M, K), post, out (N, M) contiguous, bf16 or fp16. Tested to 1e-3 in fp16.
         """
-        # Programs in a row share rows of A and walk through all of B, which the L2 cache holds.
+        # Consecutive programs share rows of A and walk through all of B, which the L2 cache holds.
         first_row = (tl.program_id(0) // tl.cdiv(M, BLOCK_M)).to(tl.int64) * BLOCK_N
         rows = tl.arange(0, BLOCK_N)[:, None]
         cols = tl.program_id(0) % tl.cdiv(M, BLOCK_M) * BLOCK_M + tl.arange(0, BLOCK_M)[None, :]
@@ -239,7 +243,7 @@ def loss_by_kernel(logits_NV, targets_NJ, weights_J, cap, grad_NV, grad_VN=None,
 
 
 def matmul_NT(A_NK: Tensor, B_MK: Tensor, scale: float, dtype: torch.dtype, fast=False) -> Tensor:
-    """A @ B.T in dtype. fp8 operands: times scale; fast accumulates in fewer bits."""
+    """A @ B.T in dtype; of fp8 operands, times scale. fast: accumulate fp8 in fewer bits."""
     if A_NK.dtype.itemsize == 1:
         scales = [torch.full((), s, device=A_NK.device) for s in (scale, 1.0)]
         return torch._scaled_mm(A_NK, B_MK.T, *scales, out_dtype=dtype, use_fast_accum=fast)
@@ -256,19 +260,20 @@ def head_loss_and_gradients(
     N, dtype, operand = len(x_ND), x_ND.dtype, torch.float8_e4m3fn if fp8 else x_ND.dtype
     loss = x_ND.new_zeros((), dtype=torch.float32)
     dx_ND, dW_VD = torch.empty_like(x_ND), torch.zeros_like(weight_VD)
-    x_scale, W_scale, grad_scale = FP8_SCALES if fp8 else (1, 1, N)
+    x_scale, W_scale, grad_scale = FP8_SCALES if fp8 else (1, 1, 1)
+    grad_factor = 1 / grad_scale if fp8 else 1 / N  # what the kernel multiplies the gradient by
     top = torch.finfo(operand).max  # beyond it some versions of torch cast to NaN
     W_VD = (weight_VD / W_scale).clamp(-top, top).to(operand)
     W_DV = W_VD.T.contiguous()
-    for start in range(0, N, HEAD_CHUNK_ROWS):
-        rows = slice(start, start + HEAD_CHUNK_ROWS)
+    for start in range(0, N, HEAD_CHUNK_TOKENS):
+        rows = slice(start, start + HEAD_CHUNK_TOKENS)
         x = (x_ND[rows] / x_scale).clamp(-top, top).to(operand)
         logits = matmul_NT(x, W_VD, x_scale * W_scale, dtype, fast=True)
         grad_NV, grad_VN = logits, None
         if fp8:
             grad_NV = torch.empty_like(logits, dtype=torch.float8_e5m2)
             grad_VN = grad_NV.new_empty(grad_NV.T.shape)
-        chunk = (logits, targets_NJ[rows], weights_J, cap, grad_NV, grad_VN, 1 / grad_scale)
+        chunk = (logits, targets_NJ[rows], weights_J, cap, grad_NV, grad_VN, grad_factor)
         loss += loss_by_kernel(*chunk).sum() / N
         grad_VN = logits.T if grad_VN is None else grad_VN
         dx_ND[rows] = matmul_NT(grad_NV, W_DV, grad_scale * W_scale / N, dtype)

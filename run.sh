@@ -75,10 +75,10 @@ count_gpus() { # the largest of 1, 2, 4, 8 GPUs that are visible and that torch 
     echo "$usable"
 }
 
-get_data() { # get_data TRACK: its shards, unless they are there; its scripts say what is missing
+get_data() { # get_data TASK: its shards, unless they are there; its scripts say what is missing
     local status=0
     case $1 in
-    embedded)
+    embedded*)
         [ -e "$root/data/embedded/embedded_train.bin" ] || "$python" "$root/data/embedded.py" >&2
         ;;
     fineweb) "$python" "$root/data/cached_fineweb10B.py" 9 >&2 ;;
@@ -111,11 +111,13 @@ case ${1:-} in
 torchrun) exec "$python" -m torch.distributed.run "${@:2}" ;;
 esac
 gpus=$(count_gpus)
-track="" wants_data=yes previous=""
+track="" task="" wants_data=yes previous=""
 for flag in "$@"; do
     [ "$previous" = --track ] && track=$flag
+    [ "$previous" = --task ] && task=$flag
     case $flag in
     --track=*) track=${flag#--track=} ;;
+    --task=*) task=${flag#--task=} ;;
     --train_files* | -h | --help) wants_data=no ;;
     esac
     previous=$flag
@@ -124,18 +126,18 @@ chosen=()
 if [ -z "$track" ]; then
     track=embedded
     [ "$gpus" = 0 ] || track=fineweb
-    if [ $track = fineweb ] && [ $wants_data = yes ] && ! get_data fineweb; then
+    if [ $track = fineweb ] && [ $wants_data = yes ] && [ -z "$task" ] && ! get_data fineweb; then
         echo "FineWeb cannot be had: training on the embedded track instead" >&2
         track=embedded
     fi
     chosen=(--track "$track")
 fi
-[ $wants_data = no ] || get_data "$track" || exit
+[ $wants_data = no ] || get_data "${task:-$track}" || exit
 
 if [ "$gpus" = 0 ]; then
     exec "$python" "$root/train_gpt.py" "${chosen[@]}" "$@"
 fi
-[ "$track" != wikitext103 ] || gpus=1 # its 30 validation rows cannot be dealt to more
+[ "${task:-$track}" != wikitext103 ] || gpus=1 # its 30 validation rows cannot be dealt to 4 or 8
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}" # to save a checkpoint
 exec "$python" -m torch.distributed.run --standalone --nproc_per_node="$gpus" \
     "$root/train_gpt.py" "${chosen[@]}" "$@"

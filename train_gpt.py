@@ -1,14 +1,14 @@
 """Train a GPT from scratch until it reaches a fixed validation loss, as fast as the hardware can.
 
-    ./run.sh                                         every GPU of this machine, or its CPU
+    ./run.sh                                         1, 2, 4 or 8 GPUs of this machine, or its CPU
     torchrun --nproc_per_node=4 train_gpt.py         four GPUs, the same global batches
     python train_gpt.py --num_steps 50 --slug try    one process, an experiment
 
 This file is the contestant: everything that an idea may change. It reads downwards: what a run is
 (Hyperparameters), what a step sees (Data, Schedules), the network (Model), the updates (Optimizer),
-the loop (Train). The head's loss and the MLP stand in kernels.py, each beside its Triton version.
-harness.py is the referee: task, device, clock, log and the validation loss. Losses are nats per
-token.
+the loop (Train). Attention, the head's loss and the MLP stand in kernels.py, each beside its GPU
+version. harness.py is the referee: task, device, clock, log and the validation loss. Losses are
+nats per token.
 """
 
 import time
@@ -69,7 +69,7 @@ SOURCES = {  # what a log embeds
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """How the network is built and trained. A record changes the source, never a flag."""
+    """How the network is built and trained: option(default, help, least). A record sets no flag."""
 
     task: str = option("fineweb", "data, validation rows and target: a task of harness.py")
     # Budget. Of several values, each holds for an equal share of the steps (a stage).
@@ -77,12 +77,13 @@ class Hyperparameters:
     batch_tokens: tuple[int, ...] = option((131_072, 262_144, 393_216), "tokens per step, all "
                                            "ranks", 1)  # fmt: skip
     seq_len: int = option(16384, "tokens per training row, into which documents are packed", 2)
-    document_cap: tuple[int, ...] = option((896, 2048, 2048), "longest document, tokens; 0: any")
+    document_cap: tuple[int, ...] = option((896, 2048, 2048), "longest document, tokens; 0: "
+                                           "no cap, rows are cut from the stream")  # fmt: skip
     max_epochs: int = option(1, "passes over the training shards that are allowed", 1)
     val_every: int = option(125, "steps between validations", 1)
     # Model.
-    layers: str = option("sSsLSs-SSsL", "one letter per layer: S short or L long window, small: "
-                         "heads paired, -: no attention")  # fmt: skip
+    layers: str = option("sSsLSs-SSsL", "one letter per layer: S short, L long window; lowercase: "
+                         "heads in pairs; -: no attention")  # fmt: skip
     num_heads: int = option(6, "attention heads per layer", 1)
     head_dim: int = option(128, "width of a head, divisible by 4", 4)
     model_dim: int = option(768, "width of the residual stream", 16)
@@ -101,7 +102,7 @@ class Hyperparameters:
     window_tokens: tuple[int, ...] = option((384, 896, 1408), "long attention window, token "
                                             "itself included; short: half", 2)  # fmt: skip
     val_window_tokens: int = option(2560, "long window in validation; 0: as in training")
-    mtp_weight: float = option(0.5, "weight of the target two tokens ahead; half for the third")
+    mtp_weight: float = option(0.5, "second target's weight, relative to the next token's 1")
     # Optimizer. The parameter groups stand in parameter_groups().
     muon_lr: float = option(0.023, "learning rate of hidden matrices")
     muon_decay: float = option(1.2, "their cautious weight decay, times the squared rate")
@@ -114,7 +115,7 @@ class Hyperparameters:
     table_betas: tuple[float, ...] = option((0.75, 0.95), "Adam's betas of the other tables")
     scalar_betas: tuple[float, ...] = option((0.9, 0.99), "Adam's betas of gates and scalars")
     adam_decay: float = option(0.005, "cautious weight decay, see parameter_groups")
-    adam_every: int = option(2, "Adam steps every so many steps, on accumulated gradients", 1)
+    adam_every: int = option(2, "Adam updates every n-th step, on accumulated gradients", 1)
     stage_lr: tuple[float, ...] = option((1.0, 1.52, 1.73), "factor on every learning rate")
     warmup_frac: float = option(0.0, "fraction of steps in which rates rise from 0")
     cooldown_frac: float = option(0.6, "fraction of steps in which rates fall linearly")
@@ -240,13 +241,13 @@ class Layer(NamedTuple):
 
 
 def parse_layers(hp: Hyperparameters) -> list[Layer]:
-    layers, last_tables = [], len(hp.layers) - hp.num_value_embeds
+    layers, first_late = [], len(hp.layers) - hp.num_value_embeds
     for i, letter in enumerate(hp.layers):
         table = None
         if i < hp.num_value_embeds:
             table = i
-        elif i >= last_tables:
-            table = i - last_tables
+        elif i >= first_late:
+            table = i - first_late
         layers.append(Layer(letter != "-", letter in "lL", letter in "ls", table))
     return layers
 
@@ -272,8 +273,8 @@ def find_documents(tokens: np.ndarray, document_start: int) -> tuple[np.ndarray,
 def find_rows(tokens: np.ndarray, document_start: int, seq_len: int):
     """(starts, lengths) of a shard's rows where documents have no cap; lengths are all seq_len.
 
-    A row begins at a document's start, or where the row before it ended if that document goes on
-    for at least one more row. Between rows only the end of a cut document is left out.
+    Rows are cut one after another. If a document starts within the next seq_len tokens, the next
+    row begins there, and what lies before is left out; else it continues the current document.
     """
     documents = find_documents(tokens, document_start)[0].tolist()
     starts, position = [], documents[0] if documents else 0
@@ -318,8 +319,8 @@ def row_tokens(row: list[Piece], ahead: int) -> np.ndarray:
     return np.concatenate(parts).astype(np.int64)
 
 
-def micro_batches(hp: Hyperparameters, task: Task, rt: Runtime, rows: int, seed: int, step: int):
-    """Yield this rank's (inputs, targets), int64 (rows, seq_len) each, from this step on.
+def micro_batches(hp: Hyperparameters, task: Task, rt: Runtime, micro_seqs, seed: int, step: int):
+    """Yield this rank's (inputs, targets), int64 (micro_seqs, seq_len) each, from this step on.
 
     The rows of a step are dealt to accumulation x ranks equal micro-batches, so that its global
     batch is the same for any number of ranks.
@@ -330,8 +331,8 @@ def micro_batches(hp: Hyperparameters, task: Task, rt: Runtime, rows: int, seed:
         step_rows = [pack_row(pieces, hp.seq_len, cap) for _ in range(count)]
         if s < step:
             continue
-        for first in range(rt.rank * rows, count, rt.world_size * rows):
-            chosen = step_rows[first : first + rows]
+        for first in range(rt.rank * micro_seqs, count, rt.world_size * micro_seqs):
+            chosen = step_rows[first : first + micro_seqs]
             inputs = np.stack([row_tokens(row, ahead=0) for row in chosen])
             targets = np.stack([row_tokens(row, ahead=1) for row in chosen])
             yield torch.from_numpy(inputs), torch.from_numpy(targets)
@@ -359,7 +360,7 @@ def check_supply(hp: Hyperparameters, task: Task) -> None:
 
 # ------------------------------------------------------------------------------ Schedules
 
-ROTARY_BASE = 1024.0  # slowest rotary wavelength over 2 pi, tokens
+ROTARY_BASE = 1024.0  # tokens per radian of the lowest rotary frequency
 MOMENTUM_LOW, MOMENTUM_RISE = 0.85, 0.10  # Muon's momentum at both ends, and its rise between
 
 
@@ -391,9 +392,9 @@ def mtp_weights(step: int, hp: Hyperparameters) -> list[float]:
 
 
 def rotary_frequencies(step: int, hp: Hyperparameters) -> tuple[Tensor, float]:
-    """((K/4,) radians per token, attention scale) after the windows so far.
+    """((K/4,) radians per token, attention scale) after every growth of the window so far.
 
-    Where the window grows, slow frequencies are stretched with it (YaRN, arXiv 2309.00071).
+    Low frequencies are stretched with the window (YaRN, arXiv 2309.00071).
     """
     frequency = ROTARY_BASE ** -torch.linspace(0, 1, hp.head_dim // 4)
     scale, stage = hp.attn_scale, hp.stage(hp.window_tokens, step)
@@ -415,7 +416,7 @@ class StepInputs(NamedTuple):
 
 
 def step_inputs(step: int, hp: Hyperparameters, device, training: bool = True) -> StepInputs:
-    """Validation has its own window, and the next token as its only target."""
+    """Validation has its own window, and does not use mtp_weights."""
     window = hp.at(hp.window_tokens, step)
     if not training and hp.val_window_tokens:
         window = hp.val_window_tokens
@@ -426,13 +427,13 @@ def step_inputs(step: int, hp: Hyperparameters, device, training: bool = True) -
 
 # ------------------------------------------------------------------------------ Model
 #
-# Shapes: B sequences, T tokens, D model_dim, H heads, K head_dim, M mlp_dim, V vocabulary.
-# The residual stream x is (B, T, D).
+# Shapes: B sequences, T tokens, D model_dim, H heads, K head_dim, M mlp_dim, V vocabulary, J
+# targets per token, S earlier tokens, N = B * T. The residual stream x is (B, T, D).
 
 
 GATE_DIM = 12  # leading dimensions of the stream that gates read
 LOGIT_SLOPE = 7.5
-LOGIT_CHUNK_ROWS = 4096  # tokens whose fp32 logits are in memory at a time in validation
+LOGIT_CHUNK_TOKENS = 4096  # tokens whose fp32 logits are in memory at a time in validation
 
 
 def norm(x: Tensor) -> Tensor:
@@ -458,7 +459,7 @@ def rotate(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def pair_heads(x_BTHK: Tensor) -> Tensor:
-    """Two heads as one of twice the length, (B, 2T, H/2, K), alternating token by token."""
+    """Two heads as one, (B, 2T, H/2, K): 2t + i is head i of token t, a window is half as long."""
     B, T, H, K = x_BTHK.shape
     return x_BTHK.view(B, T, 2, H // 2, K).reshape(B, 2 * T, H // 2, K)
 
@@ -474,7 +475,7 @@ class Context(NamedTuple):
     sin: Tensor
     attn_scale: Tensor
     masks: dict[tuple[bool, bool], BlockMask | Tensor]  # by Layer's (is_long, is_paired)
-    same_doc_JBT1: Tensor  # 1 where the token j + 1 before lies in the same document, else 0
+    same_doc_SBT1: Tensor  # 1 where the token s + 1 before lies in the same document, else 0
 
 
 class Attention(nn.Module):
@@ -501,7 +502,7 @@ class Attention(nn.Module):
             # The half of a key that is not rotated is the one of the token before: a query can then
             # find what followed its own token.
             rotated, fixed = k.chunk(2, dim=-1)
-            k = torch.cat([rotated, fixed.roll(1, 1) * c.same_doc_JBT1[0, ..., None]], dim=-1)
+            k = torch.cat([rotated, fixed.roll(1, 1) * c.same_doc_SBT1[0, ..., None]], dim=-1)
         if self.layer.is_paired:
             q, k, v = pair_heads(q), pair_heads(k), pair_heads(v)
         q, k = rotate(q, c.cos, c.sin), rotate(k, c.cos, c.sin)
@@ -531,14 +532,14 @@ class MLP(nn.Module):
         return relu_squared_mlp(x.flatten(0, 1), *self.up_down.unbind(), self.dtype).view_as(x)
 
 
-def mix_earlier_tokens(x: Tensor, taps_JD: Tensor, same_doc_JBT1: Tensor) -> Tensor:
-    """x plus the J tokens before it, weighted by channel: a causal depthwise convolution.
+def mix_earlier_tokens(x: Tensor, taps_SD: Tensor, same_doc_SBT1: Tensor) -> Tensor:
+    """x plus the S tokens before it, weighted by channel: a causal depthwise convolution.
 
     Primer (arXiv 2109.08668) convolves queries, keys and values; here every sublayer's input is.
     """
     mixed = x
-    for j, (tap, same_doc) in enumerate(zip(taps_JD, same_doc_JBT1, strict=True)):
-        mixed = mixed + tap * same_doc * x.roll(j + 1, 1)
+    for i, (tap, same_doc) in enumerate(zip(taps_SD, same_doc_SBT1, strict=True)):
+        mixed = mixed + tap * same_doc * x.roll(i + 1, 1)
     return mixed
 
 
@@ -564,11 +565,11 @@ class Block(nn.Module):
         x = norm(x)
         if self.taps is None:
             return x
-        return mix_earlier_tokens(x, self.taps[sublayer].type_as(x), c.same_doc_JBT1)
+        return mix_earlier_tokens(x, self.taps[sublayer].type_as(x), c.same_doc_SBT1)
 
 
 class GPT(nn.Module):
-    """Tokens to mean loss. Output projections start at 0, so the first loss is near ln V."""
+    """Tokens to mean loss. The head starts at or near 0, so the first loss is near ln V."""
 
     def __init__(self, hp: Hyperparameters, task: Task, rt: Runtime):
         super().__init__()
@@ -595,7 +596,7 @@ class GPT(nn.Module):
     def embed_tokens(self, inputs_BT: Tensor, same_doc_BT1: Tensor) -> Tensor:
         """Embedding plus hashed pair (arXiv 1709.03933), smeared with the token before.
 
-        same_doc: 1 where the token before lies in the same document, else 0; only then it counts.
+        same_doc: 1 where the token before lies in the same document; else that token is ignored.
         """
         x = self.embed[inputs_BT].to(self.rt.stream_dtype)
         if self.hp.bigram_rows:
@@ -614,22 +615,22 @@ class GPT(nn.Module):
         has_pairs = any(layer.is_paired for layer in attending)
         paired_docs = docs_BT.repeat_interleave(2, dim=1) if has_pairs else docs_BT
         masks = {}
-        for is_long, is_paired in sorted({layer[1:3] for layer in attending}):
+        for is_long, is_paired in sorted({(layer.is_long, layer.is_paired) for layer in attending}):
             window = per_step.window if is_long else per_step.window // 2
             docs = paired_docs if is_paired else docs_BT
             masks[is_long, is_paired] = attention_mask(docs, window)
         place = torch.arange(T, device=docs_BT.device)
         same_doc = [(docs_BT == docs_BT.roll(j, 1)) & (place >= j)
                     for j in range(1, 1 + max(1, hp.shift_taps))]  # fmt: skip
-        same_doc_JBT1 = torch.stack(same_doc)[..., None].to(self.rt.stream_dtype)
+        same_doc_SBT1 = torch.stack(same_doc)[..., None].to(self.rt.stream_dtype)
         tables = rotary_tables(2 * T if has_pairs else T, per_step.frequency)
-        return Context(*tables, per_step.attn_scale, masks, same_doc_JBT1)
+        return Context(*tables, per_step.attn_scale, masks, same_doc_SBT1)
 
     def hidden(self, inputs_BT: Tensor, per_step: StepInputs) -> Tensor:
         """The normed stream (B, T, D) that the head reads."""
         hp, (B, T) = self.hp, inputs_BT.shape
         c = self.context(self.document_index(inputs_BT), per_step)
-        x = x0 = self.embed_tokens(inputs_BT, c.same_doc_JBT1[0])
+        x = x0 = self.embed_tokens(inputs_BT, c.same_doc_SBT1[0])
         tables = () if self.value_embeds is None else self.value_embeds.unbind()
         values = [t[inputs_BT].type_as(x).view(B, T, hp.num_heads, hp.head_dim) for t in tables]
         skipped = backed_out = None
@@ -705,8 +706,8 @@ def join_fp32(high: Tensor, low: Tensor) -> Tensor:
     return ((high.view(torch.int16).int() << 16) | (low.int() & 0xFFFF)).view(torch.float32)
 
 
-def cautious_mask(W: Tensor, U: Tensor) -> Tensor:
-    """W where the update U shrinks it, else 0: the weights to decay (arXiv 2510.12402)."""
+def weights_to_decay(W: Tensor, U: Tensor) -> Tensor:
+    """W where the update U shrinks it, else 0: cautious weight decay (arXiv 2510.12402)."""
     return W * (U * W > 0)
 
 
@@ -725,13 +726,24 @@ def muon_update(W, low, G, momentum, second, lr, decay, beta, dtype):
     U = scaled * (U_norm / (scaled_norm + 1e-10))
     shape_factor = max(1.0, W.size(-2) / W.size(-1)) ** 0.5
     W_fp32 = W if low is None else join_fp32(W, low)
-    W_fp32 = W_fp32 - lr * (shape_factor * U + lr * decay * cautious_mask(W_fp32, U))
+    W_fp32 = W_fp32 - lr * (shape_factor * U + lr * decay * weights_to_decay(W_fp32, U))
     if low is None:
         W.copy_(W_fp32)
     else:
         new_high, new_low = split_fp32(W_fp32)
         W.copy_(new_high)
         low.copy_(new_low)
+
+
+class Group(NamedTuple):
+    """Parameters that are updated alike. The learning rate is scaled by lr_scale."""
+
+    optimizer: type
+    params: list[nn.Parameter]
+    lr: float
+    betas: tuple[float, float] | None  # of Adam; those of Muon: muon_momentum and 0.9
+    decay: float  # cautious, of a weight w: decay * lr^2 * w
+    every: int  # updated every n-th step, on accumulated gradients
 
 
 class Muon:
@@ -741,9 +753,9 @@ class Muon:
     is the bank, and low holds the lower 16 bits of its fp32 weights.
     """
 
-    def __init__(self, group: "Group", rt: Runtime, compiled: Callable):
+    def __init__(self, group: Group, rt: Runtime, compile_fn: Callable):
         self.group, self.rt, self.low = group, rt, None
-        self.update = compiled(muon_update)
+        self.update = compile_fn(muon_update)
         self.bank = torch.cat([p.data for p in group.params]).float()
         if rt.stream_dtype == torch.bfloat16:
             self.bank, self.low = split_fp32(self.bank)
@@ -779,8 +791,8 @@ class Muon:
 class Adam:
     """torch's fused Adam (arXiv 1412.6980), then cautious decay; every rank updates everything."""
 
-    def __init__(self, group: "Group", rt: Runtime, compiled: Callable):
-        self.group, self.rt, self.cautious_mask = group, rt, compiled(cautious_mask)
+    def __init__(self, group: Group, rt: Runtime, compile_fn: Callable):
+        self.group, self.rt, self.weights_to_decay = group, rt, compile_fn(weights_to_decay)
         self.adam = torch.optim.Adam(group.params, group.lr, group.betas, 1e-10, fused=True)
 
     @torch.no_grad()
@@ -791,7 +803,7 @@ class Adam:
         if self.group.decay:
             for p in self.group.params:
                 update = self.adam.state[p]["exp_avg"]
-                p.sub_(self.cautious_mask(p, update), alpha=lr * lr * self.group.decay)
+                p.sub_(self.weights_to_decay(p, update), alpha=lr * lr * self.group.decay)
 
     def gather_state(self) -> dict[str, Tensor]:
         """Moments, step counts, and accumulated gradients. A collective: every rank calls it."""
@@ -803,17 +815,6 @@ class Adam:
                 self.rt.average([p.grad])
                 tensors[f"grad{i}"] = p.grad
         return tensors
-
-
-class Group(NamedTuple):
-    """Parameters that are updated alike. The learning rate is scaled by lr_scale."""
-
-    optimizer: type
-    params: list[nn.Parameter]
-    lr: float
-    betas: tuple[float, float] | None  # of Adam; those of Muon: muon_momentum and 0.9
-    decay: float  # cautious, of a weight w: decay * lr^2 * w
-    every: int  # steps every so many steps, on accumulated gradients
 
 
 def parameter_groups(model: GPT, hp: Hyperparameters) -> dict[str, Group]:
@@ -840,12 +841,12 @@ def parameter_groups(model: GPT, hp: Hyperparameters) -> dict[str, Group]:
     return groups
 
 
-def make_optimizers(model: GPT, hp: Hyperparameters, rt: Runtime, compiled: Callable) -> dict:
+def make_optimizers(model: GPT, hp: Hyperparameters, rt: Runtime, compile_fn: Callable) -> dict:
     """An optimizer per group, by name. AssertionError unless each parameter is in one group."""
     groups = parameter_groups(model, hp)
     grouped = sorted(id(p) for group in groups.values() for p in group.params)
     assert grouped == sorted(map(id, model.parameters())), "a parameter is not in just one group"
-    return {name: group.optimizer(group, rt, compiled) for name, group in groups.items()}
+    return {name: group.optimizer(group, rt, compile_fn) for name, group in groups.items()}
 
 
 # ------------------------------------------------------------------------------ Train
@@ -887,18 +888,20 @@ class Trainer:
             raise RunError(f"--seq_len and --val_seq_len must divide by {BLOCK} on a GPU")
         check_supply(hp, task)
         self.micro_seqs = choose_micro_batch(hp, vocab, rt, run.options.micro_batch_seqs)
-        self.val_rows = run.validation.batch_rows(self.micro_seqs * hp.seq_len // task.val_seq_len)
+        self.val_batch_rows = run.validation.batch_rows(
+            self.micro_seqs * hp.seq_len // task.val_seq_len
+        )
         torch.manual_seed(run.options.seed)
         self.model = GPT(hp, task, rt).to(rt.device)
         run.micro_batch_seqs, run.flops_per_token = self.micro_seqs, self.flops_per_token()
         run.log.line(f"micro_batch_seqs: {self.micro_seqs} of {hp.seq_len} tokens")
         run.log.line(f"parameters: {sum(p.numel() for p in self.model.parameters())}")
 
-    def compile(self, compiled: Callable):
-        """Build what depends on the compiler; the referee calls it, again if compiling fails."""
-        self.optimizers = make_optimizers(self.model, self.hp, self.rt, compiled)
-        self.loss, self.hidden = compiled(self.model), compiled(self.model.hidden)
-        self.logits = compiled(self.model.logits)
+    def compile(self, compile_fn: Callable):
+        """Build what is compiled; the referee calls it, again without a compiler if one fails."""
+        self.optimizers = make_optimizers(self.model, self.hp, self.rt, compile_fn)
+        self.loss, self.hidden = compile_fn(self.model), compile_fn(self.model.hidden)
+        self.logits = compile_fn(self.model.logits)
 
     def batches(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
         """This rank's micro-batches from this step on, on the host."""
@@ -947,7 +950,7 @@ class Trainer:
     def predict(self, step: int, inputs_BT: Tensor) -> Iterator[Tensor]:
         """Yield logits (n, V) for each position of inputs in order, as the referee asks for."""
         per_step = step_inputs(step, self.hp, self.rt.device, training=False)
-        for x_ND in self.hidden(inputs_BT, per_step).flatten(0, 1).split(LOGIT_CHUNK_ROWS):
+        for x_ND in self.hidden(inputs_BT, per_step).flatten(0, 1).split(LOGIT_CHUNK_TOKENS):
             yield self.logits(x_ND)
 
     def state(self) -> dict[str, Tensor]:
@@ -958,15 +961,15 @@ class Trainer:
         return tensors
 
     def warm_up(self):
-        """Run every graph once on dummy tokens; the referee restores what this changes."""
+        """Run every graph on dummy tokens, Adam's update too; the referee restores the state."""
         zeros = partial(torch.zeros, dtype=torch.int64, device=self.rt.device)
-        # Two tensors: one in both places would be compiled as a special case.
+        # Two tensors: one in both places would be compile_fn as a special case.
         dummies = [zeros(self.micro_seqs, self.hp.seq_len) for _ in range(2)]
         self.model.zero_grad(set_to_none=True)
         for step in range(max(2, self.hp.adam_every)):
             self.update(step, repeat(dummies))
             with torch.no_grad():
-                for _ in self.predict(0, zeros(self.val_rows, self.task.val_seq_len)):
+                for _ in self.predict(0, zeros(self.val_batch_rows, self.task.val_seq_len)):
                     pass
 
     def train(self):
@@ -976,13 +979,13 @@ class Trainer:
         run.start()
         while run.step < hp.num_steps and not run.status:
             if run.step % hp.val_every == 0:
-                run.validate(partial(self.predict, run.step), self.val_rows)
+                run.validate(partial(self.predict, run.step), self.val_batch_rows)
             loss = self.update(run.step, batches)
             run.end_step(loss, tokens=hp.at(hp.batch_tokens, run.step))
             if run.checkpoint_is_due():
                 run.save(self.state())
         if not run.status:
-            run.validate(partial(self.predict, run.step), self.val_rows)
+            run.validate(partial(self.predict, run.step), self.val_batch_rows)
         run.finish()
 
 

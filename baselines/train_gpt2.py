@@ -147,8 +147,10 @@ def training_rows(hp: Hyperparameters, task: Task, seed: int, skip: int):
         skip = max(0, skip - len(order))
 
 
-def micro_batches(hp: Hyperparameters, task: Task, rt: Runtime, rows: int, seed: int, step: int):
-    """Yield this rank's (inputs, targets), int64 (rows, seq_len) each, from this step on.
+def micro_batches(
+    hp: Hyperparameters, task: Task, rt: Runtime, micro_seqs: int, seed: int, step: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield this rank's (inputs, targets), int64 (micro_seqs, seq_len) each, from this step on.
 
     The rows of a step are dealt to accumulation x ranks equal micro-batches, so that its global
     batch is the same for any number of ranks.
@@ -156,8 +158,8 @@ def micro_batches(hp: Hyperparameters, task: Task, rt: Runtime, rows: int, seed:
     count = hp.batch_tokens // hp.seq_len
     source = training_rows(hp, task, seed, skip=step * count)
     while len(step_rows := list(islice(source, count))) == count:
-        for first in range(rt.rank * rows, count, rt.world_size * rows):
-            block = np.stack(step_rows[first : first + rows]).astype(np.int64)
+        for first in range(rt.rank * micro_seqs, count, rt.world_size * micro_seqs):
+            block = np.stack(step_rows[first : first + micro_seqs]).astype(np.int64)
             inputs_and_target = torch.from_numpy(block)
             yield inputs_and_target[:, :-1].contiguous(), inputs_and_target[:, 1:].contiguous()
 
@@ -332,21 +334,23 @@ class Trainer:
         asked = run.options.micro_batch_seqs
         self.micro_seqs = micro_batch_rows(hp, self.layout, capacity(rt), asked)
         self.accumulation = hp.batch_tokens // hp.seq_len // (rt.world_size * self.micro_seqs)
-        self.val_rows = run.validation.batch_rows(self.micro_seqs * hp.seq_len // task.val_seq_len)
+        self.val_batch_rows = run.validation.batch_rows(
+            self.micro_seqs * hp.seq_len // task.val_seq_len
+        )
         run.micro_batch_seqs, run.flops_per_token = self.micro_seqs, flops_per_token(hp)
         self.model = build(hp, rt, run.options.seed, self.layout)
         self.optimizer = adamw(self.model, hp)
         run.log.line(f"micro_batch_seqs: {self.micro_seqs} accumulation: {self.accumulation}")
         run.log.line(f"parameters: {parameters(hp)} sharded: {self.layout.sharded}")
 
-    def compile(self, compiled: Callable) -> None:
+    def compile(self, compile_fn: Callable) -> None:
         """Compile loss and logits whole, or what stands between the hooks of shards."""
         model = self.model
         whole = [(model, "loss"), (model, "forward")]
         between_hooks = [*((block, "forward") for block in model.blocks), (model, "mean_loss")]
         for module, name in between_hooks if self.layout.sharded else whole:
             vars(module).pop(name, None)  # what an earlier call has set
-            setattr(module, name, compiled(getattr(module, name)))
+            setattr(module, name, compile_fn(getattr(module, name)))
 
     def autocast(self):
         dtype = self.rt.matmul_dtype
@@ -388,7 +392,7 @@ class Trainer:
         """Run every graph on dummy tokens; the referee restores what this changes."""
         row = torch.zeros(self.micro_seqs, self.hp.seq_len, dtype=torch.int64)
         dummies = [row.to(self.rt.device, copy=True) for _ in range(2)]
-        val_rows = torch.zeros(self.val_rows, self.task.val_seq_len, dtype=torch.int64)
+        val_rows = torch.zeros(self.val_batch_rows, self.task.val_seq_len, dtype=torch.int64)
         self.model.zero_grad(set_to_none=True)
         for _ in range(2):
             self.update(0.0, repeat(dummies))
@@ -404,14 +408,14 @@ class Trainer:
         run.start()
         while run.step < hp.num_steps and not run.status:
             if run.step % hp.val_every == 0:
-                run.validate(self.predict, self.val_rows)
+                run.validate(self.predict, self.val_batch_rows)
             with self.rt.collective():
                 loss = self.update(learning_rate(run.step, hp), batches)
             run.end_step(loss, hp.batch_tokens)
             if run.checkpoint_is_due():
                 run.save(self.state())
         if not run.status:
-            run.validate(self.predict, self.val_rows)
+            run.validate(self.predict, self.val_batch_rows)
         run.finish()
 
 

@@ -21,7 +21,7 @@ CAP = Softcap(23.0, 5.0, 7.5)
 def kernels_on_the_cpu(monkeypatch):
     torch.manual_seed(0)
     monkeypatch.setattr(kernels, "use_kernels", lambda x: True)
-    monkeypatch.setattr(kernels, "HEAD_CHUNK_ROWS", 32)
+    monkeypatch.setattr(kernels, "HEAD_CHUNK_TOKENS", 32)
     choose_shared_memory(monkeypatch, 232_448)
 
 

@@ -447,7 +447,7 @@ def test_a_size_that_cannot_fit_is_refused_with_the_numbers(flags):
         ("--num_heads=3", r"--model_dim 32 is not a multiple of --num_heads 3"),
         ("--micro_batch_seqs=5", r"16 rows .* of 5; .*--batch_tokens 640"),
         ("--num_steps=99999", r"steps need \d+; get more shards"),
-        ("--resume=/nowhere", r"/nowhere is no usable checkpoint"),
+        ("--resume=/nowhere", r"/nowhere is not a usable checkpoint"),
     ],
 )
 def test_bad_flags_get_one_clear_error(flags, flag, message):
@@ -483,7 +483,7 @@ def damage(folder, how: str):
         ("missing", r"__0_0\.distcp is missing, truncated or was changed"),
         ("edited", r"config\.json is missing, truncated or was changed"),
         ("other source", r"is of another train_gpt2\.py, without mlp_dim"),
-        ("not json", r"is no usable checkpoint, which is a folder"),
+        ("not json", r"is not a usable checkpoint"),
     ],
 )
 def test_a_damaged_checkpoint_is_refused(hp, tmp_path, how, message):
@@ -497,7 +497,7 @@ def test_a_damaged_checkpoint_is_refused(hp, tmp_path, how, message):
 def test_export_says_in_one_line_what_is_wrong(hp, tmp_path):
     pt = tmp_path / "a.pt"
     torch.save({"tensors": {}}, pt)
-    refused(*outcome(export_hf, pt, tmp_path / "out"), r"a\.pt is no usable checkpoint")
+    refused(*outcome(export_hf, pt, tmp_path / "out"), r"a\.pt is not a usable checkpoint")
     folder = saved(build(hp, RT, 0, Layout()), tmp_path / "checkpoint")
     done = run("baselines/export_hf.py", folder, tmp_path / "hf")
     assert done.returncode == 0 and done.stdout.strip() == str(tmp_path / "hf"), done.stderr

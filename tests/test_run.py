@@ -269,7 +269,7 @@ def refused(done, *messages):
         ("--no_such_flag=1", r"unrecognized arguments: --no_such_flag"),
         ("--track=mars", r"invalid choice: 'mars'"),
         ("--log_dir=/proc/nowhere", r"/proc/nowhere"),
-        ("--resume=/nowhere", r"/nowhere is no usable checkpoint"),
+        ("--resume=/nowhere", r"/nowhere is not a usable checkpoint"),
         ("--document_cap=64,0", r"--document_cap 64,0 mixes 0 with caps"),
         ("--layers=SXL", r"--layers must be of S, L, s, l and -"),
         ("--layers=--", r"--layers must be of S, L, s, l and -, and not of - alone"),

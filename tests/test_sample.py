@@ -250,7 +250,7 @@ def test_a_checkpoint_of_another_network_is_refused(tmp_path, change, message):
 def test_what_is_no_checkpoint_is_refused(tmp_path):
     (tmp_path / "file.pt").write_bytes(b"x")
     for path in (tmp_path, tmp_path / "file.pt"):
-        with pytest.raises(match="is no usable checkpoint, which is a folder"):
+        with pytest.raises(match="is not a usable checkpoint"):
             load_model(path)
     with pytest.raises(RunError, match="there is no checkpoint .*none"):
         load_model(tmp_path / "none")

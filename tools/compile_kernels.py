@@ -78,7 +78,7 @@ def meta(*shape, dtype=torch.bfloat16) -> torch.Tensor:
 
 
 def compile_loss(num_targets: int, variant: str):
-    rows, e5m2 = kernels.HEAD_CHUNK_ROWS, torch.float8_e5m2
+    rows, e5m2 = kernels.HEAD_CHUNK_TOKENS, torch.float8_e5m2
     logits = meta(rows, VOCAB)
     gradients = {
         "bf16 gradient": (logits, None),

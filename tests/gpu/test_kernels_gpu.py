@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from interpreted_kernels import CAP, exact_gradient, exact_loss, relative_error
 
 import kernels
-from kernels import HEAD_CHUNK_ROWS, head_loss, loss_by_kernel, relu_squared_mlp, softcapped_loss
+from kernels import HEAD_CHUNK_TOKENS, head_loss, loss_by_kernel, relu_squared_mlp, softcapped_loss
 
 pytestmark = [
     pytest.mark.gpu,
@@ -77,7 +77,7 @@ def test_rows_past_32_bits_are_right():
 
 @pytest.mark.parametrize("N", [1, 1000, 2085])
 def test_head_loss_in_bf16_is_near_fp32_products_of_the_rounded_operands(monkeypatch, N):
-    monkeypatch.setattr(kernels, "HEAD_CHUNK_ROWS", 1024)
+    monkeypatch.setattr(kernels, "HEAD_CHUNK_TOKENS", 1024)
     x, weight = head_inputs(N)
     targets, weights = targets_and_weights(N, 2)
     loss = head_loss(x, weight, targets, weights, CAP, torch.bfloat16, fp8=False)
@@ -92,7 +92,7 @@ def test_head_loss_in_bf16_is_near_fp32_products_of_the_rounded_operands(monkeyp
 
 @hopper
 def test_head_loss_in_fp8_is_near_bf16():
-    x, weight = head_inputs(HEAD_CHUNK_ROWS + 128)
+    x, weight = head_inputs(HEAD_CHUNK_TOKENS + 128)
     targets, weights = targets_and_weights(len(x), 2)
     losses, gradients = [], []
     for fp8 in (False, True):
@@ -104,7 +104,7 @@ def test_head_loss_in_fp8_is_near_bf16():
 
 
 def test_head_loss_takes_less_memory_than_its_logits():
-    x, weight = head_inputs(4 * HEAD_CHUNK_ROWS)
+    x, weight = head_inputs(4 * HEAD_CHUNK_TOKENS)
     targets, weights = targets_and_weights(len(x), 2)
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()

@@ -97,7 +97,7 @@ def test_nothing_recompiles_after_warm_up(task):
     before, batches = compiled_graphs(), on_gpu(made)
     for step in range(HP.num_steps):
         if step % 4 == 0:
-            made.run.validation.loss(lambda x, at=step: made.predict(at, x), made.val_rows)
+            made.run.validation.loss(lambda x, at=step: made.predict(at, x), made.val_batch_rows)
         made.update(step, batches)
     assert compiled_graphs() == before
 
