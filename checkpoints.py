@@ -13,6 +13,7 @@ import warnings
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
@@ -105,3 +106,18 @@ def fill(folder: Path, tensors: dict[str, Tensor]) -> None:
             )
     with no_dist_warning():
         dcp.load(tensors, checkpoint_id=folder, no_dist=not dist.is_initialized())
+
+
+def load(folder: Path, names: set[str]) -> dict[str, Tensor]:
+    """Tensors of a checkpoint on the CPU, by name, in the shape and dtype that they were saved in.
+
+    RunError unless all of them are there.
+    """
+    saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    if missing := sorted(names - saved.keys()):
+        raise RunError(f"{folder} is of another source: {missing[0]} is not there; check out the "
+                       "source that its log holds")  # fmt: skip
+    tensors = {n: torch.empty(saved[n].size, dtype=saved[n].properties.dtype) for n in names}
+    with no_dist_warning():
+        dcp.load(tensors, checkpoint_id=folder, no_dist=True)
+    return tensors

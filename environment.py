@@ -30,7 +30,8 @@ def write_header(log, sources: dict[str, str], source_dir: str, config: dict, de
     sources: text by path; config and device: one line per key.
     """
     for path, text in sources.items():
-        lines, digest = text.splitlines(), hashlib.sha256(text.encode()).hexdigest()
+        text = text if text.endswith("\n") else f"{text}\n"
+        lines, digest = text[:-1].split("\n"), hashlib.sha256(text.encode()).hexdigest()
         heading = f"source {path} lines:{len(lines)} sha256:{digest}"
         if source_dir:
             kept = keep_source(Path(source_dir, path), text)
@@ -112,7 +113,8 @@ def environment(on_gpu: bool) -> dict:
 
 def mfu(flops_per_second: float, device_name: str, devices: int) -> str:
     """Share of the devices' dense bf16 peak; `unknown` for one that PEAK_BF16_TFLOPS lacks."""
-    peaks = [tflops for name, tflops in PEAK_BF16_TFLOPS.items() if name in device_name]
+    words = device_name.replace("-", " ").split()
+    peaks = [tflops for name, tflops in PEAK_BF16_TFLOPS.items() if name in words]
     return f"{flops_per_second / (peaks[-1] * 1e12 * devices):.4f}" if peaks else "unknown"
 
 
@@ -133,3 +135,13 @@ def calibration(device: torch.device, dtype: torch.dtype, synchronize) -> str:
         medians.append(sorted(seconds)[len(seconds) // 2])
     tflops, gb_per_s = 2e-12 * size**3 / medians[0], 8e-9 * count / medians[1]
     return f"calibration: matmul_tflops:{tflops:.3f} copy_gb_per_s:{gb_per_s:.1f}"
+
+
+def contention(is_gpu: bool, cpu_share: float) -> str:
+    """A warning for a process that got less CPU time than its threads asked for, or empty."""
+    if is_gpu or cpu_share > 0.95:
+        return ""
+    return (
+        f"other processes, or a virtual machine's host, took this CPU (cpu_share "
+        f"{cpu_share:.2f}): the times of this run are not comparable; run again on a quiet one"
+    )

@@ -27,7 +27,7 @@ def option(default, help_and_unit: str, least: float = 0, hidden: bool = False):
 
 def as_flag(value):
     """A hyperparameter as one would give it to its flag, and as logs have it."""
-    return ",".join(map(str, value)) if isinstance(value, tuple) else value
+    return ",".join(map(str, value)) if isinstance(value, tuple | list) else value
 
 
 def check_ranges(settings) -> None:
@@ -40,11 +40,14 @@ def check_ranges(settings) -> None:
             raise RunError(f"--{f.name} {as_flag(value)} is out of range: give at least {least}")
 
 
-def numbers(kind: type) -> Callable[[str], tuple]:
-    """A reader of comma-separated numbers, such as 384,896,1408."""
+def numbers(kind: type, count: int | None) -> Callable[[str], tuple]:
+    """A reader of comma-separated numbers, such as 384,896,1408; count: how many, None: any."""
 
     def list_of_numbers(text: str) -> tuple:
-        return tuple(kind(word) for word in text.split(","))
+        values = tuple(kind(word) for word in text.split(","))
+        if count not in (None, len(values)):
+            raise ValueError  # argparse says which flag
+        return values
 
     return list_of_numbers
 
@@ -58,7 +61,8 @@ def boolean(text: str) -> bool:
 def flag_reader(kind: type) -> Callable[[str], object]:
     """The function by which argparse reads the text of a flag of this type."""
     if get_origin(kind) is tuple:
-        return numbers(get_args(kind)[0])
+        parts = get_args(kind)
+        return numbers(parts[0], None if ... in parts else len(parts))
     return boolean if kind is bool else kind
 
 

@@ -53,7 +53,7 @@ from tqdm import tqdm
 
 from checkpoints import fill, read_checkpoint, write_checkpoint
 from data.shards import ShardError, check_tokens, find_shards, open_shard
-from environment import calibration, cpu_model, mfu, write_header
+from environment import calibration, contention, cpu_model, mfu, write_header
 from flags import RunError, add_flags, as_flag, check_ranges, option
 
 ROOT = Path(__file__).resolve().parent
@@ -200,6 +200,7 @@ class Prefetcher:
         try:
             for pair in pairs:
                 self.ready.put([t.pin_memory() for t in pair] if self.rt.is_gpu else pair)
+            raise ShardError("the data ended before the last step", "get more shards")
         except Exception as error:
             self.ready.put(error)
 
@@ -264,8 +265,8 @@ def parse_flags(
     given.pop("track")
     for name in ("train_files", "val_files"):
         given |= {name: os.path.abspath(given[name])} if name in given else {}
-    changes = [{f.name: given[f.name] for f in dataclasses.fields(part) if f.name in given}
-               for part in parts]  # fmt: skip
+    changes = [{name: given[name] for name, default in vars(part).items()
+                if given.get(name, default) != default} for part in parts]  # fmt: skip
     task, hp, options = (
         dataclasses.replace(part, **c) for part, c in zip(parts, changes, strict=True)
     )
@@ -367,7 +368,7 @@ class Runtime:
         try:
             yield
         except RuntimeError as error:
-            if self.world_size == 1 or isinstance(error, torch.OutOfMemoryError):
+            if self.world_size == 1 or isinstance(error, (torch.OutOfMemoryError, *COMPILE_ERRORS)):
                 raise
             raise RunError(
                 f"rank {self.rank} lost contact with another rank ({str(error).splitlines()[0]}); "
@@ -416,15 +417,6 @@ class Runtime:
         with self.collective():
             dist.all_gather(list(gathered.split(part)), mine)
         bank.copy_(gathered[: len(bank)])
-
-    def contention(self, cpu_share: float) -> str:
-        """A warning for a process that got less CPU time than its threads asked for, or empty."""
-        if self.is_gpu or cpu_share > 0.95:
-            return ""
-        return (
-            f"other processes, or a virtual machine's host, took this CPU (cpu_share "
-            f"{cpu_share:.2f}): the times of this run are not comparable; run again on a quiet one"
-        )
 
     def close(self):
         """Leave the group of ranks; a rank that exits without it may abort in gloo's threads."""
@@ -593,8 +585,9 @@ class Log:
 class Run:
     """One run as its trainer sees it: settings, device, and everything that is reported.
 
-    The trainer sets flops_per_token (forward and backward) and micro_batch_seqs. In its loop it
-    calls validate and end_step, and save where checkpoint_is_due.
+    The trainer sets flops_per_token (forward and backward) and micro_batch_seqs. Its loop goes from
+    step to hp.num_steps while status is empty; it calls validate and end_step, and save where
+    checkpoint_is_due. start and finish are carry_out's.
     """
 
     def __init__(
@@ -688,7 +681,7 @@ class Run:
         self.bad_steps = self.bad_steps + 1 if loss > math.log(self.task.vocab_size) else 0
         if not math.isfinite(loss) or self.bad_steps > DIVERGED_STEPS:
             self.status = "diverged"
-        elif stop:
+        elif stop and step < num_steps:
             self.status = self.status or "aborted"
 
     def validate(self, predict, batch_rows: int) -> None:
@@ -741,10 +734,13 @@ class Run:
             return None
         facts, trainer = read_checkpoint(Path(path), self.rt), next(iter(self.sources))
         if facts["trainer"] != trainer:
-            raise RunError(f"{path} is a checkpoint of {facts['trainer']}, not of {trainer}; start "
-                           "without it", self.rt.is_main)  # fmt: skip
+            what = f"is a checkpoint of {facts['trainer']}, not of {trainer}; start without it"
+            raise RunError(f"{path} {what}", self.rt.is_main)
         config = json.loads(json.dumps(self.config()))  # tuples become lists, as in facts
-        if other := {k: v for k, v in facts["config"].items() if config.get(k) != v}:
+        if config.keys() != facts["config"].keys():
+            advice = "check out the one that its log holds"
+            raise RunError(f"{path} is of another source; {advice}", self.rt.is_main)
+        if other := {k: v for k, v in facts["config"].items() if config[k] != v}:
             flags = " ".join(f"--{name} {shlex.quote(str(as_flag(value)))}"
                              for name, value in other.items())  # fmt: skip
             raise RunError(f"{path} was saved by another run; to resume it, add: {flags}",
@@ -848,15 +844,18 @@ def carry_out(run: Run, make_trainer) -> None:
         run.graphs = compiled_graphs()
         if checkpoint:
             run.resume(checkpoint, trainer.state())
+        run.start()
         trainer.train()
+        run.finish()
         log.line(calibration(rt.device, rt.matmul_dtype, rt.synchronize))
-        if warning := rt.contention(run.clock.cpu_share()):
+        if warning := contention(rt.is_gpu, run.clock.cpu_share()):
             log.line(f"warning: {warning}", show=True)
     except torch.OutOfMemoryError:
         rows = run.micro_batch_seqs
+        fewer = f"add --micro_batch_seqs {rows // 2}, or " if rows > 1 else ""
         raise RunError(
-            f"out of memory on {rt.device_name} with {rows} rows per forward pass; "
-            f"add --micro_batch_seqs {max(1, rows // 2)}, or lower --seq_len"
+            f"out of memory on {rt.device_name} with {rows} rows per forward pass; {fewer}lower "
+            "--seq_len"
         ) from None
     finally:
         with suppress(RuntimeError):  # after an error of the GPU no clock can wait for it
@@ -872,6 +871,9 @@ def warm_up(run: Run, trainer) -> None:
         trainer.warm_up()
     except COMPILE_ERRORS as error:
         reason = str(error).strip().splitlines()[0]
+        if run.rt.is_gpu:  # where attention and kernels cannot do without
+            raise RunError(f"torch.compile failed ({reason}); see its output above, or train on "
+                           "the CPU: CUDA_VISIBLE_DEVICES= ./run.sh") from error  # fmt: skip
         run.log.line(f"compile: failed, so this run is slower ({reason})", show=True)
         trainer.compile(lambda function: function)
         trainer.warm_up()

@@ -111,9 +111,9 @@ class Hyperparameters:
     tied_frac: float = option(0.66, "fraction of steps with head and embedding tied")
     bigram_lr: float = option(0.012, "learning rate of the table of token pairs")
     scalar_lr: float = option(0.04, "learning rate of gates and scalars")
-    embed_betas: tuple[float, ...] = option((0.5, 0.95), "Adam's betas of embedding and head")
-    table_betas: tuple[float, ...] = option((0.75, 0.95), "Adam's betas of the other tables")
-    scalar_betas: tuple[float, ...] = option((0.9, 0.99), "Adam's betas of gates and scalars")
+    embed_betas: tuple[float, float] = option((0.5, 0.95), "Adam's betas of embedding and head")
+    table_betas: tuple[float, float] = option((0.75, 0.95), "Adam's betas of the other tables")
+    scalar_betas: tuple[float, float] = option((0.9, 0.99), "Adam's betas of gates and scalars")
     adam_decay: float = option(0.005, "cautious weight decay, see parameter_groups")
     adam_every: int = option(2, "Adam updates every n-th step, on accumulated gradients", 1)
     stage_lr: tuple[float, ...] = option((1.0, 1.52, 1.73), "factor on every learning rate")
@@ -963,7 +963,7 @@ class Trainer:
     def warm_up(self):
         """Run every graph on dummy tokens, Adam's update too; the referee restores the state."""
         zeros = partial(torch.zeros, dtype=torch.int64, device=self.rt.device)
-        # Two tensors: one in both places would be compile_fn as a special case.
+        # Two tensors: one in both places would be compiled as a special case.
         dummies = [zeros(self.micro_seqs, self.hp.seq_len) for _ in range(2)]
         self.model.zero_grad(set_to_none=True)
         for step in range(max(2, self.hp.adam_every)):
@@ -976,7 +976,6 @@ class Trainer:
         """Take the steps that are left."""
         hp, run = self.hp, self.run
         batches = Prefetcher(self.batches(run.step), self.rt)
-        run.start()
         while run.step < hp.num_steps and not run.status:
             if run.step % hp.val_every == 0:
                 run.validate(partial(self.predict, run.step), self.val_batch_rows)
@@ -986,7 +985,6 @@ class Trainer:
                 run.save(self.state())
         if not run.status:
             run.validate(partial(self.predict, run.step), self.val_batch_rows)
-        run.finish()
 
 
 # ------------------------------------------------------------------------------ Main

@@ -405,7 +405,6 @@ class Trainer:
         hp, run = self.hp, self.run
         pairs = micro_batches(hp, self.task, self.rt, self.micro_seqs, run.options.seed, run.step)
         batches = Prefetcher(pairs, self.rt)
-        run.start()
         while run.step < hp.num_steps and not run.status:
             if run.step % hp.val_every == 0:
                 run.validate(self.predict, self.val_batch_rows)
@@ -416,7 +415,6 @@ class Trainer:
                 run.save(self.state())
         if not run.status:
             run.validate(self.predict, self.val_batch_rows)
-        run.finish()
 
 
 # ------------------------------------------------------------------------------ Main

@@ -15,7 +15,7 @@ from torch import Tensor
 
 import train_gpt
 from baselines.train_gpt2 import load_gpt2
-from checkpoints import fill, read_checkpoint
+from checkpoints import load, read_checkpoint
 from harness import RunError, Runtime, Task
 
 BYTES_START, GPT2_START = 256, 50256  # the token that opens a document tells the tokenizer
@@ -93,7 +93,13 @@ class SpeedrunModel(LanguageModel):
         hp = train_gpt.Hyperparameters(**{name: config[name] for name in names})
         task = Task(**{f.name: config[f.name] for f in fields(Task) if f.name in config})
         self.model = train_gpt.GPT(hp, task, rt).to(rt.device)
-        fill(folder, {f"model.{name}": p.data for name, p in self.model.named_parameters()})
+        parameters = {f"model.{name}": p for name, p in self.model.named_parameters()}
+        for name, saved in load(folder, parameters.keys()).items():
+            if saved.shape != parameters[name].shape:
+                raise RunError(f"{folder} is of another train_gpt.py: its {name} is "
+                               f"{tuple(saved.shape)}, and {tuple(parameters[name].shape)} is "
+                               "needed; check out the source that its log holds")  # fmt: skip
+            parameters[name].data.copy_(saved)  # matrices are bf16 in a GPU's checkpoint
         self.rt, self.step, self.context = rt, facts["step"], task.val_seq_len
         self.per_step = train_gpt.step_inputs(self.step, hp, rt.device, training=False)
         self.tokenizer = tokenizer_of(task.document_start)

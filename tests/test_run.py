@@ -40,6 +40,7 @@ from harness import (
     warm_up,
 )
 from kernels import Softcap
+from tools.runs import read_log
 from train_gpt import PROCESS_START, SOURCES, TRACKS, Hyperparameters, Trainer
 
 
@@ -275,6 +276,7 @@ def refused(done, *messages):
         ("--layers=--", r"--layers must be of S, L, s, l and -, and not of - alone"),
         ("--num_heads=3", r"--num_heads 3 is odd, so --layers sL-S cannot pair heads"),
         ("--window_tokens=16,many", r"invalid list_of_numbers value"),
+        ("--embed_betas=0.5", r"--embed_betas: invalid list_of_numbers value"),
         ("--tied_frac=0.5", r"--embed_lr and --head_lr must be equal"),
         ("--skip_to=4", r"no skip: --skip_from -1"),
         ("--backout_from=4", r"--backout_from"),
@@ -306,8 +308,8 @@ def test_an_error_of_one_rank_is_printed_once_and_ends_all(flags):
 def test_a_checkpoint_of_another_run_is_refused_with_the_flags_it_needs(flags, tmp_path):
     assert train([*flags, "--save_every=10"]).returncode == 0
     saved = checkpoint_in(tmp_path)
-    done = train([*flags, "--num_steps=30", f"--resume={saved}"])
-    refused(done, r"to resume it, add: --num_steps 20")
+    done = train([*flags, "--num_steps=30", "--window_tokens=8,16", f"--resume={saved}"])
+    refused(done, r"to resume it, add: --num_steps 20 --window_tokens 16,32,48\n")
 
 
 def flip_a_bit(saved: Path):
@@ -405,6 +407,7 @@ def test_flags_give_typed_overrides_of_the_track():
     )
     assert (track, hp.num_steps, task.val_spread, options.seed) == ("embedded", 7, False, 3)
     assert overrides == ["num_steps", "val_spread"]
+    assert parse_flags(["--num_steps", "1300"], TRACKS, "embedded", "").overrides == []
 
 
 def test_a_task_is_chosen_apart_from_the_track():
@@ -476,6 +479,29 @@ def test_a_run_that_is_asked_to_end_logs_the_step_under_way(tiny_task, tiny_hp, 
     run.log.close(run.result())
     text = only_log(tmp_path).read_text()
     assert re.findall(r"^step:(\d+)", text, re.M) == list("12345") and "steps:5 " in text
+
+
+def test_a_stop_in_the_last_step_leaves_the_run_to_its_last_validation(
+    tiny_task, tiny_hp, tmp_path
+):
+    run = a_run(tiny_task, tiny_hp, tmp_path, Runtime())
+    run.start()
+    for step in range(1, tiny_hp.num_steps + 1):
+        run.stop.signal = signal.SIGTERM if step == tiny_hp.num_steps else 0
+        run.end_step(torch.tensor(3.0), 512)
+    assert run.step == tiny_hp.num_steps and not run.status
+
+
+@pytest.mark.parametrize("text", ["x = 1", "x = 1\n\x0cy = 2\n", "x = 1\n\n"])
+def test_a_source_with_a_form_feed_or_no_last_newline_gives_a_sound_log(
+    tiny_task, tiny_hp, tmp_path, text
+):
+    run = a_run(tiny_task, tiny_hp, tmp_path, Runtime())
+    run.sources = {"train_gpt.py": text}
+    run.header()
+    run.log.close(run.result())
+    found = read_log(only_log(tmp_path))
+    assert not found.faults and found.sources["train_gpt.py"].text.rstrip() == text.rstrip()
 
 
 def test_a_broken_device_leaves_the_result_line(tiny_task, tiny_hp, tmp_path):

@@ -236,8 +236,11 @@ def rewritten(folder, change) -> Path:
     "change, message",
     [
         (lambda facts: facts["config"].pop("skip_to"), "another train_gpt.py, without skip_to"),
-        (lambda facts: facts["config"].update(model_dim=48), r"is \(257, 32\) torch.float32, and"),
-        (lambda facts: facts["config"].update(layers="LLLLLL"), r"blocks.2\S+ is not there, and"),
+        (
+            lambda facts: facts["config"].update(model_dim=48),
+            r"is \(257, 32\), and \(257, 48\) is needed",
+        ),
+        (lambda facts: facts["config"].update(layers="LLLLLL"), r"blocks.2\S+ is not there"),
         (lambda facts: facts.update(trainer="mine.py"), "is a checkpoint of mine.py"),
     ],
 )
@@ -245,6 +248,18 @@ def test_a_checkpoint_of_another_network_is_refused(tmp_path, change, message):
     folder = rewritten(write_speedrun(tmp_path / "checkpoint"), change)
     with pytest.raises(RunError, match=message):
         load_model(folder)
+
+
+def test_a_checkpoint_with_bf16_matrices_as_a_gpu_writes_is_read(tmp_path):
+    def as_on_a_gpu(model):
+        for block in model.blocks:
+            block.mlp.up_down.data = block.mlp.up_down.data.bfloat16()
+
+    model = load_model(write_speedrun(tmp_path / "checkpoint", as_on_a_gpu))
+    exact = load_model(write_speedrun(tmp_path / "exact"))
+    for found, expected in zip(model.model.parameters(), exact.model.parameters(), strict=True):
+        assert found.dtype == torch.float32
+        torch.testing.assert_close(found, expected, rtol=2**-8, atol=1e-6)
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path):
