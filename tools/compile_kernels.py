@@ -121,7 +121,7 @@ def main() -> None:
         print(line.format(*row), flush=True)
         bad += row[3] > 0 or row[4] > SHARED_BYTES[arch]
     if bad:
-        sys.exit(f"error: {bad} kernels spill or do not fit; make their tiles smaller, run again")
+        sys.exit(f"error: {bad} of the kernels spill or do not fit; make their tiles smaller")
 
 
 if __name__ == "__main__":
