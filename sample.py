@@ -20,8 +20,6 @@ from torch import Tensor
 from evals.models import LanguageModel, load_model
 from harness import RunError
 
-LARGE = 1 << 62  # a bound for integers that need none
-
 
 def token_probabilities(logits_V: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
     """Probabilities (V,) fp64 of the next token.
@@ -38,9 +36,7 @@ def token_probabilities(logits_V: Tensor, temperature: float, top_k: int, top_p:
     return torch.zeros_like(logits_V).index_put_((tokens_V[: len(kept)],), kept / kept.sum())
 
 
-def generate(
-    model: LanguageModel, prompt: list[int], args: argparse.Namespace, seed: int
-) -> Iterator[int]:
+def generate(model: LanguageModel, prompt: list[int], args, seed: int) -> Iterator[int]:
     """Yield the tokens that follow a prompt, which has at least one and fits the context."""
     generator = torch.Generator().manual_seed(seed)
     document_start = model.tokenizer.document_start
@@ -65,15 +61,13 @@ def text_pieces(tokens: Iterable[int], decode) -> Iterator[str]:
     yield decoder.decode(b"", final=True)
 
 
-def show_samples(model: LanguageModel, prompt: str, args: argparse.Namespace) -> None:
-    """Print the samples of one prompt, each behind the prompt. RunError if that is too long."""
-    text = model.tokenizer.encode(prompt)
+def show_samples(model: LanguageModel, args) -> None:
+    """Print the samples, each behind the prompt. RunError if that is too long."""
+    text = model.tokenizer.encode(args.prompt)
     tokens = [model.tokenizer.document_start, *text]
     if len(tokens) > model.context:
-        raise RunError(
-            f"the prompt has {len(tokens):,} tokens, its document start included, and the model's "
-            f"context {model.context:,}; give a shorter one"
-        )
+        raise RunError(f"the prompt has {len(tokens):,} tokens with its document start, more than "
+                       f"the model's context of {model.context:,}; give a shorter one")  # fmt: skip
     for index in range(args.num_samples):
         if args.num_samples > 1:
             print(f"--- sample {index + 1} of {args.num_samples}, seed {args.seed + index} ---")
@@ -83,59 +77,35 @@ def show_samples(model: LanguageModel, prompt: str, args: argparse.Namespace) ->
         print()
 
 
-def interact(model: LanguageModel, args: argparse.Namespace) -> None:
-    """Ask for prompts, one a line, until the end of the input; an empty one is asked for again."""
-    while True:
-        try:
-            prompt = input("> ")
-        except EOFError:
-            print()
-            return
-        if not prompt:
-            continue
-        try:
-            show_samples(model, prompt, args)
-        except RunError as error:
-            print(f"error: {error}", file=sys.stderr)
-
-
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("checkpoint", help="file or folder that a trainer wrote")
-    source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--prompt", metavar="TEXT", help="beginning of the document")
-    source.add_argument("--interactive", action="store_true", help="ask for prompts, ctrl-D ends")
-    for name, kind, default, text in (
-        ("max_tokens", int, 200, "most tokens that a sample adds to its prompt"),
-        ("temperature", float, 1.0, "divides the logits: below 1 is safer, above 1 is wilder"),
-        ("top_k", int, 0, "draw from so many of the most probable tokens; 0: from all"),
-        ("top_p", float, 1.0, "draw from the fewest tokens with so much probability together"),
-        ("seed", int, 0, "the same seed gives the same text"),
-        ("num_samples", int, 1, "samples a prompt"),
-    ):
-        text = f"{text} (default: %(default)s)"
-        parser.add_argument(f"--{name}", type=kind, default=default, metavar="N", help=text)
+    form = argparse.ArgumentDefaultsHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=form)
+    add = parser.add_argument
+    add("checkpoint", help="file or folder that a trainer wrote")
+    add("--prompt", metavar="TEXT", default="", help="beginning of the document")
+    add("--max_tokens", type=int, default=200, help="most tokens that follow the prompt")
+    add("--temperature", type=float, default=1.0, help="divides the logits: above 1 is wilder")
+    add("--top_k", type=int, default=0, help="draw from the most probable tokens; 0: from all")
+    add("--top_p", type=float, default=1.0, help="draw from the fewest tokens so probable together")
+    add("--seed", type=int, default=0, help="the same seed gives the same text")
+    add("--num_samples", type=int, default=1, help="how many to write")
     args = parser.parse_args()
     for name, least in (("max_tokens", 1), ("top_k", 0), ("seed", 0), ("num_samples", 1)):
-        if not least <= getattr(args, name) < LARGE:
+        if not least <= getattr(args, name) < 2**62:
             parser.error(f"--{name} must be at least {least} and below 2**62")
     if not 1e-3 <= args.temperature < math.inf:
         parser.error("--temperature must be at least 0.001; the most probable token: --top_k 1")
     if not 0 < args.top_p <= 1:
         parser.error("--top_p must be above 0 and at most 1")
-    if args.prompt == "":
-        parser.error("the prompt is empty; give --prompt TEXT, or --interactive")
     return args
 
 
 def main() -> int:
     args = parse()
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends this without a complaint
-    for stream in (sys.stdin, sys.stdout):  # what a terminal cannot show must end nothing
-        stream.reconfigure(errors="surrogateescape" if stream is sys.stdin else "replace")
+    sys.stdout.reconfigure(errors="replace")  # what a terminal cannot show must end nothing
     try:
-        model = load_model(args.checkpoint)
-        interact(model, args) if args.interactive else show_samples(model, args.prompt, args)
+        show_samples(load_model(args.checkpoint), args)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130

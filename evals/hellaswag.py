@@ -1,19 +1,16 @@
 #!/usr/bin/env python3
 """HellaSwag: which of four endings does a model find most likely? (arXiv 1905.07830)
 
-    ./run.sh evals/hellaswag.py logs/NAME_step0001300                    data from the hub
+    ./run.sh evals/hellaswag.py CHECKPOINT                               data from the hub
     ./run.sh evals/hellaswag.py CHECKPOINT --data hellaswag_val.jsonl    or from a file
-    ./run.sh evals/hellaswag.py CHECKPOINT --limit 500                   only the first examples
 
 An ending's log-likelihood is that of the tokens of a space and the ending, given those of the raw
 context; no token stands before the context. `acc_norm` chooses by its mean over the ending's
 tokens, `acc` by its sum. Where several endings are best, the right one counts by its share, so a
 uniform model has an acc_norm of 0.25.
 
-This is the convention of llm.c, whose own evaluation gives GPT-2 124M 29.4 (its Python script
-acc_norm 29.55, acc 28.59). lm-eval rewrites the text and divides by the ending's bytes, and gives
-acc_norm 31.14, acc 28.92. These are reported figures; none was reproduced here. In the batch rows
-are padded behind their end, where no token that counts can see it.
+This is the convention of llm.c, whose own evaluation gives GPT-2 124M 29.4. lm-eval rewrites the
+text, divides by the ending's bytes and gives 31.14. Neither figure was reproduced here.
 
 The result is printed, and closes a log in the folder hellaswag/ beside the checkpoint.
 """
@@ -24,8 +21,8 @@ import math
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import bootstrap  # noqa: F401
 import pyarrow.parquet
@@ -42,7 +39,10 @@ from harness import Log, RunError
 # Where the hub keeps its own parquet copy of a dataset, whatever the dataset's form.
 REPO, REVISION, PREFIX = "Rowan/hellaswag", "refs/convert/parquet", "default/validation/"
 FOLDER = ROOT / "data" / "hellaswag"
-EXAMPLES, ENDINGS = 10_042, 4
+ADVICE = "bring hellaswag_val.jsonl (GitHub rowanz/hellaswag, folder data), and give it: --data"
+EXAMPLES = 10_042
+LABELS = ["0", "1", "2", "3"]  # of a context's endings
+BAD_RECORD = ValueError, LookupError, TypeError, AttributeError, RecursionError
 # hellaswag_val.jsonl in the GitHub repository rowanz/hellaswag, as others report it.
 ORIGINAL_SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
 SOURCES = ("evals/hellaswag.py", "evals/models.py")  # what a log embeds
@@ -55,85 +55,63 @@ Row = tuple[list[int], int]  # tokens of context and ending; how many at its end
 # ------------------------------------------------------------------------------ Data
 
 
-@dataclass(frozen=True)
-class Example:
+class Example(NamedTuple):
     """A context, its endings, and which of them is right."""
 
     context: str
-    endings: tuple[str, ...]
+    endings: list[str]
     label: int
 
 
-def example_of(record: object) -> Example:
-    """An Example from a decoded line; ValueError says what is wrong with it."""
-    if not isinstance(record, dict) or not {"ctx", "endings", "label"} <= record.keys():
-        raise ValueError("no object with ctx, endings and label")
-    context, endings, label = record["ctx"], record["endings"], str(record["label"])
-    if not isinstance(context, str) or not context.strip():
-        raise ValueError("ctx is no text")
-    if not isinstance(endings, list) or len(endings) != ENDINGS:
-        raise ValueError(f"endings is no list of {ENDINGS}")
-    if not all(isinstance(ending, str) and ending for ending in endings):
-        raise ValueError("an ending is no text")
-    try:
-        "".join([context, *endings]).encode()
-    except UnicodeEncodeError:
-        raise ValueError("ctx or an ending has half a surrogate pair, which is no text") from None
-    if label not in map(str, range(ENDINGS)):
-        raise ValueError(f"label {label} is not one of 0 to {ENDINGS - 1}")
-    return Example(context, tuple(endings), int(label))
+def example_of(record: dict) -> Example:
+    """An Example from a decoded line; one of BAD_RECORD for anything else."""
+    context, endings = record["ctx"], record["endings"]
+    label = LABELS.index(str(record["label"]))
+    "".join([context, *endings]).encode()  # only texts join, and half a surrogate pair is none
+    if not isinstance(endings, list) or len(endings) != len(LABELS):
+        raise ValueError("not as many endings as labels")
+    if not context.strip() or not all(endings):
+        raise ValueError("an empty text")
+    return Example(context, endings, label)
 
 
-def example_in(line: bytes) -> Example:
-    """The Example of a line of JSON; ValueError says what is wrong with it."""
-    try:
-        record = json.loads(line)
-    except (ValueError, RecursionError):
-        raise ValueError("no JSON") from None
-    return example_of(record)
-
-
-def read_jsonl(path: Path) -> list[Example]:
-    """Every line of a file as an Example; RunError names the first line that is none."""
-    advice = "give hellaswag_val.jsonl, or leave out --data"
-    try:
-        lines = path.read_bytes().splitlines()
-    except OSError as error:
-        raise RunError(f"cannot read {path} ({error.strerror}); {advice}") from None
+def read_examples(path: Path) -> list[Example]:
+    """Every line of a .jsonl, or the whole set in the hub's .parquet; RunError if it is not so."""
+    if path.suffix == ".parquet":
+        lines, decode = parquet_rows(path), lambda row: row
+    else:
+        lines, decode = path.read_bytes().splitlines(), json.loads
     examples = []
     for number, line in enumerate(lines, 1):
         try:
-            examples.append(example_in(line))
-        except ValueError as error:
-            raise RunError(f"{path}, line {number}: {error}; {advice}") from None
+            examples.append(example_of(decode(line)))
+        except BAD_RECORD:
+            raise RunError(f"{path}, line {number}: no object with a text ctx, 4 texts endings and "
+                           f"a label of 0 to 3; {ADVICE}") from None  # fmt: skip
     if not examples:
-        raise RunError(f"{path} is empty; {advice}")
+        raise RunError(f"{path} is empty; {ADVICE}")
     return examples
+
+
+def parquet_rows(path: Path) -> list[dict]:
+    try:
+        rows = pyarrow.parquet.read_table(path).to_pylist()
+    except (ValueError, OSError) as error:  # pyarrow's own errors are of these
+        raise RunError(f"{path} cannot be read ({error}); delete it and run this again") from None
+    if len(rows) != EXAMPLES:
+        raise RunError(f"{path} has {len(rows):,} examples, not {EXAMPLES:,}; delete it and run "
+                       "this again")  # fmt: skip
+    return rows
 
 
 def fetch() -> Path:
     """The validation set's file, downloaded once. Raises HubError."""
-    advice = "bring hellaswag_val.jsonl (GitHub rowanz/hellaswag, folder data), and give it: --data"
     found = sorted((FOLDER / PREFIX).glob("*.parquet"))
     if not found:
-        files = list_files(REPO, REVISION, PREFIX, advice)
-        found = download(REPO, files, FOLDER, REVISION)
+        found = download(REPO, list_files(REPO, REVISION, PREFIX, ADVICE), FOLDER, REVISION)
     if len(found) != 1:
-        raise HubError(f"{REPO} has {len(found)} files {PREFIX}*, not 1; {advice}")
+        raise HubError(f"{REPO} has {len(found)} files {PREFIX}*, not 1; {ADVICE}")
     return found[0]
-
-
-def read_parquet(path: Path) -> list[Example]:
-    """The hub's file; RunError unless it is the whole set."""
-    try:
-        examples = [example_of(record) for record in pyarrow.parquet.read_table(path).to_pylist()]
-    except (ValueError, OSError) as error:  # pyarrow's own errors are of these
-        raise RunError(f"{path} cannot be used ({error}); delete it and run this again") from None
-    if len(examples) != EXAMPLES:
-        raise RunError(
-            f"{path} has {len(examples):,} examples, not {EXAMPLES:,}; delete it and run this again"
-        )
-    return examples
 
 
 # ------------------------------------------------------------------------------ Scores
@@ -148,17 +126,6 @@ def rows_of(example: Example, model: LanguageModel) -> list[Row]:
         row = (context + tokens)[-model.context - 1 :]
         rows.append((row, min(len(tokens), len(row) - 1)))
     return rows
-
-
-def batches(rows: list[Row]) -> list[list[int]]:
-    """Indices of rows, the longest first, in batches of at most BATCH_TOKENS once padded."""
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))
-    result = []
-    while order:
-        count = max(1, BATCH_TOKENS // len(rows[order[0]][0]))
-        result.append(order[:count])
-        order = order[count:]
-    return result
 
 
 def log_likelihoods(model: LanguageModel, rows: list[Row]) -> Tensor:
@@ -177,8 +144,11 @@ def log_likelihoods(model: LanguageModel, rows: list[Row]) -> Tensor:
 
 
 def scores(model: LanguageModel, rows: list[Row]) -> Iterator[tuple[list[int], Tensor]]:
-    """Yield (indices, their log-likelihoods) batch by batch."""
-    for indices in batches(rows):
+    """Yield (indices of rows, their log-likelihoods) by batches, the longest rows first."""
+    left = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))
+    while left:
+        count = max(1, BATCH_TOKENS // len(rows[left[0]][0]))
+        indices, left = left[:count], left[count:]
         yield indices, log_likelihoods(model, [rows[i] for i in indices])
 
 
@@ -201,39 +171,30 @@ def evaluate(model: LanguageModel, examples: list[Example], progress=lambda done
         raise RunError("the model's likelihoods are not finite; give a checkpoint from before that")
     counts = torch.tensor([count for _, count in rows])
     labels_N = torch.tensor([example.label for example in examples])
-    means_NE, sums_NE = (x.view(-1, ENDINGS) for x in (sums / counts, sums))
+    means_NE, sums_NE = (x.view(-1, len(LABELS)) for x in (sums / counts, sums))
     return accuracy(means_NE, labels_N), accuracy(sums_NE, labels_N)
 
 
 # ------------------------------------------------------------------------------ Main
 
 
-def load_examples(data: Path | None) -> tuple[list[Example], Path, str]:
-    """The examples, their file, and what it is: from a .jsonl, or without one from the hub."""
-    if data is None:
-        return read_parquet(path := fetch()), path, "as the hub's"
-    examples = read_jsonl(data)
-    original = file_sha256(data) == ORIGINAL_SHA256
-    return examples, data, "the original" if original else "not the original"
-
-
 def run(checkpoint: Path, data: Path | None, limit: int | None) -> None:
     """Evaluate, print the result and leave a log of it."""
-    examples, data, verdict = load_examples(data)
-    examples = examples[:limit]
+    path = data or fetch()
+    examples, digest = read_examples(path)[:limit], file_sha256(path)
+    verdict = "the original" if digest == ORIGINAL_SHA256 else "not the original"
+    if not data:
+        verdict = "as the hub's"
     model = load_model(checkpoint)
     about = {"checkpoint": checkpoint.name, "trainer": model.trainer, "step": model.step}
-    digest = file_sha256(data)
-    log = open_log(checkpoint, about, f"{data.name} sha256:{digest} ({verdict})", len(examples))
+    log = open_log(checkpoint, about, f"{path.name} sha256:{digest} ({verdict})", len(examples))
     result = None
     try:
         acc_norm, acc = evaluate(model, examples, log.progress)
         stderr = math.sqrt(acc_norm * (1 - acc_norm) / len(examples))
-        result = (
-            f"hellaswag acc_norm:{acc_norm:.4f} stderr:{stderr:.4f} acc:{acc:.4f} "
-            f"n:{len(examples)} {' '.join(f'{k}:{v}' for k, v in about.items())} "
-            f"data_sha256:{digest}"
-        )
+        result = (f"hellaswag acc_norm:{acc_norm:.4f} stderr:{stderr:.4f} acc:{acc:.4f} "
+                  f"n:{len(examples)} {' '.join(f'{k}:{v}' for k, v in about.items())} "
+                  f"data_sha256:{digest}")  # fmt: skip
     finally:
         log.close(result)
 
@@ -242,7 +203,7 @@ def open_log(checkpoint: Path, about: dict, data: str, count: int) -> Log:
     """A log in a folder of its own, so that the folder of runs' logs holds nothing else."""
     stamp = time.strftime("%Y-%m-%dT%H%M%SZ", time.gmtime())
     folder = checkpoint.absolute().parent / "hellaswag"
-    log = Log(str(folder), f"{checkpoint.stem}_{stamp}", ENDINGS * count)
+    log = Log(str(folder), f"{checkpoint.stem}_{stamp}", len(LABELS) * count)
     log.open()
     sources = {path: (ROOT / path).read_text() for path in SOURCES}
     write_header(log, sources, "", about, {"matmul_dtype": "torch.float32"})

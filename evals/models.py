@@ -35,15 +35,12 @@ def tokenizer_of(document_start: int) -> Tokenizer:
     if document_start == BYTES_START:
         return Tokenizer(lambda text: list(text.encode(errors="surrogateescape")), bytes, 256)
     if document_start != GPT2_START:
-        raise RunError(
-            f"its documents open with token {document_start}, which stands for no known tokenizer; "
-            f"give a checkpoint of bytes ({BYTES_START}) or of GPT-2's tokens ({GPT2_START})"
-        )
+        raise RunError(f"its documents open with token {document_start}, neither that of bytes, "
+                       f"{BYTES_START}, nor GPT-2's, {GPT2_START}")  # fmt: skip
     from data.gpt2 import encoding_of, gpt2_ranks
 
     encoding = encoding_of(gpt2_ranks(None))
-    encode = lambda text: encoding.encode(text, disallowed_special=())  # noqa: E731
-    return Tokenizer(encode, encoding.decode_bytes, GPT2_START)
+    return Tokenizer(encoding.encode_ordinary, encoding.decode_bytes, GPT2_START)
 
 
 class LanguageModel:
@@ -59,7 +56,6 @@ class LanguageModel:
 
     def logits(self, tokens_BT: Tensor) -> Tensor:
         """Logits (B, T, V) fp32 on the model's device; what stands at t sees tokens up to t."""
-        raise NotImplementedError
 
     def reader(self) -> Callable[[list[int]], Tensor]:
         """A function that is given the tokens that come next; logits (V,) after the last of them.

@@ -1,7 +1,6 @@
 """Sampling: probabilities, the cache, seeds, streaming, and checkpoints that cannot be used."""
 
 import base64
-import io
 import json
 import math
 import random
@@ -278,7 +277,6 @@ def start(checkpoint, *flags, **options) -> subprocess.Popen:
     return subprocess.Popen(
         [sys.executable, str(ROOT / "sample.py"), str(checkpoint), *flags],
         env=clean_environment(),
-        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -286,9 +284,9 @@ def start(checkpoint, *flags, **options) -> subprocess.Popen:
     )
 
 
-def script(checkpoint, *flags, stdin="") -> subprocess.CompletedProcess:
+def script(checkpoint, *flags) -> subprocess.CompletedProcess:
     process = start(checkpoint, *flags)
-    out, err = process.communicate(stdin, timeout=90)
+    out, err = process.communicate(timeout=90)
     assert "Traceback" not in err, err
     return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
@@ -303,14 +301,16 @@ def test_the_same_seed_gives_the_same_text_in_another_process(checkpoint):
     assert script(checkpoint, *flags, "--seed", "8").stdout == second
 
 
-def test_interactive_asks_again_until_the_input_ends(checkpoint):
-    done = script(checkpoint, "--interactive", "--top_k=1", stdin=f"\n\n{'x' * 64}\nab\n")
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("> > > > ab") and done.stdout.endswith("\n> \n")
+def test_a_prompt_that_is_too_long_is_refused_and_none_is_needed(checkpoint):
+    done = script(checkpoint, "--prompt", "x" * 64)
+    assert done.returncode == 1 and not done.stdout
     assert done.stderr == (
-        "error: the prompt has 65 tokens, its document start included, and the model's context 64; "
-        "give a shorter one\n"
+        "error: the prompt has 65 tokens with its document start, more than the model's context "
+        "of 64; give a shorter one\n"
     )
+    written = list(generate(load_model(checkpoint), [256], settings(top_k=1, max_tokens=200), 0))
+    done = script(checkpoint, "--top_k=1")
+    assert done.stdout == bytes(written).decode(errors="replace") + "\n", done.stderr
 
 
 def test_ctrl_c_ends_a_sample_cleanly(tmp_path):
@@ -328,8 +328,6 @@ def test_ctrl_c_ends_a_sample_cleanly(tmp_path):
 @pytest.mark.parametrize(
     "flags, problem",
     [
-        (["--prompt", ""], "the prompt is empty"),
-        ([], "one of the arguments --prompt --interactive is required"),
         (["--prompt", "a", "--temperature", "0"], "--temperature must be at least 0.001"),
         (["--prompt", "a", "--top_p", "1.5"], "--top_p must be above 0 and at most 1"),
         (["--prompt", "a", "--num_samples", "0"], "--num_samples must be at least 1"),
@@ -345,7 +343,6 @@ def test_wrong_flags_are_misuse(monkeypatch, capsys, flags, problem):
 
 def test_a_missing_checkpoint_ends_with_one_sentence(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(signal, "signal", lambda *_: None)
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
     monkeypatch.setattr(sys, "argv", ["sample.py", str(tmp_path / "none.pt"), "--prompt", "a"])
     assert sample.main() == 1
     out, err = capsys.readouterr()

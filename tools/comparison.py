@@ -298,20 +298,16 @@ def arm_warnings(arm: Arm) -> list[str]:
 
 def slowdown(run: Run) -> list[str]:
     """A host or GPU that was slower, or faster, after the run than before it."""
-    if len(run.calibrations) < 2:
-        return []
-    before, after = run.calibrations[0], run.calibrations[-1]
-    if abs(after - before) < SLOWDOWN * before:
+    rates = run.calibrations
+    if len(rates) < 2 or abs(rates[-1] - rates[0]) < SLOWDOWN * rates[0]:
         return []
     return [f"its matmul rate changed by over {SLOWDOWN:.0%} within a run: throttled or shared"]
 
 
 def next_steps(c: Comparison) -> list[str]:
-    steps = []
     if not c.times_comparable:
         return [f"run both on one host: {RACE}"]
-    if c.order and not c.interleaved:
-        steps.append(f"interleave them: {RACE}")
+    steps = [f"interleave them: {RACE}"] if c.order and not c.interleaved else []
     n = min(len(c.a.finished), len(c.b.finished))
     if n < 2:
         return [*steps, f"more runs: {RACE}"]

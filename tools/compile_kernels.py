@@ -106,15 +106,14 @@ def table(arch: int):
         yield "relu_squared", variant, *compile_mlp(variant)
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--arch", type=int, default=90, choices=SHARED_BYTES, help="compute capability x 10"
     )
     arch = parser.parse_args().arch
     if not kernels.HAS_TRITON:
-        print("error: triton is not installed; run: pip install triton==3.7.1", file=sys.stderr)
-        return 1
+        sys.exit("error: triton is not installed; run: pip install triton==3.7.1")
     stand_in(arch)
     line, bad = "{:<16} {:<24} {:>9} {:>8} {:>8}", 0
     print(line.format(f"sm_{arch}", "variant", "registers", "spilled", "shared"))
@@ -122,16 +121,8 @@ def main() -> int:
         print(line.format(*row), flush=True)
         bad += row[3] > 0 or row[4] > SHARED_BYTES[arch]
     if bad:
-        print(
-            f"error: {bad} of the kernels spill or do not fit; make their tiles smaller, run again",
-            file=sys.stderr,
-        )
-    return min(bad, 1)
+        sys.exit(f"error: {bad} of the kernels spill or do not fit; make their tiles smaller")
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        sys.exit(130)
+    main()

@@ -8,7 +8,6 @@ A and B are logs, or folders of logs. Exit code: 0 faster or equivalent, 1 regre
 import dataclasses
 import json
 import math
-import sys
 from pathlib import Path
 
 import bootstrap  # noqa: F401
@@ -18,9 +17,8 @@ from tools.cli import EXIT_MISUSE, finish, flag_parser
 from tools.comparison import Arm, Comparison, code_difference, compare, environment_difference
 from tools.runs import config_changes, source_diff
 
-COLUMNS = ("", "A", "B", "B vs A", "95% CI", "p", "rank p")
+COLUMNS = ("", "A", "B", "B vs A", "95% CI", "p")
 NAMED_CHANGES = 6  # differences that a line of the report spells out
-GREEN, RED, CYAN, PLAIN = "\033[32m", "\033[31m", "\033[36m", "\033[0m"
 
 
 def mean(arm: Arm, figure) -> float:
@@ -28,63 +26,39 @@ def mean(arm: Arm, figure) -> float:
     return float(values.mean()) if len(values) else math.nan
 
 
-def relative_row(label: str, c: Comparison, figure, digits: int) -> tuple[str, ...] | None:
+def row(label: str, c: Comparison, figure, digits: int) -> tuple[str, ...]:
     a, b = mean(c.a, figure), mean(c.b, figure)
-    if math.isnan(a) and math.isnan(b):
-        return None
     change = f"{b / a - 1:+.2%}" if c.times_comparable and a else "-"
-    return label, f"{a:.{digits}f}", f"{b:.{digits}f}", change, "", "", ""
+    return label, f"{a:.{digits}f}", f"{b:.{digits}f}", change, "", ""
 
 
-def time_row(c: Comparison) -> tuple[str, ...] | None:
-    row, d = relative_row("train_time s", c, lambda run: run.train_s, 3), c.time
+def time_row(c: Comparison) -> tuple[str, ...]:
+    plain, d = row("train_time s", c, lambda run: run.train_s, 3), c.time
     if not math.isfinite(d.low):
-        return row
+        return plain
     ci = f"[{100 * d.low:+.2f},{100 * d.high:+.2f}]%"
-    return *row[:3], f"{d.change:+.2%}", ci, *p_values(d, c.a.times, c.b.times, c.in_pairs)
+    return *plain[:3], f"{d.change:+.2%}", ci, f"{d.p:.2g}"
 
 
 def loss_row(c: Comparison) -> tuple[str, ...]:
     (a, b), d = (mean(arm, lambda run: run.val_loss) for arm in (c.a, c.b)), c.loss
-    row = "val_loss", f"{a:.5f}", f"{b:.5f}"
-    if not math.isfinite(d.low):
-        return *row, f"{b - a:+.5f}", "", "", ""
-    ci = f"[{d.low:+.5f},{d.high:+.5f}]"
-    return *row, f"{d.change:+.5f}", ci, *p_values(d, c.a.losses, c.b.losses, c.in_pairs)
-
-
-def p_values(d: stats.Difference, a, b, paired: bool) -> tuple[str, str]:
-    if paired and len(a) < stats.LEAST_RANKED_PAIRS:
-        return f"{d.p:.2g}", "-"
-    return f"{d.p:.2g}", f"{stats.rank_p(a, b, paired):.2g}"
+    tested = math.isfinite(d.low)
+    ci, p = (f"[{d.low:+.5f},{d.high:+.5f}]", f"{d.p:.2g}") if tested else ("", "")
+    return "val_loss", f"{a:.5f}", f"{b:.5f}", f"{b - a:+.5f}", ci, p
 
 
 def rows(c: Comparison) -> list[tuple[str, ...]]:
-    """The table, as text, under COLUMNS."""
+    """The table, as text, under COLUMNS; without figures that no run has."""
     table = [
         time_row(c),
         loss_row(c),
-        relative_row("step_avg ms", c, lambda run: 1000 * run.train_s / max(run.steps, 1), 2),
-        relative_row("steps", c, lambda run: run.steps, 0),
-        relative_row("tokens/s", c, lambda run: run.number("tokens_per_s"), 0),
-        relative_row("MFU", c, lambda run: run.number("mfu"), 4),
-        relative_row("peak memory MiB", c, lambda run: run.number("peak_memory"), 0),
-        time_to_target_row(c),
+        row("step_avg ms", c, lambda run: 1000 * run.train_s / max(run.steps, 1), 2),
+        row("steps", c, lambda run: run.steps, 0),
+        row("tokens/s", c, lambda run: run.number("tokens_per_s"), 0),
+        row("MFU", c, lambda run: run.number("mfu"), 4),
+        row("peak memory MiB", c, lambda run: run.number("peak_memory"), 0),
     ]
-    return [row for row in table if row]
-
-
-def time_to_target_row(c: Comparison) -> tuple[str, ...] | None:
-    """Mean time to target of the runs that crossed it, and how many of all did."""
-    cells = []
-    for arm in (c.a, c.b):
-        seconds = [run.number("time_to_target") / 1000 for run in arm.runs]
-        crossed = [s for s in seconds if not math.isnan(s)]
-        average = sum(crossed) / len(crossed) if crossed else math.nan
-        cells.append(f"{average:.2f} ({len(crossed)}/{len(arm.runs)})")
-    if all(cell.startswith("nan") for cell in cells):
-        return None
-    return "t to target s", *cells, "explore", "", "", ""
+    return [line for line in table if line[1:3] != ("nan", "nan")]
 
 
 def target_text(arm: Arm) -> str:
@@ -151,16 +125,6 @@ def text_report(c: Comparison) -> str:
     return "\n".join(lines)
 
 
-def markdown_report(c: Comparison) -> str:
-    lines = [f"**B {c.verdict}** {c.reason}. A: {c.a.name} (n={len(c.a.runs)}), "
-             f"B: {c.b.name} (n={len(c.b.runs)}). Target {c.b.target:g}: {target_text(c.b)}. "
-             f"Loss: {loss_text(c)}.", ""]  # fmt: skip
-    table = [COLUMNS, ("---",) * len(COLUMNS), *rows(c)]
-    lines += [f"| {' | '.join(row)} |" for row in table]
-    lines += ["", f"Code: {code_line(c)}"]
-    return "\n".join([*lines, *(f"- Warning: {warning}" for warning in c.warnings)])
-
-
 def json_report(c: Comparison) -> str:
     same, different = environment_difference(c)
     arms = {letter: {"name": arm.name, "runs": [str(run.path) for run in arm.runs],
@@ -177,21 +141,17 @@ def json_report(c: Comparison) -> str:
     return json.dumps(report, indent=2)
 
 
-def source_report(c: Comparison, colour: bool) -> str:
-    lines = []
-    for path in sorted(c.a.runs[0].sources.keys() | c.b.runs[0].sources.keys()):
-        lines += source_diff(c.a.runs[0], c.b.runs[0], path)
-    colours = {"+": GREEN, "-": RED, "@": CYAN} if colour else {}
-    return "\n".join(f"{colours[x[0]]}{x}{PLAIN}" if x[:1] in colours else x for x in lines)
+def source_report(c: Comparison) -> str:
+    a, b = c.a.runs[0], c.b.runs[0]
+    paths = sorted(a.sources.keys() | b.sources.keys())
+    return "\n".join(line for path in paths for line in source_diff(a, b, path))
 
 
 def main() -> int:
     parser = flag_parser(__doc__)
     parser.add_argument("a", type=Path, metavar="A", help="baseline: a log or a folder of logs")
     parser.add_argument("b", type=Path, metavar="B", help="candidate: a log or a folder of logs")
-    form = parser.add_mutually_exclusive_group()
-    form.add_argument("--json", action="store_true", help="print everything for programs")
-    form.add_argument("--markdown", action="store_true", help="print a table for a README")
+    parser.add_argument("--json", action="store_true", help="print everything for programs")
     parser.add_argument("--source", action="store_true", help="add the diff of the sources")
     parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw losses and times")
     parser.add_argument("--target", type=float, default=math.nan, help="of logs that name none")
@@ -202,12 +162,9 @@ def main() -> int:
         parser.error(f"--plot {args.plot}: the name of a picture ends with .png")
     a, b = (Arm.read(path, args.target) for path in (args.a, args.b))
     c = compare(a, b, args.same_host)
-    if args.json:
-        print(json_report(c))
-    else:
-        print(markdown_report(c) if args.markdown else text_report(c))
+    print(json_report(c) if args.json else text_report(c))
     if args.source:
-        print(source_report(c, sys.stdout.isatty()))
+        print(source_report(c))
     if args.plot:
         from tools.plots import plot_comparison  # matplotlib takes a second to load
 

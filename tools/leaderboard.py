@@ -55,9 +55,8 @@ def mean_and_sd(values, digits: int) -> str:
 
 
 def row(number: int, record: Record, previous: Record | None) -> str:
-    arm = record.arm
-    gain = "" if previous is None else gain_over(previous, record)
-    status, p = arm.target_status()
+    arm, p = record.arm, record.arm.target_status()[1]
+    gain = gain_over(previous, record) if previous else ""
     loss = f"{mean_and_sd(arm.losses, 4)}, n={len(arm.runs)}, p={p:.1g}"
     link = f"[{record.date}]({record.folder.relative_to(ROOT).as_posix()}/README.md)"
     disturbed = f" †{record.disturbed}" if record.disturbed else ""

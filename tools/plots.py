@@ -14,19 +14,17 @@ COLOURS = {"A": "tab:blue", "B": "tab:orange"}
 
 
 def plot_comparison(c: Comparison, path: Path) -> None:
-    """Loss against time and step, step times, and final loss and time by the order of the runs."""
-    figure, axes = plt.subplots(2, 3, figsize=(16, 8.5), layout="constrained")
+    """Loss against time and step, and final loss and time by the order of the runs."""
+    figure, axes = plt.subplots(2, 2, figsize=(11, 8.5), layout="constrained")
     figure.suptitle(f"B {c.verdict} {c.reason}")
     for arm, (letter, colour) in zip((c.a, c.b), COLOURS.items(), strict=True):
         label = f"{letter}  {arm.name}  n={len(arm.runs)}"
         draw_losses(axes[0, 0], arm, label, colour, by_time=True)
         draw_losses(axes[0, 1], arm, label, colour, by_time=False)
-        draw_step_times(axes[1, 0], arm, colour)
-        draw_step_trace(axes[0, 2], arm, colour)
-    draw_by_order(axes[1, 1], c, lambda run: run.val_loss, "final val_loss, nats per token")
-    draw_by_order(axes[1, 2], c, lambda run: run.train_s, "train time, s")
+    draw_by_order(axes[1, 0], c, lambda run: run.val_loss, "final val_loss, nats per token")
+    draw_by_order(axes[1, 1], c, lambda run: run.train_s, "train time, s")
     if not np.isnan(c.b.target):
-        for ax in (axes[0, 0], axes[0, 1], axes[1, 1]):
+        for ax in (axes[0, 0], axes[0, 1], axes[1, 0]):
             ax.axhline(c.b.target, color="grey", linestyle=":", label=f"target {c.b.target:g}")
     for ax in axes.flat:
         ax.grid(alpha=0.3)
@@ -47,33 +45,6 @@ def draw_losses(ax, arm: Arm, label: str, colour: str, by_time: bool) -> None:
     ax.fill_between(x, loss.mean(0) - loss.std(0), loss.mean(0) + loss.std(0), color=colour,
                     alpha=0.2)  # fmt: skip
     ax.set(xlabel="train time, s" if by_time else "step", ylabel="val_loss, nats per token")
-
-
-def step_times(run) -> np.ndarray:
-    """Milliseconds of each step."""
-    return np.diff([0.0, *(ms for _, ms, _ in run.train_curve)])
-
-
-def draw_step_times(ax, arm: Arm, colour: str) -> None:
-    """The distribution of step times; the slowest hundredth is gathered in the last bin."""
-    values = [step_times(run) for run in arm.runs if run.train_curve]
-    if values:
-        values = np.concatenate(values)
-        top = np.quantile(values, 0.99)
-        ax.hist(np.minimum(values, top), bins=60, color=colour, alpha=0.5, density=True)
-        ax.set(xlabel="step time, ms (last bin: slowest 1%)", yticks=[])
-
-
-def draw_step_trace(ax, arm: Arm, colour: str) -> None:
-    """Each run's step times, a running median and what lies far above it."""
-    for run in arm.runs:
-        ms = step_times(run)
-        if len(ms) > 60:
-            middle = np.array([np.median(ms[i : i + 50]) for i in range(0, len(ms) - 50, 25)])
-            ax.plot(np.arange(len(middle)) * 25 + 25, middle, color=colour, alpha=0.6, lw=0.9)
-            far = np.flatnonzero(ms > 2 * np.median(ms))
-            ax.plot(far, ms[far], ".", color=colour, alpha=0.4, ms=3)
-    ax.set(xlabel="step", ylabel="step time, ms, median of 50 steps")
 
 
 def draw_by_order(ax, c: Comparison, figure, name: str) -> None:

@@ -63,19 +63,11 @@ class Waiting:
         return item
 
 
-def spanned(step):
-    def inner(*args):
-        with record_function("profile::optimizer"):
-            return step(*args)
-
-    return inner
-
-
 def profiled_steps(trainer: Trainer, steps: int):
     """Profile steps; return (profile, wall seconds, seconds of waiting for data)."""
     rt = trainer.rt
     for optimizer in trainer.optimizers.values():
-        optimizer.step = spanned(optimizer.step)
+        optimizer.step = record_function("profile::optimizer")(optimizer.step)
     waiting = Waiting(Prefetcher(trainer.batches(0), rt))
     for step in range(SETTLING_STEPS):
         trainer.update(step, waiting)
@@ -92,7 +84,7 @@ def profiled_steps(trainer: Trainer, steps: int):
 
 def report(trainer: Trainer, steps: int, prof, seconds: float, waited: float) -> None:
     hp, rt = trainer.hp, trainer.rt
-    parts, names, longest = Counter(), Counter(), 15
+    parts, names = Counter(), Counter()
     for part, name, microseconds in operations(prof, rt.is_gpu):
         parts[part] += microseconds
         names[part, name] += microseconds
@@ -104,12 +96,12 @@ def report(trainer: Trainer, steps: int, prof, seconds: float, waited: float) ->
     for part, microseconds in parts.most_common():
         print(f"{microseconds / busy:7.1%} {microseconds / 1e3 / steps:10.3f} ms  {part}")
     print(f"{waited / seconds:7.1%} {1e3 * waited / steps:10.3f} ms  of the wall time: data")
-    print(f"the {longest} longest operations:")
-    for (part, name), time_us in names.most_common(longest):
+    print("the longest operations:")
+    for (part, name), time_us in names.most_common(15):
         print(f"{time_us / busy:7.1%} {time_us / 1e3 / steps:10.3f} ms  {part}: {name:.70}")
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--steps", type=int, default=5, help="steps to profile")
     own, flags = parser.parse_known_args()
@@ -126,12 +118,10 @@ def main() -> int:
             print("not compiled: these are the times of eager operations", file=sys.stderr)
         report(trainer, own.steps, *profiled_steps(trainer, own.steps))
     except (RunError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        sys.exit(f"error: {error}")
     except KeyboardInterrupt:
-        return 130
-    return 0
+        sys.exit(130)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -84,19 +84,14 @@ def report(arms: list[Arm]) -> int:
         print(text_report(comparison))
         return comparison.exit_code
     for arm in arms:
-        print(f"{arm.name}: n={len(arm.runs)} {figures(arm)}")
+        print(f"{arm.name}: {len(arm.finished)} of {len(arm.runs)} runs finished")
+        if arm.finished:
+            print(f"val_loss {arm.losses.mean():.5f} (sd {stats.sd(arm.losses):.5f}) "
+                  f"train_time {arm.times.mean():.2f} s (sd {stats.sd(arm.times):.2f})    "
+                  f"target {arm.target:g}: {target_text(arm)}, needed p < {arm.level}")  # fmt: skip
         for warning in arm_warnings(arm):
             print(f"WARN      {warning}")
     return 0
-
-
-def figures(arm: Arm) -> str:
-    """Loss and time of the runs that finished, and the test of the target."""
-    if not arm.finished:
-        return "no run finished"
-    return (f"val_loss {arm.losses.mean():.5f} (sd {stats.sd(arm.losses):.5f}) "
-            f"train_time {arm.times.mean():.2f} s (sd {stats.sd(arm.times):.2f})    "
-            f"target {arm.target:g}: {target_text(arm)}, needed p < {arm.level}")  # fmt: skip
 
 
 def parse() -> tuple[argparse.Namespace, list[str]]:

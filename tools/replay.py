@@ -30,9 +30,9 @@ def run_again(log: Path, folder: Path, flags: list[str]) -> tuple[Run, Run]:
 
 def same_losses(old: Run, new: Run) -> int:
     """Print whether every loss of two runs agrees digit for digit; return the exit code."""
-    curves = {"train": (old.train_curve, new.train_curve), "val": (old.val_curve, new.val_curve)}
-    pairs = [(kind, step, x, y) for kind, both in curves.items()
-             for (step, _, x), (_, _, y) in zip(*both, strict=False)]  # fmt: skip
+    curves = ("train", old.train_curve, new.train_curve), ("val", old.val_curve, new.val_curve)
+    pairs = [(kind, step, x, y) for kind, before, after in curves
+             for (step, _, x), (_, _, y) in zip(before, after, strict=False)]  # fmt: skip
     apart = [(kind, step, x, y) for kind, step, x, y in pairs if x != y]
     print(f"seed {old.seed}, {old.steps} steps: val_loss {old.val_loss:.6f} -> {new.val_loss:.6f}, "
           f"train_time {old.train_s:.2f} -> {new.train_s:.2f} s")  # fmt: skip

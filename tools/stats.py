@@ -14,7 +14,6 @@ ALPHA_LOOK = 0.003  # of each look, where one may stop early; 0.004 would let 1.
 LOOKS = (5, 10, 20)  # runs an arm after which one may look
 FLOOR = 0.002  # a relative difference of times below this is no gain, however significant
 LOSS_MARGIN = 0.002  # nats per token: what counts as the same loss
-LEAST_RANKED_PAIRS = 8  # of fewer no order of ranks has a p below 0.01
 OUTLIER_MADS = 5.0
 DRIFT_P = 0.01
 POWER = 0.9  # of the runs that `runs_needed` asks for
@@ -55,12 +54,6 @@ def t_test(a: np.ndarray, b: np.ndarray, paired: bool, alternative: str = "two-s
     if paired:
         return stats.ttest_rel(b, a, alternative=alternative)
     return stats.ttest_ind(b, a, equal_var=False, alternative=alternative)
-
-
-def rank_p(a: np.ndarray, b: np.ndarray, paired: bool = False) -> float:
-    """Two-sided p by ranks, which outliers do not move: Wilcoxon's of pairs, or Mann-Whitney's."""
-    test = stats.wilcoxon if paired and np.any(b != a) else stats.mannwhitneyu
-    return test(b, a).pvalue
 
 
 def relative(a: np.ndarray, b: np.ndarray, paired: bool = False) -> Difference:
