@@ -750,12 +750,9 @@ class Run:
     def resume(self, facts: dict, tensors: dict[str, Tensor]) -> None:
         """Go on from the checkpoint --resume: fill tensors, and count from its step."""
         if facts["data_sha256"] != self.data_sha256:
-            raise RunError(
-                f"{self.options.resume} is of other shards (data_sha256 "
-                f"{facts['data_sha256'][:12]}, here {self.data_sha256[:12]}); name its shards: "
-                "--train_files, --val_files",
-                self.rt.is_main,
-            )
+            hashes = f"data_sha256 {facts['data_sha256'][:12]}, here {self.data_sha256[:12]}"
+            raise RunError(f"{self.options.resume} is of other shards ({hashes}); name its shards: "
+                           "--train_files, --val_files", self.rt.is_main)  # fmt: skip
         fill(Path(self.options.resume), tensors)
         self.step = self.first_step = facts["step"]
         self.tokens = self.first_tokens = facts["tokens"]
