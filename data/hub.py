@@ -181,7 +181,7 @@ def reason(error: Exception) -> str:
     words = " ".join(str(error).split()).rstrip(".")
     if not isinstance(error, OSError):
         kind = type(error).__name__
-        return f"{constants.ENDPOINT} cannot be reached, or a proxy answers ({kind}: {words})"
+        return f"{constants.ENDPOINT} cannot be reached or a proxy answers ({kind}: {words})"
     return f"{words}, make room" if error.errno in FULL_DISK else words
 
 
