@@ -13,7 +13,7 @@ from pathlib import Path
 import bootstrap  # noqa: F401
 
 from data.check_shards import check_all, compare, print_problems
-from data.hub import HubError, RemoteFile, download, free_bytes, list_files, say
+from data.hub import HubError, RemoteFile, download, list_files, say
 from data.shards import ShardError, check_tokens, open_shard
 
 REPO = "kjj0/fineweb10B-gpt2"
@@ -50,28 +50,9 @@ def list_missing(names: list[str], folder: Path, revision: str) -> list[RemoteFi
         few = f"{missing[0]}, {missing[1]} ... {missing[-1]} ({len(missing)} files)"
     bring = f"on a machine with network get {few}, and put them into {folder}"
     found = {file.name: file for file in list_files(REPO, revision, advice=bring)}
-    for name in missing:
-        if name not in found:
-            raise HubError(f"{REPO} at revision {revision} has no {name}; {bring}")
+    if absent := set(missing) - set(found):
+        raise HubError(f"{REPO} at revision {revision} has no {min(absent)}; {bring}")
     return [found[name] for name in missing]
-
-
-def fetch(files: list[RemoteFile], folder: Path, revision: str) -> None:
-    """Download the shards. Raises HubError."""
-    for file in files:
-        (folder / file.name).unlink(missing_ok=True)  # a damaged one may have the right size
-    download(REPO, files, folder, revision, lambda path: check_tokens(path, VOCAB_SIZE))
-
-
-def print_plan(names: list[str], files: list[RemoteFile], folder: Path) -> None:
-    """Files that are there, files and bytes that a download would fetch, and the free disk."""
-    sizes = {file.name: file.size for file in files}
-    for name in names:
-        print(f"{name:24}  {f'{sizes[name]:,} bytes to fetch' if name in sizes else 'there'}")
-    print(
-        f"{len(names)} files, {len(files)} to fetch: {sum(sizes.values()):,} bytes; "
-        f"{free_bytes(folder):,} bytes are free in {folder}"
-    )
 
 
 def check(folder: Path, revision: str) -> int:
@@ -102,11 +83,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder (default: %(default)s)")
     parser.add_argument("--revision", default="main", help="branch, tag or commit of the hub")
-    instead = parser.add_mutually_exclusive_group()
-    instead.add_argument(
-        "--dry-run", action="store_true", help="print files, bytes and free disk; write nothing"
-    )
-    instead.add_argument(
+    parser.add_argument(
         "--check",
         action="store_true",
         help="read every shard that is there in full, compare it with the hub; fetch nothing",
@@ -119,15 +96,13 @@ def parse() -> argparse.Namespace:
 
 def main() -> int:
     args = parse()
-    names = shard_names(args.shards)
     try:
         if args.check:
             return check(args.out, args.revision)
-        files = list_missing(names, args.out, args.revision)
-        if args.dry_run:
-            print_plan(names, files, args.out)
-        else:
-            fetch(files, args.out, args.revision)
+        files = list_missing(shard_names(args.shards), args.out, args.revision)
+        for file in files:
+            (args.out / file.name).unlink(missing_ok=True)  # a damaged one may have the right size
+        download(REPO, files, args.out, args.revision, lambda path: check_tokens(path, VOCAB_SIZE))
     except OSError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

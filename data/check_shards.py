@@ -1,18 +1,16 @@
 #!/usr/bin/env python3
 """Check token shards: header, count, id range, documents, what train and val share, sha256.
 
-A shard belongs to validation or training when its name has the word val or train in it. A document
-runs from one document start to the next, within a shard; before a shard's first start lies the
-rest of a document that was cut. Shards are compared with a manifest.json beside them. Exit code 0:
-sound; 1: not sound, each reason on stderr; 2: misuse.
+A shard with the word val in its name belongs to validation, the others to training. A document runs
+from one document start to the next, within a shard. Shards are compared with a manifest.json beside
+them. Exit code 0: sound; 1: not sound, each reason on stderr; 2: misuse.
 """
 
 import argparse
 import hashlib
 import json
-import re
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -23,7 +21,6 @@ from tqdm import tqdm
 from data.shards import ShardError, file_sha256, find_shards, open_shard
 
 DIGEST_BYTES = 8  # a document's hash; chance makes 2 of 10 million alike once in 400,000 times
-BAR_COLUMNS = 44
 
 
 @dataclass
@@ -32,33 +29,25 @@ class Report:
 
     problems: list[str] = field(default_factory=list)
     facts: dict[Path, dict] = field(default_factory=dict)  # what a manifest says of each shard
-    lengths: np.ndarray = field(default_factory=lambda: np.zeros(40, np.int64))  # by power of two
     val_documents: set[bytes] = field(default_factory=set)  # their hashes
-    shared: list[str] = field(default_factory=list)  # training documents that validation has too
 
 
-def split_of(path: Path) -> str:
-    """train or val, as the name says; empty if it does not."""
-    found = re.search(r"(?:^|_)(train|val)(?:_|\.)", path.name)
-    return found.group(1) if found else ""
-
-
-def document_hashes(tokens: np.ndarray, starts: np.ndarray) -> Iterator[tuple[int, bytes]]:
-    """Yield (number, hash) of every document that has tokens behind its start."""
-    for number, document in enumerate(np.split(tokens, starts)[1:]):
-        if len(document) > 1:
-            yield number, hashlib.blake2b(document, digest_size=DIGEST_BYTES).digest()
+def is_validation(path: Path) -> bool:
+    return "val" in path.stem.split("_")
 
 
 def compare_splits(path: Path, tokens: np.ndarray, starts: np.ndarray, report: Report) -> None:
     """Remember the documents of a validation shard; look those of a training shard up."""
-    split = split_of(path)
-    if split == "val":
-        report.val_documents.update(digest for _, digest in document_hashes(tokens, starts))
-    elif split == "train" and report.val_documents:
-        for number, digest in document_hashes(tokens, starts):
-            if digest in report.val_documents:
-                report.shared.append(f"document {number} of {path}")
+    if not is_validation(path) and not report.val_documents:
+        return
+    documents = np.split(tokens, starts)[1:]  # what lies before the first start was cut
+    hashes = [
+        hashlib.blake2b(d, digest_size=DIGEST_BYTES).digest() for d in documents if len(d) > 1
+    ]
+    if is_validation(path):
+        report.val_documents.update(hashes)
+    elif shared := sum(digest in report.val_documents for digest in hashes):
+        report.problems.append(f"{path} has {shared:,} documents that stand in validation too")
 
 
 def compare(facts: dict[Path, dict], known: dict[str, dict], where: str, report: Report) -> None:
@@ -95,8 +84,6 @@ def check_shard(path: Path, vocab_size: int, document_start: int, report: Report
             "make it again, or give its --vocab_size"
         )
     starts = np.flatnonzero(tokens == document_start)
-    lengths = np.diff(starts, append=len(tokens))
-    report.lengths += np.bincount(np.log2(lengths).astype(int), minlength=len(report.lengths))
     digest = file_sha256(path)
     tqdm.write(
         f"{path}  {len(tokens):,} tokens  {len(starts):,} documents  ids {smallest}-{largest}  "
@@ -106,28 +93,16 @@ def check_shard(path: Path, vocab_size: int, document_start: int, report: Report
     compare_splits(path, tokens, starts, report)
 
 
-def check_all(paths: list[Path], vocab_size: int, document_start: int) -> Report:
+def check_all(paths: Iterable[Path], vocab_size: int, document_start: int) -> Report:
     """Check the shards of validation first: those of training are compared with them."""
     report = Report()
-    paths = sorted(paths, key=lambda path: (split_of(path) != "val", path))
+    paths = sorted(paths, key=lambda path: (not is_validation(path), path))
     for path in tqdm(paths, unit="shard", disable=None):
         try:
             check_shard(path, vocab_size, document_start, report)
         except OSError as error:  # the advice of a ShardError is for a track's own data
             report.problems.append(error.problem if isinstance(error, ShardError) else str(error))
     return report
-
-
-def print_histogram(lengths: np.ndarray) -> None:
-    """Documents by length, their start included, in classes that double. At most 80 columns."""
-    used = np.flatnonzero(lengths)
-    if not len(used):
-        return
-    print(f"\n{'tokens per document':>22}  {'documents':>10}")
-    for power in range(used[0], used[-1] + 1):
-        bar = "█" * round(BAR_COLUMNS * lengths[power] / lengths.max())
-        label = f"{1 << power:,}-{(2 << power) - 1:,}"
-        print(f"{label:>22}  {lengths[power]:>10,} {bar}".rstrip())
 
 
 def print_problems(report: Report) -> int:
@@ -138,9 +113,7 @@ def print_problems(report: Report) -> int:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("globs", nargs="+", metavar="GLOB", help="shards; a glob may be quoted")
     parser.add_argument(
         "--vocab_size", type=int, default=50257, help="ids lie below it (default: %(default)s)"
@@ -150,25 +123,18 @@ def main() -> int:
     )
     args = parser.parse_args()
     try:
-        paths = sorted({path for pattern in args.globs for path in find_shards(pattern)})
-    except OSError as error:
+        paths = {path for pattern in args.globs for path in find_shards(pattern)}
+        report = check_all(paths, args.vocab_size, args.document_start)
+    except ShardError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    try:
-        report = check_all(paths, args.vocab_size, args.document_start)
     except KeyboardInterrupt:
         return 130
     for manifest in sorted({path.with_name("manifest.json") for path in report.facts}):
         if manifest.exists():
             check_manifest(manifest, report)
-    if report.shared:
-        few = ", ".join(report.shared[:3]) + (", ..." if report.shared[3:] else "")
-        report.problems.append(
-            f"{len(report.shared):,} training documents stand in validation too: {few}"
-        )
-    print_histogram(report.lengths)
     tokens, documents = (sum(f[k] for f in report.facts.values()) for k in ("tokens", "documents"))
-    print(f"\n{len(report.facts)} shards, {tokens:,} tokens, {documents:,} documents")
+    print(f"{len(report.facts)} shards, {tokens:,} tokens, {documents:,} documents")
     return print_problems(report)
 
 

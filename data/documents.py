@@ -1,14 +1,13 @@
 """Read documents from text files, JSON lines and parquet as a stream, however large they are.
 
-A .txt or .md file is one document, and so is standard input; a line of .jsonl and a row of .parquet
-is one. Each comes as an iterable of its text in chunks.
+A .txt or .md file is one document, and so is a line of .jsonl and a row of .parquet. Each comes as
+an iterable of its text in chunks.
 """
 
 import glob
 import io
 import json
 import re
-import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -21,7 +20,6 @@ from tqdm.utils import CallbackIOWrapper
 
 from data.gpt2 import TextError
 
-STDIN = Path("-")
 KINDS = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 CHUNK_BYTES = 1 << 20
 PARQUET_ROWS = 256
@@ -38,7 +36,7 @@ def find_files(inputs: list[str]) -> list[Path]:
         path = Path(given)
         if path.is_dir():
             matches = sorted(p for p in path.rglob("*") if kind_of(p) and p.is_file())
-        elif path == STDIN or path.exists():
+        elif path.exists():
             matches = [path]
         else:
             matches = sorted(Path(p) for p in glob.glob(given))
@@ -46,7 +44,7 @@ def find_files(inputs: list[str]) -> list[Path]:
             raise TextError(f"{given} names no file of the kinds {', '.join(KINDS)}")
         found += matches
     for path in found:
-        if path != STDIN and not kind_of(path):
+        if not kind_of(path):
             raise TextError(f"{path} is of no known kind; rename it to end in {', '.join(KINDS)}")
     return list(dict.fromkeys(found))
 
@@ -65,9 +63,9 @@ def read_documents(
     """
     for path in files:
         with errors_named(path):
-            if kind_of(path) not in (None, ".txt", ".md"):
+            if kind_of(path) not in (".txt", ".md"):
                 yield from rows_of(path, column, skipped, bar)
-            elif path == STDIN or is_utf8(path):
+            elif is_utf8(path):
                 yield text_chunks(path, bar)
             else:
                 skipped["not UTF-8"] += 1
@@ -82,15 +80,13 @@ def errors_named(path: Path) -> Iterator[None]:
         raise
     except (OSError, ValueError, pa.ArrowException) as error:
         raise TextError(
-            f"{'standard input' if path == STDIN else path} cannot be read ({error}); get it again "
-            "or leave it out, then run this again"
+            f"{path} cannot be read ({error}); get it again or leave it out, then run this again"
         ) from None
 
 
 def opened(path: Path, bar: tqdm) -> io.BufferedReader:
     """The contents, decompressed; the bar counts bytes of the file."""
-    raw = sys.stdin.buffer if path == STDIN else path.open("rb")
-    file = pa.PythonFile(CallbackIOWrapper(bar.update, raw, "read"), "r")
+    file = pa.PythonFile(CallbackIOWrapper(bar.update, path.open("rb"), "read"), "r")
     if form := {".gz": "gzip", ".zst": "zstd"}.get(path.suffix.lower()):
         if not path.stat().st_size:
             raise ValueError("it has no bytes")
@@ -124,16 +120,12 @@ def rows_of(path: Path, column: str, skipped: Counter, bar: tqdm) -> Iterator[Do
             skipped[str(reason)] += 1
 
 
-def json_lines(path: Path, bar: tqdm) -> Iterator[bytes | None]:
-    """Lines; None for one that is longer than MAX_LINE_BYTES."""
+def json_lines(path: Path, bar: tqdm) -> Iterator[bytes]:
     file = opened(path, bar)
     while line := file.readline(MAX_LINE_BYTES):
-        if len(line) < MAX_LINE_BYTES:
-            yield line.strip()
-            continue
-        while line and not line.endswith(b"\n"):
-            line = file.readline(MAX_LINE_BYTES)
-        yield None
+        if len(line) == MAX_LINE_BYTES:
+            raise ValueError(f"a line has {MAX_LINE_BYTES:,} bytes or more")
+        yield line.strip()
 
 
 def parquet_values(path: Path, column: str, bar: tqdm) -> Iterator[bytes]:
@@ -151,10 +143,8 @@ def parquet_values(path: Path, column: str, bar: tqdm) -> Iterator[bytes]:
             bar.update(size * len(rows) / file.metadata.num_rows)
 
 
-def text_of(data: bytes | None, json_key: str | None) -> str:
+def text_of(data: bytes, json_key: str | None) -> str:
     """The text itself, or that of a line of JSON; ValueError with the reason if there is none."""
-    if data is None:
-        raise ValueError("line too long")
     try:
         if json_key is not None and data:
             data = json.loads(data)[json_key].encode()  # which fails for a lone surrogate

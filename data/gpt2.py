@@ -55,10 +55,9 @@ def read_ranks(file: Path) -> dict[bytes, int]:
     try:
         lines = [line.split() for line in file.read_bytes().splitlines()]
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
-        if any(bytes([byte]) not in ranks for byte in range(256)):
-            raise ValueError("some bytes have no token")
-        if sorted(ranks.values()) != list(range(len(lines))) or len(lines) > START:
-            raise ValueError(f"its ranks are not 0, 1, 2 ... below {START}, each once")
+        in_order = sorted(ranks.values()) == list(range(min(len(lines), START)))
+        if not in_order or any(bytes([byte]) not in ranks for byte in range(256)):
+            raise ValueError(f"its ranks are not 0, 1, 2 ... below {START}, or a byte has none")
     except ValueError as error:
         raise TextError(
             f"{file} is no tokenizer ({error}); give a file in the format of gpt2.tiktoken"

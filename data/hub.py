@@ -7,14 +7,13 @@ name with the hub's size is taken for sound, and nothing is fetched or hashed tw
 """
 
 import errno
-import json
 import os
 import shutil
 import sys
-import threading
+import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
@@ -25,27 +24,14 @@ from tqdm import tqdm
 from data.shards import ShardError, file_sha256
 
 WORKERS = 8  # files at a time
-WAITS_S = (0.5, 2, 8)  # between the tries of a file; the client tries again within each, too
-LIST_WAITS_S = (0.5, 1)  # nobody waits long to hear that there is no network
+WAITS_S = (1, 4)  # between the tries; the client tries again within each, too
 LOCK_WAIT_S = 0.1
 FULL_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 ANOTHER_TRY_IS_USELESS = (
     errors.OfflineModeIsEnabled,
     errors.RepositoryNotFoundError,  # or gated
     errors.RevisionNotFoundError,
-    errors.RemoteEntryNotFoundError,
-    errors.LocalEntryNotFoundError,  # the hub is out of reach; the client tried for half a minute
-)
-REASONS = (
-    (errors.OfflineModeIsEnabled, "HF_HUB_OFFLINE is set"),
-    (errors.GatedRepoError, "it is gated: accept its terms on the hub, and set HF_TOKEN"),
-    (errors.RepositoryNotFoundError, "there is no such dataset, or HF_TOKEN does not open it"),
-    (errors.RevisionNotFoundError, "there is no such revision"),
-    (errors.RemoteEntryNotFoundError, "there is no such file (404)"),
-    (
-        (json.JSONDecodeError, KeyError, TypeError, errors.FileMetadataError),
-        f"{constants.ENDPOINT} does not answer as the hub does (does a proxy answer?)",
-    ),
+    errors.EntryNotFoundError,  # or the hub is out of reach; the client tried for half a minute
 )
 
 # Downloads over Xet's protocol outlast ctrl-C and have errors of their own. HTTP serves as well.
@@ -75,9 +61,9 @@ def list_files(
 
     Raises HubError, which closes with the advice.
     """
+    timeout_s = constants.HF_HUB_DOWNLOAD_TIMEOUT
 
     def ask() -> list[RemoteFile]:
-        timeout_s = constants.HF_HUB_DOWNLOAD_TIMEOUT
         info = HfApi().dataset_info(repo, revision=revision, files_metadata=True, timeout=timeout_s)
         return [
             RemoteFile(entry.rfilename, entry.size, entry.lfs.sha256 if entry.lfs else None)
@@ -86,10 +72,9 @@ def list_files(
         ]
 
     try:
-        found = with_retries(f"the list of {repo}", ask, LIST_WAITS_S, threading.Event())
+        return sorted(with_retries(f"the list of {repo}", ask), key=lambda file: file.name)
     except Exception as error:
         raise HubError(f"cannot list {repo} at {revision}: {reason(error)}; {advice}") from None
-    return sorted(found, key=lambda file: file.name)
 
 
 def download(
@@ -106,16 +91,28 @@ def download(
     """
     paths = {file: folder / file.name for file in files}
     missing = [f for f, path in paths.items() if not path.exists() or path.stat().st_size != f.size]
-    job = Job(repo, revision, folder, check)
-    if missing or job.staging.exists():
+    staging, lock = folder / "part", folder / "part.lock"
+
+    def fetch(file: RemoteFile, bar: tqdm) -> None:
+        path = paths[file]
+        try:
+            with_retries(file.name, lambda: stage(repo, file, revision, staging, check, bar))
+            path.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(staging / file.name, path)
+        except Exception as error:
+            raise HubError(
+                f"cannot get {file.name} from {repo}: {reason(error)}; run this again to go on, or "
+                f"bring the file from another machine to {path}"
+            ) from None
+
+    if missing or staging.exists():
         folder.mkdir(parents=True, exist_ok=True)
-        lock = folder / "part.lock"
         try:
             with WeakFileLock(lock, timeout=LOCK_WAIT_S):
-                shutil.rmtree(job.staging, ignore_errors=True)  # left by a run that was killed
+                shutil.rmtree(staging, ignore_errors=True)  # left by a run that was killed
                 require_space(missing, folder)
-                job.fetch_all(missing)
-                shutil.rmtree(job.staging, ignore_errors=True)
+                fetch_all(fetch, missing)
+                shutil.rmtree(staging, ignore_errors=True)
                 lock.unlink(missing_ok=True)
         except TimeoutError:
             raise HubError(
@@ -124,105 +121,72 @@ def download(
     return list(paths.values())
 
 
-@dataclass(frozen=True)
-class Job:
-    """One call of download."""
+def fetch_all(fetch: Callable[[RemoteFile, tqdm], None], files: list[RemoteFile]) -> None:
+    """Fetch in parallel. The first failure ends it, or ctrl-C.
 
-    repo: str
-    revision: str
-    folder: Path
-    check: Callable[[Path], object]
-    stopped: threading.Event = field(default_factory=threading.Event)
-
-    @property
-    def staging(self) -> Path:
-        return self.folder / "part"
-
-    def fetch_all(self, files: list[RemoteFile]) -> None:
-        """Fetch in parallel. The first failure ends it, or ctrl-C.
-
-        The threads of a ThreadPool are daemons: nobody waits for a file that is on its way.
-        """
-        size = sum(file.size for file in files)
-        with (
-            tqdm(total=size, unit="B", unit_scale=True, disable=None) as bar,
-            ThreadPool(WORKERS) as pool,
-        ):
-            try:
-                fetched = pool.imap_unordered(lambda file: self.fetch(file, bar), files)
-                for done, _ in enumerate(fetched, 1):
-                    bar.set_postfix_str(f"{done} of {len(files)} files")
-            finally:
-                self.stopped.set()
-
-    def fetch(self, file: RemoteFile, bar: tqdm) -> None:
-        """Bring one file to its final name."""
-        path = self.folder / file.name
-        try:
-            staged = with_retries(file.name, lambda: self.stage(file, bar), WAITS_S, self.stopped)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(staged, path)
-        except Exception as error:
-            raise HubError(
-                f"cannot get {file.name} from {self.repo}: {reason(error)}; run this again to go "
-                f"on, or bring the file from another machine to {path}"
-            ) from None
-
-    def stage(self, file: RemoteFile, bar: tqdm) -> Path:
-        """Download to the staging folder. Raises OSError if what came is not sound."""
-        path = self.staging / file.name
-        hf_hub_download(
-            self.repo,
-            file.name,
-            repo_type="dataset",
-            revision=self.revision,
-            local_dir=self.staging,
-            force_download=path.exists(),  # an earlier try brought it, and it was not sound
-            tqdm_class=lambda **_: nullcontext(bar),  # one bar instead of one for each file
-        )
-        if (size := path.stat().st_size) != file.size:
-            raise OSError(f"{size:,} bytes came, not {file.size:,}")
-        if file.sha256 and (found := file_sha256(path)) != file.sha256:
-            raise OSError(f"its sha256 is {found}, the hub names {file.sha256}")
-        self.check(path)
-        with path.open("rb") as complete:  # a name must not outlive its bytes on a power cut
-            os.fsync(complete.fileno())
-        return path
+    The threads of a ThreadPool are daemons: nobody waits for a file that is on its way.
+    """
+    size = sum(file.size for file in files)
+    with (
+        tqdm(total=size, unit="B", unit_scale=True, disable=None) as bar,
+        ThreadPool(WORKERS) as pool,
+    ):
+        for done, _ in enumerate(pool.imap_unordered(lambda file: fetch(file, bar), files), 1):
+            bar.set_postfix_str(f"{done} of {len(files)} files")
 
 
-def with_retries(what: str, call: Callable, waits_s: Iterable[float], stopped: threading.Event):
+def stage(
+    repo: str,
+    file: RemoteFile,
+    revision: str,
+    staging: Path,
+    check: Callable[[Path], object],
+    bar: tqdm,
+) -> None:
+    """Download to the staging folder. Raises OSError if what came is not sound."""
+    path = staging / file.name
+    hf_hub_download(
+        repo,
+        file.name,
+        repo_type="dataset",
+        revision=revision,
+        local_dir=staging,
+        force_download=path.exists(),  # an earlier try brought it, and it was not sound
+        tqdm_class=lambda **_: nullcontext(bar),  # one bar instead of one for each file
+    )
+    if file.sha256 and (found := file_sha256(path)) != file.sha256:
+        raise OSError(f"its sha256 is {found}, the hub names {file.sha256}")
+    check(path)
+    with path.open("rb") as complete:  # a name must not outlive its bytes on a power cut
+        os.fsync(complete.fileno())
+
+
+def with_retries(what: str, call: Callable):
     """call(), tried again after failures that may pass. Raises what the last try raised."""
-    for wait_s in waits_s:
+    for wait_s in (*WAITS_S, None):
         try:
             return call()
         except Exception as error:  # the client lets the errors of its HTTP library through
             of_disk = isinstance(error, OSError) and error.errno is not None
-            if of_disk or isinstance(error, ANOTHER_TRY_IS_USELESS) or stopped.is_set():
+            if wait_s is None or of_disk or isinstance(error, ANOTHER_TRY_IS_USELESS):
                 raise
             say(f"{what}: {reason(error)}; trying again in {wait_s} s")
-        stopped.wait(wait_s)
-    return call()
+        time.sleep(wait_s)
 
 
 def reason(error: Exception) -> str:
-    """Why, in a few words."""
-    if isinstance(error, errors.LocalEntryNotFoundError) and error.__cause__:
-        error = error.__cause__  # why the client could not ask for the file
-    for kinds, words in REASONS:
-        if isinstance(error, kinds):
-            return words
-    if isinstance(error, errors.HfHubHTTPError):
-        return f"{constants.ENDPOINT} answered {error.response.status_code}"
+    """Why, in one line; mostly the client's own words."""
     if isinstance(error, ShardError):
         return error.problem
-    if isinstance(error, OSError):
-        room = ", make room" if error.errno in FULL_DISK else ""
-        return str(error).partition("\n")[0].rstrip(".") + room
-    return f"{constants.ENDPOINT} cannot be reached or broke off ({error})"
+    words = " ".join(str(error).split()).rstrip(".")
+    if not isinstance(error, OSError):
+        kind = type(error).__name__
+        return f"{constants.ENDPOINT} cannot be reached or a proxy answers ({kind}: {words})"
+    return f"{words}, make room" if error.errno in FULL_DISK else words
 
 
 def require_space(files: list[RemoteFile], folder: Path) -> None:
-    needed, free = sum(file.size for file in files), free_bytes(folder)
+    needed, free = sum(file.size for file in files), shutil.disk_usage(folder).free
     if needed > free:
         raise HubError(
             f"{folder} has {free:,} bytes free, and {needed:,} are still to come; "
@@ -232,9 +196,3 @@ def require_space(files: list[RemoteFile], folder: Path) -> None:
 
 def say(message: str) -> None:
     tqdm.write(message, file=sys.stderr)
-
-
-def free_bytes(folder: Path) -> int:
-    """Free bytes on the disk where the folder is or will be."""
-    folder = folder.absolute()
-    return shutil.disk_usage(next(f for f in (folder, *folder.parents) if f.exists())).free

@@ -34,7 +34,7 @@ def write_shard(path: Path, tokens: np.ndarray) -> None:
     try:
         with part.open("wb") as file:
             file.write(header.tobytes())
-            file.write(tokens.astype("<u2").tobytes())
+            file.write(np.ascontiguousarray(tokens, "<u2"))  # no copy of uint16
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)

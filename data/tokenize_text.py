@@ -12,25 +12,22 @@ last: where it stands, the shards are finished.
 """
 
 import argparse
-import errno
 import fcntl
 import hashlib
 import json
 import os
-import re
-import signal
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import bootstrap  # noqa: F401
 import numpy as np
 from tqdm import tqdm
 
-from data.documents import KINDS, STDIN, Document, articles, find_files, read_documents
+from data.documents import KINDS, Document, articles, find_files, read_documents
 from data.gpt2 import START, TextError, encode_all, gpt2_ranks, pieces
 from data.shards import HEADER_BYTES, file_sha256, write_shard
 
@@ -40,7 +37,6 @@ VAL_SHARE = 20  # one document in this many may go to validation
 BATCH_CHARS = 1 << 20  # of text that a worker gets at once
 AHEAD = 4  # batches per worker that are read before they can be encoded
 FIRST = np.array([START], np.uint16)  # token of each document
-CONVERTED = "refs/convert/parquet"  # where the hub puts parquet that it made itself
 
 
 class Piece(NamedTuple):
@@ -245,49 +241,20 @@ def locked(out: Path) -> Iterator[None]:
         yield
 
 
-# ------------------------------------------------------------------------------ Presets
-
-PRESETS = {  # repository of the hub, prefix of its files, its name for each split
-    "openwebtext": ("Skylion007/openwebtext", "", {"both": "train"}),
-    "wikitext103": (
-        "Salesforce/wikitext",
-        "wikitext-103-raw-v1/",
-        {"val": "validation", "train": "train"},
-    ),
-}
+# ------------------------------------------------------------------------------ WikiText-103
 
 
-def preset_files(name: str, folder: Path) -> dict[str, list[Path]]:
-    """The parquet files of each split: those that were brought to the folder, or the hub's."""
+def wikitext103(out: Path) -> dict[str, list[Path]]:
+    """The parquet files of each split, downloaded to a folder in out. Raises HubError."""
     from data.hub import download, list_files  # slow to import, and only needed here
 
-    repo, prefix, splits = PRESETS[name]
-    # Not further down: there data/hub.py keeps what it has not checked yet.
-    here = sorted([*folder.glob("*.parquet"), *folder.glob("*/*.parquet")], key=lambda p: p.name)
-    brought = {path.relative_to(folder).as_posix(): path for path in here}
-    files = {split: files_of(hub, brought) for split, hub in splits.items()}
-    if all(is_whole(paths) for paths in files.values()):
-        return files
-    advice = (
-        f"bring {prefix}*.parquet from https://huggingface.co/datasets/{repo} to {folder}, "
-        "then run this again"
-    )
-    for revision in ("main", CONVERTED):
-        listed = {file.name: file for file in list_files(repo, revision, prefix, advice)}
-        files = {split: files_of(hub, listed) for split, hub in splits.items()}
-        if all(files.values()):
-            return {k: download(repo, chosen, folder, revision) for k, chosen in files.items()}
-    raise TextError(f"{repo} has no parquet files of all its splits; {advice}")
-
-
-def files_of(split: str, files: dict[str, Any]) -> list:
-    """Those whose names are like SPLIT-00000-of-00002.parquet or partial-SPLIT/0000.parquet."""
-    return [f for name, f in files.items() if re.search(rf"(^|[/-]){split}[-/].*\.parquet$", name)]
-
-
-def is_whole(paths: list[Path]) -> bool:
-    """Do their names (...-of-00002.parquet) say that all files of a split are here?"""
-    return {path.name.rpartition("-of-")[2] for path in paths} == {f"{len(paths):05d}.parquet"}
+    repo, prefix = "Salesforce/wikitext", "wikitext-103-raw-v1/"
+    advice = f"run this on a machine with network, and bring all that it writes to {out}"
+    listed = {
+        split: list_files(repo, prefix=prefix + name, advice=advice)
+        for split, name in {"val": "validation-", "train": "train-"}.items()
+    }
+    return {split: download(repo, files, out / "parquet") for split, files in listed.items()}
 
 
 # ------------------------------------------------------------------------------ Main
@@ -311,13 +278,13 @@ def tokenize(args: argparse.Namespace) -> dict:
         if (path := args.out / "manifest.json").exists():
             return read_made(path, options)
         shards = Shards(args.out, options, ranks)
-        files = files or preset_files(args.preset, args.out / "parquet")
+        files = files or wikitext103(args.out)
         with tqdm(total=size_of(files), unit="B", unit_scale=True, disable=None) as bar:
             splits = {
                 split: read_documents(paths, args.text_column, shards.skipped, bar)
                 for split, paths in files.items()
             }
-            if args.preset == "wikitext103":
+            if args.preset:
                 splits = {split: articles(rows) for split, rows in splits.items()}
             todo = batches(read_pieces(splits, shards.done["pieces"], shards.skipped))
             for batch, tokens in encode_all(todo, ranks, args.workers, AHEAD * args.workers):
@@ -327,32 +294,26 @@ def tokenize(args: argparse.Namespace) -> dict:
 
 
 def size_of(files: dict[str, list[Path]]) -> int:
-    paths = [path for chosen in files.values() for path in chosen]
-    return sum(path.stat().st_size for path in paths if path != STDIN)
+    return sum(path.stat().st_size for paths in files.values() for path in paths)
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add = parser.add_argument
-    kinds = f"files, folders or quoted globs ({', '.join(KINDS)}), or - for standard input"
+    kinds = f"files, folders or quoted globs ({', '.join(KINDS)})"
     add("inputs", nargs="*", metavar="INPUT", help=kinds)
-    add("--preset", choices=PRESETS, help="a dataset of the Hugging Face hub")
+    add("--preset", choices=["wikitext103"], help="a dataset of the Hugging Face hub")
     add("--name", help="of the shards (default: the preset's, or text)")
     add("--out", type=Path, help="folder (default: data/NAME)")
     add("--text_column", default="text", help="of JSON lines and parquet (default: %(default)s)")
     add("--shard_tokens", type=int, default=100_000_000, help="of training (default: %(default)s)")
-    add("--val_tokens", type=int, help="at most; 0: none (default: 1048576, or the preset's own)")
+    add("--val_tokens", type=int, default=1 << 20, help="of inputs, at most (default: %(default)s)")
     add("--tokenizer_file", type=Path, help="default: data/gpt2.tiktoken, or a download")
     cores = len(os.sched_getaffinity(0))
     add("--workers", type=int, default=cores, help="processes (default: one per core)")
     args = parser.parse_args()
     if bool(args.preset) == bool(args.inputs):
         parser.error("give either inputs or a --preset")
-    has_val = args.preset and "val" in PRESETS[args.preset][2]
-    if args.val_tokens is None:
-        args.val_tokens = 0 if has_val else 1 << 20
-    elif has_val:
-        parser.error(f"--preset {args.preset} has a validation split of its own: no --val_tokens")
     for flag, least in (("shard_tokens", 1), ("val_tokens", 0), ("workers", 1)):
         if not least <= getattr(args, flag) <= MAX_SHARD_TOKENS:
             parser.error(f"--{flag} must be {least} to {MAX_SHARD_TOKENS}")
@@ -361,43 +322,23 @@ def parse() -> argparse.Namespace:
     return args
 
 
-def explained(error: OSError, out: Path) -> str:
-    """The error in a sentence; a disk that is full names no file by itself."""
-    if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-        return str(error)
-    return (
-        f"cannot write to {out} ({error.strerror}); make room and run the same command again, "
-        "it goes on where it stopped"
-    )
-
-
-def stop(number: int, _frame) -> None:
-    raise KeyboardInterrupt(number)
-
-
 def main() -> int:
     args = parse()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, stop)
     try:
         manifest = tokenize(args)
     except OSError as error:
-        print(f"error: {explained(error, args.out)}", file=sys.stderr)
+        # An error of writing, above all that the disk is full, has a number and names no file.
+        nameless = error.errno and not error.filename
+        where = f"cannot write to {args.out}; make room, then run this again: " if nameless else ""
+        print(f"error: {where}{error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt as stopped:
+    except KeyboardInterrupt:
         print("stopped; the same command goes on where this one was", file=sys.stderr)
-        return 128 + stopped.args[0]
+        return 130
     for shard in manifest["shards"]:
         print(f"{args.out / shard['name']}  {shard['tokens']:,} tokens")
     for reason, count in manifest["skipped"].items():
         print(f"skipped {count:,} documents: {reason}", file=sys.stderr)
-    held_out = sum(s["tokens"] for s in manifest["shards"] if "_val_" in s["name"])
-    if held_out < args.val_tokens:
-        print(
-            f"validation has {held_out:,} of {args.val_tokens:,} tokens: one document in "
-            f"{VAL_SHARE} may go there; give more text, or lower --val_tokens",
-            file=sys.stderr,
-        )
     return 0
 
 

@@ -114,7 +114,8 @@ def test_shards_arrive_whole_validation_first_and_are_not_fetched_twice(hub, use
     assert user.has(contents)
     assert len(open_shard(user.folder / SECOND)) == TOKENS
     resolved = [r.path.rpartition("/")[2] for r in hub.requests if "/resolve/" in r.path]
-    assert {*resolved} == {*contents} and VAL in resolved[:8]  # of 8 at a time
+    assert {*resolved} == {*contents}
+    assert VAL in list(dict.fromkeys(resolved))[:9]  # 8 at a time, in no sure order
     assert all(len(hub.transfers(name)) == 1 for name in NAMES)
     hub.requests.clear()
     assert user.run().returncode == 0 and not hub.requests
@@ -261,12 +262,12 @@ def test_a_revision_is_asked_for_everywhere(hub, user, contents):
 def test_a_wrong_repository_is_named(hub, user):
     hub.repos.clear()
     sentence = user.refused("0")
-    assert REPO in sentence and "HF_TOKEN" in sentence and VAL in sentence
+    assert REPO in sentence and "Repository Not Found" in sentence and VAL in sentence
 
 
 def test_a_machine_without_network_is_told_what_to_bring_and_where(user, hub):
     hub.__exit__()
-    sentence = user.refused("1")
+    sentence = user.refused("1", script=("-c", IMPATIENT))
     for word in ("cannot be reached", VAL, FIRST, str(user.folder), hub.endpoint):
         assert word in sentence
     assert not user.folder.exists()
@@ -283,24 +284,24 @@ def test_offline_mode_makes_no_request(hub, user, contents):
 def test_a_network_that_goes_away_or_a_proxy_in_its_place_is_named(hub, user, contents):
     hub.faults["resolve"] = [HTML_PAGE] * 9
     sentence = user.refused("0", script=("-c", IMPATIENT))
-    assert "does a proxy answer" in sentence and str(user.folder / VAL) in sentence
+    assert hub.endpoint in sentence and str(user.folder / VAL) in sentence
     hub.faults["resolve"].clear()
     hub.faults[VAL] = [Fault(cut=1000, resets=True)] * 9
     sentence = user.refused("0", script=("-c", IMPATIENT))
-    assert "broke off" in sentence and str(user.folder / VAL) in sentence
+    assert "reset by peer" in sentence and str(user.folder / VAL) in sentence
     hub.faults[VAL].clear()
     assert user.run("0").returncode == 0 and user.has(first(contents, 0))
 
 
 def test_an_api_that_fails_for_good_is_named(hub, user):
     hub.faults["api"] = [Fault(status=503), HTML_PAGE, Fault(body=b"{}")]
-    sentence = user.refused("0")
+    sentence = user.refused("0", script=("-c", IMPATIENT))
     assert "proxy" in sentence and VAL in sentence and str(user.folder) in sentence
 
 
 def test_the_token_opens_the_hub_and_is_shown_to_nobody_else(hub, user, tmp_path):
     hub.token = "hf_secret"
-    assert "HF_TOKEN" in user.refused("0")
+    assert "private or gated" in user.refused("0")
     user.environment["HF_TOKEN"] = "hf_other"
     assert "gated" in user.refused("0")
     user.environment.pop("HF_TOKEN")
@@ -309,17 +310,6 @@ def test_the_token_opens_the_hub_and_is_shown_to_nobody_else(hub, user, tmp_path
     assert user.run("0").returncode == 0
     (sent,) = hub.transfers(VAL)
     assert sent.headers["Authorization"] is None
-
-
-def test_the_dry_run_says_what_a_download_would_do_and_writes_nothing(hub, user, contents):
-    done = user.run("2", "--dry-run")
-    assert done.returncode == 0 and not user.folder.exists() and not hub.transfers(VAL)
-    size = len(contents[VAL])
-    assert f"3 files, 3 to fetch: {3 * size:,} bytes" in done.stdout and "free" in done.stdout
-    user.put(first(contents, 1))
-    lines = user.run("2", "--dry-run").stdout.splitlines()
-    assert [line.split()[-1] for line in lines[:3]] == ["there", "there", "fetch"]
-    assert f"1 to fetch: {size:,} bytes" in lines[3] and user.has(first(contents, 1))
 
 
 def test_check_reads_everything_and_names_what_is_not_as_on_the_hub(hub, user, contents):
@@ -373,7 +363,7 @@ def test_a_second_download_to_the_same_folder_is_refused(hub, user):
     assert user.run("0").returncode == 0
 
 
-@pytest.mark.parametrize("flags", [["103"], ["--check", "--dry-run"]])
+@pytest.mark.parametrize("flags", [["103"], ["-1"], ["--dry-run"]])
 def test_misuse_is_refused(user, flags):
     assert user.run(*flags).returncode == 2
 
