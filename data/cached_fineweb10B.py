@@ -88,6 +88,9 @@ def parse() -> argparse.Namespace:
         action="store_true",
         help="read every shard that is there in full, compare it with the hub; fetch nothing",
     )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="print files and bytes; write nothing"
+    )
     args = parser.parse_args()
     if not 0 <= args.shards <= TRAIN_SHARDS:
         parser.error(f"there are {TRAIN_SHARDS} training shards")
@@ -100,6 +103,12 @@ def main() -> int:
         if args.check:
             return check(args.out, args.revision)
         files = list_missing(shard_names(args.shards), args.out, args.revision)
+        if args.dry_run:
+            for file in files:
+                print(f"{file.name}  {file.size:,} bytes to fetch")
+            total = sum(file.size for file in files)
+            print(f"{total:,} bytes to fetch to {args.out}")
+            return 0
         for file in files:
             (args.out / file.name).unlink(missing_ok=True)  # a damaged one may have the right size
         download(REPO, files, args.out, args.revision, lambda path: check_tokens(path, VOCAB_SIZE))

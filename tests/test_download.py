@@ -363,7 +363,18 @@ def test_a_second_download_to_the_same_folder_is_refused(hub, user):
     assert user.run("0").returncode == 0
 
 
-@pytest.mark.parametrize("flags", [["103"], ["-1"], ["--dry-run"]])
+def test_the_dry_run_says_what_a_download_would_do_and_writes_nothing(hub, user, contents):
+    size = len(contents[VAL])
+    for there, missing in ((0, 3), (2, 1)):
+        if there:
+            user.put(first(contents, 1))
+        done = user.run("2", "--dry-run")
+        assert done.returncode == 0 and not hub.transfers(VAL)
+        assert done.stdout.count("bytes to fetch\n") == missing
+        assert f"\n{missing * size:,} bytes to fetch to " in done.stdout
+
+
+@pytest.mark.parametrize("flags", [["103"], ["-1"], ["--dryrun"]])
 def test_misuse_is_refused(user, flags):
     assert user.run(*flags).returncode == 2
 
