@@ -90,7 +90,7 @@ def test_the_path_is_set_in_two_places():
 
 
 def test_the_drawing_of_the_imports_is_true():
-    text = (ROOT / "CONTRIBUTING.md").read_text()
+    text = (ROOT / "docs/imports.md").read_text()
     drawing = re.search(r"<!-- imports -->\n```\n(.*?)```", text, re.S)[1]
     drawn = {}
     for line in drawing.splitlines():
