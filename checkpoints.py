@@ -6,6 +6,7 @@ contents. It is written under another name and then renamed. It loads at any num
 must see one file system.
 """
 
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -89,6 +90,19 @@ def read_checkpoint(folder: Path, rt) -> dict:
             rt.is_main,
         )
     return facts
+
+
+def restore(kind: type, folder: Path, facts: dict):
+    """The hyperparameters, a dataclass of this kind, of the checkpoint that says facts of itself.
+
+    RunError if its configuration lacks a field.
+    """
+    config, names = facts["config"], {f.name for f in dataclasses.fields(kind)}
+    if missing := names - config.keys():
+        raise RunError(f"{folder} is of another {Path(facts['trainer']).name}, without "
+                       f"{min(missing)}; check out the source that its log holds")  # fmt: skip
+    values = {name: config[name] for name in names}
+    return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
 def fill(folder: Path, tensors: dict[str, Tensor]) -> None:

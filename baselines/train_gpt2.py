@@ -16,7 +16,7 @@ PROCESS_START = time.perf_counter()  # before the slow imports: the ledger count
 import math
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from itertools import islice, repeat
 from pathlib import Path
 
@@ -32,7 +32,7 @@ if str(ROOT) not in sys.path:
 
 from baselines.plan import Layout, capacity, flops_per_token, micro_batch_rows, parameters, planned
 from baselines.sharding import materialize, shard
-from checkpoints import fill
+from checkpoints import fill, restore
 from data.shards import open_shard
 from harness import (
     REFEREE_FILES,
@@ -251,7 +251,7 @@ class GPT2(nn.Module):
         return F.cross_entropy(self.logits(x).flatten(0, 1), targets_BT.flatten())
 
     def loss(self, inputs_BT: Tensor, targets_BT: Tensor) -> Tensor:
-        """Mean cross-entropy, nats a token, fp32."""
+        """Mean cross-entropy, nats per token, fp32."""
         return self.mean_loss(self.stream(inputs_BT), targets_BT)
 
     def draw(self, name: str, values: Tensor, generator: torch.Generator) -> None:
@@ -281,12 +281,9 @@ def load_gpt2(folder: Path, facts: dict) -> GPT2:
 
     RunError if the checkpoint is of another network.
     """
-    config, names = facts["config"], {f.name for f in fields(Hyperparameters)}
-    if missing := names - config.keys():
-        raise RunError(f"{folder} is of another train_gpt2.py, without {min(missing)}; check out "
-                       "the source that its log holds")  # fmt: skip
+    hp = restore(Hyperparameters, folder, facts)
     with torch.device("meta"):
-        model = GPT2(Hyperparameters(**{name: config[name] for name in names}))
+        model = GPT2(hp)
     model.to_empty(device="cpu")
     fill(folder, weights(model))
     return model.eval()

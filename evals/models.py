@@ -15,7 +15,7 @@ from torch import Tensor
 
 import train_gpt
 from baselines.train_gpt2 import load_gpt2
-from checkpoints import load, read_checkpoint
+from checkpoints import load, read_checkpoint, restore
 from harness import RunError, Runtime, Task
 
 BYTES_START, GPT2_START = 256, 50256  # the token that opens a document tells the tokenizer
@@ -81,12 +81,7 @@ class SpeedrunModel(LanguageModel):
     trainer = "train_gpt.py"
 
     def __init__(self, folder: Path, facts: dict, rt: Runtime):
-        config = {k: tuple(v) if isinstance(v, list) else v for k, v in facts["config"].items()}
-        names = {f.name for f in fields(train_gpt.Hyperparameters)}
-        if missing := names - config.keys():
-            raise RunError(f"{folder} is of another train_gpt.py, without {min(missing)}; check "
-                           "out the source that its log holds")  # fmt: skip
-        hp = train_gpt.Hyperparameters(**{name: config[name] for name in names})
+        hp, config = restore(train_gpt.Hyperparameters, folder, facts), facts["config"]
         task = Task(**{f.name: config[f.name] for f in fields(Task) if f.name in config})
         self.model = train_gpt.GPT(hp, task, rt).to(rt.device)
         parameters = {f"model.{name}": p for name, p in self.model.named_parameters()}
