@@ -35,7 +35,7 @@ import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
@@ -590,14 +590,8 @@ class Run:
     checkpoint_is_due. start and finish are carry_out's.
     """
 
-    def __init__(
-        self,
-        settings: Settings,
-        sources: dict[str, str],
-        rt: Runtime,
-        stop: StopRequest,
-        started: float,
-    ):
+    def __init__(self, settings: Settings, sources: dict, rt: Runtime, stop, started: float):
+        """sources: as in execute; stop: a StopRequest; started: perf_counter at first import."""
         self.track, self.task, self.hp, self.options, self.overrides = settings
         self.sources = sources  # the log's, the trainer's own file first
         self.rt, self.stop, self.clock = rt, stop, Stopwatch(started, rt.synchronize)
@@ -609,11 +603,15 @@ class Run:
         name = f"{stamp}_{self.track}_{self.options.slug}_{uuid.uuid4().hex[:8]}"
         self.name = rt.on_main(lambda: name)
         self.log = Log(self.options.log_dir, self.name, self.hp.num_steps)
-        self.validation, self.data_sha256 = Validation(self.task, rt), ""
+        self.data_sha256 = ""
         self.status, self.step, self.tokens, self.curve = "", 0, 0, []  # curve: (train ms, loss)
         self.first_step = self.first_tokens = self.bad_steps = self.graphs = 0
         self.pending = []  # steps whose loss has not been read
         self.flops_per_token, self.micro_batch_seqs = math.nan, 1
+
+    @cached_property
+    def validation(self) -> Validation:
+        return Validation(self.task, self.rt)
 
     def config(self) -> dict:
         """What a checkpoint belongs to: it cannot be resumed with any other. No path counts."""

@@ -69,9 +69,10 @@ SOURCES = {  # what a log embeds
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """How the network is built and trained: option(default, help, least). A record sets no flag."""
+    """How the network is built and trained. A record changes the source, and sets no flag."""
 
     task: str = option("fineweb", "data, validation rows and target: a task of harness.py")
+    # Each is option(default, help, least value).
     # Budget. Of several values, each holds for an equal share of the steps (a stage).
     num_steps: int = option(1500, "optimizer steps", 1)
     batch_tokens: tuple[int, ...] = option((131_072, 262_144, 393_216), "tokens per step, all "
