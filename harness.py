@@ -171,7 +171,9 @@ class Validation:
         """
         total = torch.zeros((), device=self.rt.device, dtype=torch.float64)
         for batch in self.rows.split(batch_rows):
-            inputs_BT, targets_BT = (t.contiguous() for t in (batch[:, :-1], batch[:, 1:]))
+            # Copies, so that strides do not depend on the number of rows: they would recompile.
+            kept = partial(torch.clone, memory_format=torch.contiguous_format)
+            inputs_BT, targets_BT = kept(batch[:, :-1]), kept(batch[:, 1:])
             targets_N, done = targets_BT.flatten().to(self.rt.device), 0
             for logits_NV in predict(inputs_BT.to(self.rt.device)):
                 end = done + len(logits_NV)
