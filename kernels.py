@@ -14,6 +14,7 @@ registers, spills and shared memory.
 from collections import namedtuple
 from importlib.util import find_spec
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -132,11 +133,11 @@ def may_attend(q_index, k_index, q_doc, k_doc, window):
     return (distance >= 0) & (distance < window) & (q_doc == k_doc)
 
 
-def mean_visible_keys(rows_BT: Tensor, document_start: int, window: int) -> float:
+def mean_visible_keys(rows_BT: np.ndarray, document_start: int, window: int) -> float:
     """Mean number of keys that a query of these rows sees through a window."""
-    index = torch.arange(rows_BT.size(1)).expand_as(rows_BT)
-    opened = torch.where(rows_BT == document_start, index, 0).cummax(1).values
-    return (index - opened + 1).clamp(max=window).float().mean().item()
+    index = np.arange(rows_BT.shape[1])
+    opened = np.maximum.accumulate(np.where(rows_BT == document_start, index, 0), axis=1)
+    return float((index - opened + 1).clip(max=window).mean())
 
 
 def dense_mask(docs_BT: Tensor, window: Tensor) -> Tensor:
@@ -265,8 +266,9 @@ def head_loss_and_gradients(
     top = torch.finfo(operand).max  # beyond it some versions of torch cast to NaN
     W_VD = (weight_VD / W_scale).clamp(-top, top).to(operand)
     W_DV = W_VD.T.contiguous()
-    for start in range(0, N, HEAD_CHUNK_TOKENS):
-        rows = slice(start, start + HEAD_CHUNK_TOKENS)
+
+    def add_chunk(rows: slice):
+        """A function of its own, so that a chunk's logits are freed before the next one's."""
         x = (x_ND[rows] / x_scale).clamp(-top, top).to(operand)
         logits = matmul_NT(x, W_VD, x_scale * W_scale, dtype, fast=True)
         grad_NV, grad_VN = logits, None
@@ -274,10 +276,13 @@ def head_loss_and_gradients(
             grad_NV = torch.empty_like(logits, dtype=torch.float8_e5m2)
             grad_VN = grad_NV.new_empty(grad_NV.T.shape)
         chunk = (logits, targets_NJ[rows], weights_J, cap, grad_NV, grad_VN, grad_factor)
-        loss += loss_by_kernel(*chunk).sum() / N
+        loss.add_(loss_by_kernel(*chunk).sum() / N)
         grad_VN = logits.T if grad_VN is None else grad_VN
         dx_ND[rows] = matmul_NT(grad_NV, W_DV, grad_scale * W_scale / N, dtype)
-        dW_VD += matmul_NT(grad_VN, x.T.contiguous(), grad_scale * x_scale / N, torch.float32)
+        dW_VD.add_(matmul_NT(grad_VN, x.T.contiguous(), grad_scale * x_scale / N, torch.float32))
+
+    for start in range(0, N, HEAD_CHUNK_TOKENS):
+        add_chunk(slice(start, start + HEAD_CHUNK_TOKENS))
     return loss, dx_ND, dW_VD
 
 

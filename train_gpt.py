@@ -47,6 +47,7 @@ from harness import (
 )
 from kernels import (
     BLOCK,
+    HEAD_CHUNK_TOKENS,
     Softcap,
     attend,
     attention_mask,
@@ -853,16 +854,13 @@ def make_optimizers(model: GPT, hp: Hyperparameters, rt: Runtime, compile_fn: Ca
 # ------------------------------------------------------------------------------ Train
 
 
-def fixed_bytes(hp: Hyperparameters, vocab: int) -> float:
-    """Memory that does not grow with the batch: weights, gradients and optimizer state."""
+def memory_estimate(hp: Hyperparameters, vocab: int, rows: int) -> float:
+    """Peak bytes on a GPU with so many rows per forward pass; fitted to tools/preflight.py."""
     width, tables = hp.num_heads * hp.head_dim, 2 + hp.num_value_embeds
     matrices = len(hp.layers) * hp.model_dim * (4 * width + 2 * hp.mlp_dim)
-    return 18.0 * (matrices + (tables * vocab + hp.bigram_rows) * hp.model_dim)
-
-
-def bytes_per_token(hp: Hyperparameters, vocab: int) -> float:
-    """Activations kept for the backward pass, bf16 streams of every layer, and the head's share."""
-    return len(hp.layers) * 2 * (16 * hp.model_dim + 2 * hp.mlp_dim) + 6 * vocab
+    weights = 12 * matrices + 16 * (tables * vocab + hp.bigram_rows) * hp.model_dim
+    per_token = 2 * len(hp.layers) * (12 * hp.model_dim + hp.mlp_dim)  # kept for the backward pass
+    return weights + 4 * HEAD_CHUNK_TOKENS * vocab + rows * hp.seq_len * per_token
 
 
 def choose_micro_batch(hp: Hyperparameters, vocab: int, rt: Runtime, asked: int) -> int:
@@ -874,9 +872,9 @@ def choose_micro_batch(hp: Hyperparameters, vocab: int, rt: Runtime, asked: int)
             f"{rows} rows per step cannot be dealt to {rt.world_size} ranks in equal forward "
             f"passes of {asked or 1}; change --nproc_per_node or --micro_batch_seqs"
         )
-    free = 0.9 * rt.memory_bytes - fixed_bytes(hp, vocab)
-    fits = free / (hp.seq_len * bytes_per_token(hp, vocab))
-    return asked or max(n for n in range(1, share + 1) if share % n == 0 and (n <= fits or n == 1))
+    divisors = [n for n in range(1, share + 1) if share % n == 0]
+    fitting = [n for n in divisors if memory_estimate(hp, vocab, n) < 0.9 * rt.memory_bytes]
+    return asked or max(fitting, default=1)
 
 
 class Trainer:
@@ -893,7 +891,8 @@ class Trainer:
             self.micro_seqs * hp.seq_len // task.val_seq_len
         )
         torch.manual_seed(run.options.seed)
-        self.model = GPT(hp, task, rt).to(rt.device)
+        with rt.device:
+            self.model = GPT(hp, task, rt)
         run.micro_batch_seqs, run.flops_per_token = self.micro_seqs, self.flops_per_token()
         run.log.line(f"micro_batch_seqs: {self.micro_seqs} of {hp.seq_len} tokens")
         run.log.line(f"parameters: {sum(p.numel() for p in self.model.parameters())}")
@@ -915,7 +914,9 @@ class Trainer:
         Keys are counted in the first step's rows, as the mean over the stages' windows.
         """
         hp, model, keys = self.hp, self.model, 0.0
-        rows_BT = next(self.batches(0))[0]
+        pieces = shuffled_pieces(hp, self.task, self.run.options.seed)
+        packed = pack_row(pieces, self.micro_seqs * hp.seq_len, hp.document_cap[0])
+        rows_BT = row_tokens(packed, ahead=0).reshape(-1, hp.seq_len)
         groups = parameter_groups(model, hp)
         matrices = [model.lm_head, *groups["attn"].params, *groups["mlp"].params]
         weights = sum(p.numel() for p in matrices)

@@ -16,8 +16,7 @@ from train_gpt import (
     SOURCES,
     TRACKS,
     Trainer,
-    bytes_per_token,
-    fixed_bytes,
+    memory_estimate,
     orthogonalize,
 )
 
@@ -119,7 +118,7 @@ def test_two_steps_are_the_same_with_and_without_warm_up(task):
 @pytest.mark.parametrize("rows", [1, 2, 4, 8])
 def test_peak_memory_stays_below_the_estimate_and_near_it(task, rows):
     vocab = 50304
-    estimate = fixed_bytes(HP, vocab) + rows * HP.seq_len * bytes_per_token(HP, vocab)
+    estimate = memory_estimate(HP, vocab, rows)
     if estimate > 0.9 * torch.cuda.get_device_properties(0).total_memory:
         pytest.skip("more than this GPU has")
     made = trainer(task, micro_batch_seqs=rows)
