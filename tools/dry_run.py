@@ -1,0 +1,465 @@
+"""A run without data or device: what its steps launch and move, and the peak of memory.
+
+Works on a card of tools/fake_gpu.py, which has to be installed before this is imported. The trainer
+is carried out as harness.py does it: made, compiled, warmed up, trained; tensors hold no data.
+Inductor's generated code runs and launches its kernels, each of which is compiled to the last step,
+but none is executed.
+"""
+
+import os
+import re
+import subprocess
+import tempfile
+import weakref
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from functools import cache, wraps
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch._dynamo.utils
+import torch._inductor.compile_fx as compile_fx
+import torch._inductor.runtime.triton_heuristics as heuristics
+import torch.distributed as dist
+import triton
+from torch._dynamo import convert_frame
+from torch._library.custom_ops import OPDEFS
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+from triton.runtime.jit import JITFunction
+
+from harness import Prefetcher, Run, Runtime, Settings, compiled_graphs, warm_up
+from tools.fake_gpu import Card, mock
+
+CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+MAX_SPILL_BYTES = 128  # per thread
+ALLOCATIONS = ("aten::empty", "aten::new_empty", "aten::empty_strided", "aten::empty_like",
+               "aten::new_empty_strided")  # fmt: skip
+PRODUCTS = {"relu_squared_kernel": lambda A, B, post, out, N, M, K: 2 * N * M * K}  # FLOPs
+
+
+class Kernel(NamedTuple):
+    """One configuration of a Triton kernel, as ptxas made it."""
+
+    name: str
+    config: str
+    registers: int  # per thread
+    spilled_bytes: int  # per thread
+    shared_bytes: int  # per program
+    problem: str  # why it cannot be launched, or empty
+
+
+class Launch(NamedTuple):
+    """One operation on the device."""
+
+    name: str
+    moved_bytes: int  # of the tensors that it reads and writes
+    flops: int
+    operand_bytes: int  # of an element that is multiplied; 0: no product
+    wire_bytes: int  # sent to other ranks
+
+
+@dataclass
+class Step:
+    """The launches of one optimizer step, one list per forward and backward pass."""
+
+    step: int
+    passes: list[list[Launch]] = field(default_factory=list)  # the last one ends with the update
+
+
+@dataclass
+class Trace:
+    """What a dry run has seen."""
+
+    rows: int = 0  # per forward pass
+    peak_bytes: int = 0
+    peak_when: str = ""
+    graphs: int = 0
+    recompiled: int = 0
+    steps: list[Step] = field(default_factory=list)
+    kernels: dict[str, list[Kernel]] = field(default_factory=dict)  # configurations by source
+    problems: list[str] = field(default_factory=list)
+
+    def problem(self, text: str) -> None:
+        if text not in self.problems:
+            self.problems.append(text)
+
+
+class DryRun(Run):
+    """A run that validates one batch, and reports to a recorder."""
+
+    def __init__(self, settings: Settings, rt: Runtime, recorder: "Recorder"):
+        super().__init__(settings, {}, rt, stop=None, started=0.0)
+        self.recorder = recorder
+        self.all_rows = self.validation.rows
+
+    def validate(self, predict, batch_rows: int) -> None:
+        self.recorder.begin("validation")
+        self.validation.rows = self.all_rows[:batch_rows]
+        self.validation.loss(predict, batch_rows)
+
+    def end_step(self, loss, tokens: int) -> None:
+        self.step += 1
+        self.recorder.begin("between steps")
+
+    def checkpoint_is_due(self) -> bool:
+        return False
+
+
+class Recorder(TorchDispatchMode):
+    """Counts what every operator and kernel does, and the bytes that are alive at a time."""
+
+    def __init__(self, card: Card, trace: Trace, compile_kernels: bool, keys, tell):
+        """The arguments are those of dry_run."""
+        super().__init__()
+        self.card, self.trace, self.keys, self.tell = card, trace, keys, tell
+        self.phase, self.launches, self.compiling = "build", [], 0
+        self.alive, self.alive_bytes = {}, 0
+        self.threads = ThreadPoolExecutor(os.cpu_count()) if compile_kernels else None
+        self.compilations = {}
+
+    @classmethod
+    def is_infra_mode(cls):  # else compiling under this mode would trace it
+        return True
+
+    def begin(self, phase: str) -> list[Launch]:
+        """What follows belongs to this phase; return the list that its launches go to."""
+        self.phase, self.launches = phase, []
+        return self.launches
+
+    def begin_pass(self, step: int) -> None:
+        steps = self.trace.steps
+        if not steps or steps[-1].step != step:
+            steps.append(Step(step))
+        steps[-1].passes.append(self.begin(f"step {step}"))
+
+    # ---- operators
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs, name = kwargs or {}, func._schema.name
+        if self.compiling:
+            return func(*args, **kwargs)
+        if composite(func):
+            with self:
+                return func.decompose(*args, **kwargs)
+        if (definition := OPDEFS.get(name)) is not None:
+            return self.run_body(definition, func, args, kwargs)
+        outputs = func(*args, **kwargs)
+        inputs, results = tensors((args, kwargs)), tensors(outputs)
+        for tensor in results:
+            self.count_memory(tensor)
+        storages = {t.untyped_storage()._cdata for t in inputs}
+        in_place = func._schema.is_mutable or func.namespace == "c10d"
+        is_view = all(t.untyped_storage()._cdata in storages for t in results)
+        if name in ALLOCATIONS or (is_view and not in_place):
+            return outputs
+        if not any(t.is_cuda for t in inputs + results):
+            return outputs
+        if not has_cuda_kernel(name):
+            self.trace.problem(f"operator {name} has no CUDA kernel")
+        written = [] if results and not is_view else inputs
+        flops = 0
+        if func.overloadpacket in flop_registry:
+            flops = flop_registry[func.overloadpacket](*args, **kwargs, out_val=outputs)
+        operand = min((t.element_size() for t in inputs if t.is_floating_point()), default=4)
+        wire = wire_bytes(name, tensors(args)) if func.namespace == "c10d" else 0
+        label = func.overloadpacket.__name__
+        if flops:  # such as mm 16384x768 768x2304
+            label += "".join(f" {'x'.join(map(str, t.shape))}" for t in inputs[:2])
+        self.launch(label, (*inputs, *results, *written), flops, operand, wire)
+        return outputs
+
+    def run_body(self, definition, func, args, kwargs):
+        """Run a custom operator's own code, and compare its results with its fake kernel's."""
+        with recording_off(self):
+            promised = tensors(func(*args, **kwargs))
+        with self:
+            outputs = definition._init_fn(*args, **kwargs)
+        for i, (fake, real) in enumerate(zip(promised, tensors(outputs), strict=True)):
+            seen = [(tuple(t.shape), t.stride(), t.dtype) for t in (fake, real)]
+            if seen[0] != seen[1]:
+                self.trace.problem(f"{func}, result {i}: its fake kernel says {seen[0]}, its code "
+                                   f"makes {seen[1]}")  # fmt: skip
+        del promised
+        return outputs
+
+    def launch(self, name, used, flops=0, operand_bytes=0, wire=0) -> None:
+        """used: the tensors that are read or written, each as often as it is."""
+        moved = sum(t.numel() * t.element_size() for t in used)
+        self.launches.append(Launch(name, moved, flops, operand_bytes if flops else 0, wire))
+
+    # ---- memory
+
+    def count_memory(self, tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, -(-storage.nbytes() // 512) * 512
+        if key in self.alive or not tensor.is_cuda:
+            return
+        self.alive[key] = size
+        self.alive_bytes += size
+        if self.alive_bytes > self.trace.peak_bytes:
+            self.trace.peak_bytes, self.trace.peak_when = self.alive_bytes, self.phase
+        weakref.finalize(storage, self.free, key)
+
+    def free(self, key: int) -> None:
+        self.alive_bytes -= self.alive.pop(key, 0)
+
+    # ---- Triton kernels
+
+    def compile(self, key: str, name: str, work) -> None:
+        """Run work(), which compiles a kernel, in a thread, unless it was run already."""
+        if self.threads is not None and key not in self.compilations:
+            self.compilations[key] = name, self.threads.submit(work)
+
+    def finish_compiling(self) -> None:
+        self.tell(f"compiling {len(self.compilations)} kernels")
+        for name, done in self.compilations.values():
+            if error := done.exception():
+                reason = str(error).strip().splitlines()[0]
+                self.trace.problem(f"kernel {name} does not compile: {reason}")
+        for kernels in self.trace.kernels.values():
+            if all(k.problem for k in kernels):
+                self.trace.problem(f"kernel {kernels[0].name}: {kernels[0].problem}")
+
+    def add_kernel(self, key: str, name: str, config: str, binary, warps: int) -> None:
+        registers, spilled = resources(binary.asm["cubin"])
+        shared, problem = binary.metadata.shared, ""
+        if shared > self.card.shared_bytes:
+            problem = f"needs {shared} B of shared memory, {self.card.name} has " \
+                      f"{self.card.shared_bytes}"  # fmt: skip
+        elif registers * warps * 32 > 65536:
+            problem = f"needs {registers} registers for each of {warps * 32} threads"
+        elif spilled > MAX_SPILL_BYTES:
+            problem = f"spills {spilled} B per thread"
+        kernel = Kernel(name, config, registers, spilled, shared, problem)
+        self.trace.kernels.setdefault(key, []).append(kernel)
+
+    def inductor_launch(self, autotuner, args) -> None:
+        name = autotuner.inductor_meta.get("kernel_name", autotuner.fn.__name__)
+        self.compile(str(id(autotuner)), name, lambda: self.compile_autotuner(autotuner, name))
+        used = []
+        for parameter, argument in zip(autotuner.fn.arg_names, args, strict=False):
+            if isinstance(argument, torch.Tensor):
+                used += [argument] * (2 if parameter.startswith("in_out") else 1)
+        if problem := list_strides(autotuner, args):
+            self.trace.problem(f"kernel {name}: {problem}")
+        flops = 0
+        if "flex_attention" in name and "arg_Q" in (parameters := autotuner.fn.arg_names):
+            queries = args[parameters.index("arg_Q")].numel()  # backward: 5 products, forward: 2
+            per_key = 10 if "backward" in name else 4
+            flops = int(per_key * queries * self.keys(self.run.step))
+        self.launch(name, used, flops, 2)
+
+    def compile_autotuner(self, autotuner, name: str) -> None:
+        autotuner._precompile_worker()
+        for result in autotuner.compile_results:
+            config = result.config
+            self.add_kernel(str(id(autotuner)), name, str(config), result.kernel, config.num_warps)
+
+    def user_launch(self, kernel: JITFunction, run, args, grid, options) -> None:
+        """A kernel that the project wrote: compile it for such arguments."""
+        name, described = kernel.fn.__name__, []
+        for a in args:
+            is_tensor = isinstance(a, torch.Tensor)
+            described.append(a.dtype if is_tensor else type(a))
+        key = f"{name} {described} {options}"
+
+        def work():
+            metas = [torch.empty_strided(a.shape, a.stride(), dtype=a.dtype, device="meta")
+                     if isinstance(a, torch.Tensor) else a for a in args]  # fmt: skip
+            binary = run(kernel, *metas, grid=grid, warmup=True, **options)
+            self.add_kernel(key, name, str(options), binary, options.get("num_warps", 4))
+
+        with _disable_current_modes():
+            self.compile(key, name, work)
+        flops = PRODUCTS[name](*args) if name in PRODUCTS else 0
+        self.launch(name, tensors(args), flops, 2)
+
+
+def tensors(tree) -> list[torch.Tensor]:
+    """The distinct tensors of a nest of containers."""
+    return list({id(t): t for t in tree_leaves(tree) if isinstance(t, torch.Tensor)}.values())
+
+
+@cache
+def composite(func) -> bool:
+    """Whether an operator is made of others, which are what is launched."""
+    key = torch._C.DispatchKey.CompositeImplicitAutograd
+    return func.namespace == "aten" and func.has_kernel_for_dispatch_key(key)
+
+
+@cache
+def cuda_kernels() -> set[str]:
+    """Names of torch's own operators that run on CUDA, which a CPU build cannot say."""
+    table = "torchgen/packaged/ATen/native/native_functions.yaml"
+    text, names = (Path(torch.__file__).parent.parent / table).read_text(), set()
+    for entry in re.split(r"^- func: ", text, flags=re.M)[1:]:
+        keys = ",".join(re.findall(r"^    ([A-Z][\w, ]*):", entry, re.M))
+        runs = "CUDA" in keys or "Composite" in keys or "structured_delegate:" in entry
+        if runs or "  dispatch:" not in entry:
+            names.add("aten::" + re.match(r"\w+", entry)[0])
+    return names
+
+
+def has_cuda_kernel(name: str) -> bool:
+    namespace = name.partition("::")[0]
+    if namespace == "aten":
+        return name in cuda_kernels()
+    return namespace in ("prims", "c10d", "_c10d_functional", "inductor")
+
+
+@contextmanager
+def recording_off(recorder: Recorder):
+    recorder.compiling += 1
+    try:
+        yield
+    finally:
+        recorder.compiling -= 1
+
+
+def wire_bytes(name: str, exchanged: list[torch.Tensor]) -> int:
+    """What one rank sends in a collective, of ring algorithms."""
+    n, sizes = dist.get_world_size(), [t.numel() * t.element_size() for t in exchanged]
+    if "allreduce" in name:
+        return 2 * (n - 1) * sum(sizes) // n
+    if "broadcast" in name:
+        return sum(sizes)
+    return (n - 1) * max(sizes, default=0) // n  # gathers and scatters; the larger one is whole
+
+
+def resources(cubin: bytes) -> tuple[int, int]:
+    """(registers, bytes of local memory) of a thread."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [CUOBJDUMP, "-res-usage", file.name]
+        output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    found = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", output)
+    return int(found[1]), max(int(found[2]), int(found[3]))
+
+
+def list_strides(autotuner, args) -> str:
+    """What is wrong with the strides at which FlexAttention's kernel reads its lists of blocks.
+
+    It goes from row to row by the stride of the heads' dimension, which need not be that of rows.
+    """
+    source, wrong = autotuner.fn.src, []
+    constants = dict(re.findall(r"^ *(SPARSE_Z|SPARSE_HQ|stride_\w+_h) = (\d+)$", source, re.M))
+    if int(constants.get("SPARSE_Z", 1)) == 1:
+        return ""
+    for parameter, lists in zip(autotuner.fn.arg_names, args, strict=False):
+        stride = f"stride_{parameter.removeprefix('arg_').lower()}_h"
+        if stride in constants:
+            per_row = int(constants["SPARSE_HQ"]) * int(constants[stride])
+            if lists.stride(0) != per_row:
+                wrong.append(f"{stride} = {constants[stride]} leads {per_row} elements on, a row "
+                             f"has {lists.stride(0)}")  # fmt: skip
+    return "reads the block lists of another row: " + "; ".join(wrong) if wrong else ""
+
+
+@contextmanager
+def recording(recorder: Recorder):
+    """Let Inductor's and Triton's launches, and the trainer's batches, come to the recorder."""
+    run = JITFunction.run
+
+    def triton_run(kernel, *args, grid, warmup, **options):
+        if warmup:
+            return run(kernel, *args, grid=grid, warmup=True, **options)
+        return recorder.user_launch(kernel, run, args, grid, options)
+
+    def prefetch(self, pairs, rt, depth=4):
+        self.pairs, self.rt = pairs, rt
+
+    def next_batch(self):
+        recorder.begin_pass(recorder.run.step)
+        pair = next(self.pairs)
+        return [torch.empty(t.shape, dtype=t.dtype, device=self.rt.device) for t in pair]
+
+    def lowered(compile_graph):
+        @wraps(compile_graph)
+        def compile_graph_unrecorded(*args, **kwargs):
+            recorder.tell(f"{recorder.phase}: compiling graph {compiled_graphs()}")
+            with recording_off(recorder):
+                return compile_graph(*args, **kwargs)
+
+        return compile_graph_unrecorded
+
+    autotuner, why = heuristics.CachingAutotuner, "kernels are compiled and counted, not launched"
+    changes = [
+        (autotuner, "precompile", lambda self, *args, **kwargs: None),
+        (autotuner, "run", lambda self, *args, **kwargs: recorder.inductor_launch(self, args)),
+        (JITFunction, "run", triton_run),
+        (Prefetcher, "__init__", prefetch),
+        (Prefetcher, "__next__", next_batch),
+        (compile_fx, "compile_fx_inner", lowered(compile_fx.compile_fx_inner)),
+        (convert_frame.ConvertFrame, "__call__", lowered(convert_frame.ConvertFrame.__call__)),
+        (convert_frame.ConvertFrameAssert, "__call__",
+         lowered(convert_frame.ConvertFrameAssert.__call__)),
+    ]  # fmt: skip
+    kept = [(owner, name, getattr(owner, name, None)) for owner, name, _ in changes]
+    try:
+        for owner, name, value in changes:
+            mock(owner, name, value, why)
+        yield
+    finally:
+        for owner, name, value in kept:
+            setattr(owner, name, value)
+
+
+@contextmanager
+def ranks(count: int):
+    """This process as rank 0 of so many, which exchange nothing."""
+    if count == 1:
+        yield
+        return
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    join = dist.init_process_group
+    kept = {name: os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(count)}
+    dist.init_process_group = lambda backend: join(
+        "fake", rank=0, world_size=count, store=FakeStore()
+    )
+    try:
+        yield
+    finally:
+        dist.init_process_group = join
+        for name, value in kept.items():
+            os.environ.pop(name) if value is None else os.environ.update({name: value})
+        dist.destroy_process_group()
+
+
+def dry_run(
+    make_trainer, settings: Settings, card: Card, cards: int, compile_kernels: bool, keys, tell
+) -> Trace:
+    """Carry out a run of settings, whose shards must be there, on so many cards.
+
+    keys(step): keys that FlexAttention multiplies a query with; tell(text): is told what is being
+    done.
+    """
+    trace = Trace()
+    recorder = Recorder(card, trace, compile_kernels, keys, tell)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    with ExitStack() as stack:
+        stack.enter_context(ranks(cards))
+        recorder.run = run = DryRun(settings, Runtime(), recorder)
+        stack.enter_context(recording(recorder))
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        stack.enter_context(recorder)
+        trainer = make_trainer(run)
+        recorder.begin("warm-up")
+        warm_up(run, trainer)
+        trace.graphs = compiled_graphs()
+        trainer.train()
+        trace.rows, trace.recompiled = run.micro_batch_seqs, compiled_graphs() - trace.graphs
+        recorder.finish_compiling()
+    for reason, count in torch._dynamo.utils.counters["graph_break"].items():
+        trace.problem(f"graph break, {count} times: {reason.strip().splitlines()[0]}")
+    if trace.recompiled:
+        trace.problem(f"{trace.recompiled} graphs are compiled again in the timed part")
+    return trace

@@ -1,0 +1,267 @@
+"""A GPU that is not there: everything that must be pretended to trace and compile for one.
+
+    library = load_guard()          before torch is imported
+    install(CARDS["H100"], library) before the trainer is imported
+
+Dynamo, AOTAutograd, Inductor and Triton then run as on that card, down to ptxas; tensors are fake
+(FakeTensorMode) and hold no data. Every mock stands here with its reason. For torch 2.11 to 2.13,
+with or without CUDA, on Linux.
+"""
+
+import ctypes
+import hashlib
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
+
+from tools.cli import ToolError
+
+TESTED = ("2.11", "2.12", "2.13")
+GUARD = Path(__file__).with_name("fake_gpu.cpp")
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "photofinish")
+
+
+class Card(NamedTuple):
+    """From the makers' data sheets; bandwidths per direction."""
+
+    name: str  # as torch.cuda.get_device_name gives it
+    capability: tuple[int, int]
+    processors: int
+    memory_bytes: int
+    shared_bytes: int  # most that one program may have
+    bf16_tflops: float  # dense; fp8 twice that
+    fp32_tflops: float
+    memory_gb_per_s: float
+    link_gb_per_s: float  # to the other cards of its machine
+
+
+CARDS = {
+    "H100": Card("NVIDIA H100 80GB HBM3", (9, 0), 132, 85_017_755_648, 232_448, 989, 67, 3350, 450),
+    "H200": Card("NVIDIA H200", (9, 0), 132, 150_109_880_320, 232_448, 989, 67, 4800, 450),
+    "A100": Card("NVIDIA A100-SXM4-80GB", (8, 0), 108, 85_097_971_712, 166_912, 312, 19.5, 2039,
+                 300),
+    "4090": Card("NVIDIA GeForce RTX 4090", (8, 9), 128, 25_386_352_640, 101_376, 165, 82.6, 1008,
+                 32),
+}  # fmt: skip
+
+
+def check_machine() -> None:
+    """ToolError where nothing can be compiled for a GPU."""
+    if sys.platform != "linux":
+        raise ToolError("Triton compiles on Linux only; run this in a container: docs/gpus.md")
+    if importlib.util.find_spec("triton") is None:
+        raise ToolError("triton is not installed, which a CPU build of torch leaves out; run: "
+                        f"{sys.executable} -m pip install triton==3.7.1")  # fmt: skip
+    for compiler in ("g++", "gcc"):
+        if not shutil.which(compiler):
+            raise ToolError(f"there is no {compiler}, which torch.compile needs; run: "
+                            "apt install g++")  # fmt: skip
+    if numbers(release := torch_release()) < numbers(TESTED[0]):
+        raise ToolError(f"torch {release} is too old; run: {sys.executable} -m pip install "
+                        "torch==2.13.0")  # fmt: skip
+
+
+def numbers(release: str) -> tuple[int, ...]:
+    return tuple(map(int, release.split(".")))
+
+
+def torch_release() -> str:
+    """Such as 2.13."""
+    try:
+        return ".".join(version("torch").split(".")[:2])
+    except PackageNotFoundError:
+        raise ToolError("torch is not installed; run: ./run.sh test --collect-only") from None
+
+
+def load_guard() -> ctypes.CDLL:
+    """Build fake_gpu.cpp once for each version of torch, and load it."""
+    torch_root = Path(importlib.util.find_spec("torch").origin).parent
+    digest = hashlib.sha256(GUARD.read_bytes() + version("torch").encode()).hexdigest()
+    library = CACHE / f"fake_gpu-{digest[:12]}.so"
+    if not library.exists():
+        library.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = library.with_suffix(f".{os.getpid()}")
+        include = torch_root / "include"
+        done = subprocess.run(
+            ["g++", "-O1", "-shared", "-fPIC", "-std=c++20", f"-I{include}",
+             f"-I{include}/torch/csrc/api/include", GUARD, "-o", unfinished,
+             f"-L{torch_root}/lib", "-lc10", "-ltorch_cpu", f"-Wl,-rpath,{torch_root}/lib"],
+            capture_output=True, text=True,
+        )  # fmt: skip
+        if done.returncode:
+            raise ToolError(f"g++ could not build {GUARD.name} against torch {version('torch')}:\n"
+                            f"{done.stderr.strip()[-1000:]}")  # fmt: skip
+        unfinished.rename(library)
+    return ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
+
+
+def mock(owner, name: str, value, why: str) -> None:
+    """Replace an attribute that this version of torch must have; ToolError where it has none."""
+    if not hasattr(owner, name):
+        where = getattr(owner, "__name__", type(owner).__name__)
+        raise ToolError(f"torch {version('torch')} has no {where}.{name}, for which "
+                        f"tools/fake_gpu.py has a stand-in ({why}); it is written for torch "
+                        f"{TESTED[0]} to {TESTED[-1]}")  # fmt: skip
+    setattr(owner, name, value)
+
+
+def returns(value):
+    """A function object of its own each time: Dynamo's tables know functions by identity."""
+    return lambda *args, **kwargs: value
+
+
+def install(card: Card, library: ctypes.CDLL) -> None:
+    """Make torch and Triton believe in the card; call it before torch is used."""
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a card that is here stays out of it
+    os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels are not compiled
+    # Workers of Inductor would lack the mocks, and its caches would mix this card with a real one.
+    os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
+    os.environ["TORCHINDUCTOR_FX_GRAPH_CACHE"] = os.environ["TORCHINDUCTOR_AUTOGRAD_CACHE"] = "0"
+    os.environ["TORCHINDUCTOR_USE_STATIC_CUDA_LAUNCHER"] = "0"  # it drops what ptxas made
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(CACHE / "preflight" / "inductor")
+    os.environ["TRITON_CACHE_DIR"] = str(CACHE / "preflight" / "triton")
+    import torch
+    import torch._dynamo
+    import torch._inductor.compile_fx  # before the mocks: their tables hold torch.cuda's functions
+
+    library.install_guard()
+    mock_cuda(torch, card)
+    mock_tensors(torch)
+    mock_inductor(torch, card)
+    mock_triton(torch, card)
+
+
+def mock_cuda(torch, card: Card) -> None:
+    """What torch.cuda tells about the device."""
+    from torch._dynamo.device_interface import CudaInterface
+
+    threads = 2048 if card.capability in ((8, 0), (9, 0)) else 1536
+    properties = SimpleNamespace(
+        name=card.name, major=card.capability[0], minor=card.capability[1], gcnArchName=card.name,
+        total_memory=card.memory_bytes, multi_processor_count=card.processors,
+        shared_memory_per_block=49152, shared_memory_per_block_optin=card.shared_bytes,
+        shared_memory_per_multiprocessor=card.shared_bytes + 1024, regs_per_multiprocessor=65536,
+        max_threads_per_multi_processor=threads, max_threads_per_block=1024, warp_size=32,
+    )  # fmt: skip
+    answers = {
+        "is_available": True, "_is_compiled": True, "is_initialized": True, "device_count": 1,
+        "current_device": 0, "is_current_stream_capturing": False, "is_bf16_supported": True,
+        "is_tf32_supported": True, "get_device_capability": card.capability,
+        "get_device_properties": properties, "get_device_name": card.name,
+        "get_arch_list": ["sm_{}{}".format(*card.capability)], "memory_allocated": 0,
+        "max_memory_allocated": 0, "memory_reserved": 0, "_exchange_device": 0,
+        "_maybe_exchange_device": 0,
+    }  # fmt: skip
+    answers |= dict.fromkeys(
+        ("init", "_lazy_init", "_lazy_call", "synchronize", "reset_peak_memory_stats",
+         "empty_cache", "manual_seed", "manual_seed_all", "set_rng_state", "set_device")
+    )  # fmt: skip
+    for name, answer in answers.items():
+        mock(torch.cuda, name, returns(answer), "there is no driver to ask")
+    stream = SimpleNamespace(cuda_stream=0, stream_id=0, device_index=0, device_type=1,
+                             device=torch.device("cuda", 0), synchronize=returns(None),
+                             wait_stream=returns(None), wait_event=returns(None))  # fmt: skip
+    mock(torch.cuda, "current_stream", returns(stream), "the one stream")
+    mock(torch.cuda, "get_rng_state", lambda device=0: torch.zeros(16, dtype=torch.uint8),
+         "Dynamo keeps the generator's state")  # fmt: skip
+    interface = ("current_device", "set_device", "device_count", "synchronize", "is_available",
+                 "get_device_properties", "current_stream", "is_bf16_supported")  # fmt: skip
+    for name in interface:
+        mock(CudaInterface, name, staticmethod(getattr(torch.cuda, name)), "as torch.cuda")
+    for name in ("exchange_device", "maybe_exchange_device", "get_raw_stream"):
+        mock(CudaInterface, name, staticmethod(returns(0)), "device 0, stream 0")
+    for name in ("_cuda_getCurrentRawStream", "_cuda_getDevice", "_cuda_setDevice"):
+        setattr(torch._C, name, returns(0))  # a CPU build has none of them
+    torch._C._ensureCUDADeviceGuardSet = returns(None)  # would put a CUDA build's guard back
+    torch.version.cuda = torch.version.cuda or "13.0"  # Inductor asks for features by it
+
+
+def mock_tensors(torch) -> None:
+    """What touches the memory of tensors that have none."""
+    import torch._C._dynamo.guards as guards
+    import torch._subclasses.fake_tensor as fake_tensor
+
+    def empty(device):
+        def allocate(size, stride, dtype):
+            return torch.empty_strided(size, stride, dtype=dtype, device=device)
+
+        return allocate
+
+    def reinterpret(tensor, size, stride, offset=0):
+        return torch.as_strided(tensor, size, stride, tensor.storage_offset() + offset)
+
+    why = "generated code calls it on tensors, in C++, which passes FakeTensorMode by"
+    mock(guards, "_empty_strided_cuda", empty("cuda:0"), why)
+    mock(guards, "_empty_strided_cpu", empty("cpu"), why)
+    mock(guards, "_reinterpret_tensor", reinterpret, why)
+    mock(guards, "assert_alignment", returns(None), "there is no address")
+    mock(fake_tensor, "init_gpu_context", returns(None), "there is no context")
+    mock(fake_tensor.FakeTensorMode, "avoid_device_init", property(returns(True)),
+         "a CUDA build would start the driver")  # fmt: skip
+    mock(fake_tensor.FakeTensor, "item", returns(0.0), "there is no value")
+
+
+def mock_inductor(torch, card: Card) -> None:
+    """What Inductor would ask the device, measure on it, or compute there."""
+    from torch._inductor import compile_fx, constant_folding, output_code, utils
+    from torch._inductor.fx_passes import joint_graph, pad_mm
+
+    why = "it looks at addresses, of which there are none"
+    for module in (utils, compile_fx):
+        mock(module, "copy_misaligned_inputs", returns(([], [])), why)
+    for module in (utils, compile_fx, output_code):
+        mock(module, "align_inputs_from_check_idxs", lambda model, *args, **kwargs: model, why)
+    mock(pad_mm, "_should_pad", returns(False), "it times products on the GPU to decide")
+    mock(utils, "get_device_tflops", returns(card.bf16_tflops), "known from the data sheet")
+    mock(utils, "get_gpu_dram_gbps", returns(card.memory_gb_per_s), "known from the data sheet")
+    for folder in (joint_graph.UniformValueConstantFolder, constant_folding.ConstantFolder):
+        mock(folder, "_deduce_value", on_cpu(torch, folder._deduce_value),
+             "it computes constants on the graph's device")  # fmt: skip
+
+
+def on_cpu(torch, function):
+    """function, in which everything that would be made on the GPU is made on the CPU."""
+    from torch.utils import _pytree as pytree
+    from torch.utils._python_dispatch import TorchDispatchMode
+
+    def moved(x):
+        is_cuda = isinstance(x, torch.device) and x.type == "cuda"
+        return torch.device("cpu") if is_cuda else x
+
+    class OnCPU(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            args, kwargs = pytree.tree_map(moved, (args, kwargs or {}))
+            return func(*args, **kwargs)
+
+    def on_cpu_function(*args, **kwargs):
+        with OnCPU():
+            return function(*args, **kwargs)
+
+    return on_cpu_function
+
+
+def mock_triton(torch, card: Card) -> None:
+    """Triton's driver, which says what to compile for."""
+    import torch._inductor.runtime.triton_helpers as triton_helpers
+    import triton
+    from triton.backends.compiler import GPUTarget
+
+    major, minor = card.capability
+    limits = dict(max_shared_mem=card.shared_bytes, multiprocessor_count=card.processors,
+                  max_num_regs=65536, warpSize=32)  # fmt: skip
+    driver = SimpleNamespace(
+        get_current_target=lambda: GPUTarget("cuda", 10 * major + minor, 32),
+        get_current_device=returns(0), get_current_stream=returns(0),
+        set_current_device=returns(None), get_benchmarker=returns(None),
+        get_device_interface=lambda: torch.cuda,
+        get_active_torch_device=lambda: torch.device("cuda", 0),
+        utils=SimpleNamespace(get_device_properties=returns(limits)),
+    )  # fmt: skip
+    triton.runtime.driver.set_active(driver)
+    mock(triton_helpers, "set_driver_to_gpu", returns(None), "it would look for a real driver")

@@ -1,0 +1,294 @@
+"""Compile a whole training run for a GPU that is not here, and say what it would need.
+
+    ./run.sh tools/preflight.py --gpu H100 --track fineweb
+    ./run.sh tools/preflight.py --gpu 4090 --rows 1 --price 0.40 --model_dim 640
+    ./run.sh tools/preflight.py --entry baselines/train_gpt2.py --track 124M
+
+Needs no GPU. Every graph of training, validation and optimizers is compiled down to ptxas, for one
+card, and every stage of the schedule is run on tensors without data; then the same run is lowered
+for eight cards. Says what fails; registers, spills and shared memory; graph breaks and
+recompilations; peak memory; bytes that cross the wire; and a roofline: the time that each operation
+needs for its arithmetic or its memory traffic, whichever is longer, as if all ran at the card's
+peak, one after another. No step is faster than that; a real one is slower. Attention counts as if
+each row were one document. Takes every flag of the trainer. Exit code: 0, or 1 on a failure.
+"""
+
+import dataclasses
+import importlib
+import json
+import sys
+import tempfile
+import threading
+import time
+from collections import Counter
+from contextlib import contextmanager
+from pathlib import Path
+
+import bootstrap
+import numpy as np
+
+from data.shards import write_shard
+from flags import RunError
+from tools.cli import ToolError, finish, flag_parser, tell
+from tools.fake_gpu import CARDS, TESTED, Card, check_machine, install, load_guard, torch_release
+
+GIB = 2**30
+STEPS_PER_STAGE = 2
+DOCUMENT_TOKENS = 600  # of the made-up shards
+
+
+class Progress:
+    """What is being done and for how long, as a line whose clock moves."""
+
+    def __init__(self):
+        self.start, self.text, self.ended = time.perf_counter(), "starting", threading.Event()
+        self.to_terminal = sys.stderr.isatty()
+
+    def __call__(self, text: str) -> None:
+        if text != self.text and not self.to_terminal:
+            print(self.line(text), file=sys.stderr, flush=True)
+        self.text = text
+
+    def line(self, text: str) -> str:
+        return f"[{time.perf_counter() - self.start:4.0f} s] {text}"
+
+    def tick(self) -> None:
+        while not self.ended.wait(0.5):
+            print(f"\r\033[K{self.line(self.text):.78}", end="", file=sys.stderr, flush=True)
+        print("\r\033[K", end="", file=sys.stderr, flush=True)
+
+    @contextmanager
+    def shown(self):
+        thread = threading.Thread(target=self.tick) if self.to_terminal else None
+        if thread:
+            thread.start()
+        try:
+            yield
+        finally:
+            self.ended.set()
+            if thread:
+                thread.join()
+
+
+def load_trainer(entry: str):
+    """The module of a trainer; ToolError if it cannot be imported."""
+    path = Path(entry).resolve()
+    root = Path(bootstrap.ROOT)
+    if not path.is_file() or not path.is_relative_to(root):
+        raise ToolError(f"{entry} is no trainer of {root}; run the preflight.py beside it")
+    try:
+        return importlib.import_module(".".join(path.relative_to(root).with_suffix("").parts))
+    except (Exception, SystemExit) as error:
+        raise ToolError(f"{entry} cannot be imported: {type(error).__name__}: {error}") from error
+
+
+def stages(hp) -> int:
+    """Into how many parts of equal settings the schedules cut the run."""
+    values = vars(hp).items()
+    return max(len(v) if isinstance(v, tuple) and "betas" not in k else 1 for k, v in values)
+
+
+def shortened(settings, rows: int, folder: Path):
+    """The same run with two steps per stage, on made-up shards in folder."""
+    hp = dataclasses.replace(settings.hp, num_steps=STEPS_PER_STAGE * stages(settings.hp),
+                             val_every=STEPS_PER_STAGE)  # fmt: skip
+    most = max(hp.batch_tokens) if isinstance(hp.batch_tokens, tuple) else hp.batch_tokens
+    task = settings.task
+    for kind, count in (("train", 4 * hp.num_steps * most), ("val", 2 * task.val_tokens)):
+        tokens = np.zeros(count + hp.seq_len, np.uint16)
+        tokens[::DOCUMENT_TOKENS] = task.document_start
+        write_shard(folder / f"{kind}.bin", tokens)
+    task = dataclasses.replace(task, train_files=str(folder / "train.bin"),
+                               val_files=str(folder / "val.bin"))  # fmt: skip
+    options = dataclasses.replace(settings.options, micro_batch_seqs=rows)
+    return settings._replace(hp=hp, task=task, options=options)
+
+
+def attention_keys(module, hp):
+    """A function of the step: keys per query that FlexAttention multiplies, as whole blocks."""
+
+    def keys(step: int) -> float:
+        counts = []
+        for layer in module.parse_layers(hp):
+            if layer.attends:
+                window = hp.at(hp.window_tokens, step) // (1 if layer.is_long else 2)
+                counts.append(module.BLOCK * (1 + -(-(window - 1) // module.BLOCK)))
+        return sum(counts) / len(counts)
+
+    return keys if hasattr(module, "parse_layers") else lambda step: 0.0
+
+
+# ------------------------------------------------------------------------------ Roofline
+
+
+def bounds_ms(launch, card: Card) -> tuple[float, float]:
+    """Milliseconds that its memory traffic and its arithmetic need at the card's peak."""
+    peaks = {1: 2 * card.bf16_tflops, 2: card.bf16_tflops}
+    tflops = peaks.get(launch.operand_bytes, card.fp32_tflops)
+    return launch.moved_bytes / card.memory_gb_per_s / 1e6, launch.flops / tflops / 1e9
+
+
+def by_stage(trace, num_stages: int) -> list[list]:
+    """The launches of each stage's steps."""
+    found = [[] for _ in range(num_stages)]
+    for step in trace.steps:
+        stage = min(step.step // STEPS_PER_STAGE, num_stages - 1)
+        found[stage] += [launch for launches in step.passes for launch in launches]
+    return found
+
+
+def roofline(trace, card: Card, cards: int, settings) -> dict:
+    """Milliseconds per step of each stage, bytes on the wire, and seconds of the whole run."""
+    launches = by_stage(trace, stages(settings.hp))
+    device = [sum(max(bounds_ms(a, card)) for a in s) / STEPS_PER_STAGE for s in launches]
+    wire = [sum(a.wire_bytes for a in s) / STEPS_PER_STAGE for s in launches]
+    total = [d + w / card.link_gb_per_s / 1e6 for d, w in zip(device, wire, strict=True)]
+    return {
+        "cards": cards, "rows_per_pass": trace.rows, "peak_bytes": trace.peak_bytes,
+        "passes_per_step": [len(s.passes) for s in trace.steps[::STEPS_PER_STAGE]],
+        "step_ms": total, "wire_bytes_per_step": wire,
+        "run_s": sum(total) / len(total) * settings.hp.num_steps / 1e3,
+    }  # fmt: skip
+
+
+def longest(trace, card: Card, num_stages: int, count: int) -> list[dict]:
+    """The operations that take most of the last stage's roofline, per step."""
+    total, memory, arithmetic, times = Counter(), Counter(), Counter(), Counter()
+    for launch in by_stage(trace, num_stages)[-1]:
+        by_memory, by_arithmetic = bounds_ms(launch, card)
+        total[launch.name] += max(by_memory, by_arithmetic) / STEPS_PER_STAGE
+        memory[launch.name] += by_memory / STEPS_PER_STAGE
+        arithmetic[launch.name] += by_arithmetic / STEPS_PER_STAGE
+        times[launch.name] += 1
+    whole = sum(total.values())
+    return [
+        {"name": name, "ms": ms, "share": ms / whole, "launches": times[name] / STEPS_PER_STAGE,
+         "memory_ms": memory[name], "arithmetic_ms": arithmetic[name],
+         "bound": "memory" if memory[name] > arithmetic[name] else "arithmetic"}
+        for name, ms in total.most_common(count)
+    ]  # fmt: skip
+
+
+# ------------------------------------------------------------------------------ Report
+
+
+def collect(own, settings, card: Card, traces: dict, seconds: float) -> dict:
+    """Everything that is reported, for --json."""
+    one, num_stages = traces[1], stages(settings.hp)
+    kernels = [k for configs in one.kernels.values() for k in configs if not k.problem]
+    problems = [p for trace in traces.values() for p in trace.problems]
+    if one.peak_bytes > card.memory_bytes:
+        problems.append(f"needs {one.peak_bytes / GIB:.1f} GiB with {one.rows} rows per pass, "
+                        f"{card.name} has {card.memory_bytes / GIB:.1f}")  # fmt: skip
+    lines = [roofline(trace, card, cards, settings) for cards, trace in traces.items()]
+    for line in lines:
+        if own.price is not None:
+            line["run_dollars"] = line["run_s"] / 3600 * line["cards"] * own.price
+    return {
+        "entry": own.entry, "track": settings.track, "card": card._asdict(),
+        "torch": torch_release(), "seconds": seconds, "problems": list(dict.fromkeys(problems)),
+        "graphs": one.graphs, "recompiled": one.recompiled, "stages": num_stages,
+        "kernels": [k._asdict() for k in kernels], "peak_when": one.peak_when,
+        "rooflines": lines, "longest": longest(one, card, num_stages, 5),
+    }  # fmt: skip
+
+
+def report(found: dict, card: Card) -> list[str]:
+    """One screen of text."""
+    major, minor = card.capability
+    lines = [f"{found['entry']} --track {found['track']} on {card.name} (sm_{major}{minor}), torch "
+             f"{found['torch']}: {found['seconds']:.0f} s"]  # fmt: skip
+    lines.append(f"graphs    {found['graphs']} compiled; {found['recompiled']} again over "
+                 f"{found['stages']} stages")  # fmt: skip
+    if kernels := found["kernels"]:
+        spilled = max(kernels, key=lambda k: k["spilled_bytes"])
+        shared = max(k["shared_bytes"] for k in kernels)
+        lines.append(
+            f"kernels   {len(kernels)} configurations; registers up to "
+            f"{max(k['registers'] for k in kernels)}, shared memory up to {shared >> 10} of "
+            f"{card.shared_bytes >> 10} KiB, spills up to {spilled['spilled_bytes']} B"
+            + (f" ({spilled['name']:.40})" if spilled["spilled_bytes"] else "")
+        )
+    lines.append(f"memory    of {card.memory_bytes / GIB:.1f} GiB, peak in {found['peak_when']}")
+    heads = [f"stage {i + 1}" for i in range(found["stages"])]
+    heads = " ".join(f"{head:>8}" for head in heads)
+    lines.append(f"roofline  cards  rows  peak GiB  {heads} ms/step       run  wire MB/step")
+    for line in found["rooflines"]:
+        times = " ".join(f"{ms:8.1f}" for ms in line["step_ms"])
+        wire = sum(line["wire_bytes_per_step"]) / found["stages"] / 1e6
+        price = f"   ${line['run_dollars']:.2f}" if "run_dollars" in line else ""
+        lines.append(
+            f"          {line['cards']:5} {line['rows_per_pass']:5} {line['peak_bytes'] / GIB:9.1f}"
+            f"  {times}         {line['run_s']:8.1f} s {wire:12.0f}{price}"
+        )
+    lines.append("longest operations of the last stage, 1 card: ms/step (memory, arithmetic)")
+    for item in found["longest"]:
+        lines.append(
+            f"{item['ms']:8.2f} ms {item['share']:4.0%}  {item['launches']:4.0f} x "
+            f"({item['memory_ms']:.2f}, {item['arithmetic_ms']:.2f})  bound by {item['bound']}: "
+            f"{item['name']:.48}"
+        )
+    lines += [f"FAILURE   {problem}" for problem in found["problems"]]
+    count = len(found["problems"])
+    lines.append(f"{count} failure{'s' if count != 1 else ''}")
+    return lines
+
+
+def main() -> int:
+    parser = flag_parser(__doc__)
+    parser.add_argument("--gpu", default="H100", choices=CARDS, help="the card (default: H100)")
+    parser.add_argument("--entry", default="train_gpt.py", help="the trainer's file")
+    parser.add_argument("--rows", type=int, default=0, help="rows per pass; 0: what fits")
+    parser.add_argument("--price", type=float, help="dollars per GPU and hour")
+    parser.add_argument("--json", action="store_true", help="print everything as JSON")
+    parser.add_argument("--lower_only", action="store_true",
+                        help="leave out Triton and ptxas")  # fmt: skip
+    own, flags = parser.parse_known_args()
+    check_machine()
+    card, library, progress = CARDS[own.gpu], load_guard(), Progress()
+    with progress.shown():
+        try:
+            install(card, library)
+            module = load_trainer(own.entry)
+            found = preflight(own, flags, module, card, progress)
+        except RunError as error:
+            reason = error.__cause__ or error
+            raise ToolError(f"{own.entry} on {card.name}: {reason}") from error
+        except AttributeError as error:
+            if torch_release() in TESTED:
+                raise
+            raise ToolError(f"torch {torch_release()} is newer than {TESTED[-1]}, the last that "
+                            f"tools/fake_gpu.py is written for: {error}") from error  # fmt: skip
+    if own.json:
+        print(json.dumps(found, indent=1))
+    else:
+        print("\n".join(report(found, card)))
+    return 1 if found["problems"] else 0
+
+
+def preflight(own, flags: list[str], module, card: Card, progress: Progress) -> dict:
+    """Compile and run for one card, lower for eight, and collect what was seen."""
+    from harness import parse_flags  # after the mocks
+    from tools.dry_run import dry_run
+
+    settings = parse_flags(flags, module.TRACKS, next(iter(module.TRACKS)), __doc__)
+    started, traces = time.perf_counter(), {}
+    with tempfile.TemporaryDirectory() as folder:
+        for cards in (1, 8):
+            short = shortened(settings, own.rows, Path(folder))
+            keys = attention_keys(module, short.hp)
+            tells = lambda text, n=cards: progress(f"{n} card{'s' if n > 1 else ''}, {text}")  # noqa: E731
+            compile_kernels = cards == 1 and not own.lower_only
+            try:
+                traces[cards] = dry_run(
+                    module.Trainer, short, card, cards, compile_kernels, keys, tells
+                )
+            except RunError as error:
+                if cards == 1:
+                    raise
+                tell(f"not on {cards} cards: {error}", 0)
+    return collect(own, settings, card, traces, time.perf_counter() - started)
+
+
+if __name__ == "__main__":
+    finish(main)
