@@ -1,15 +1,16 @@
-"""Where a training step's time goes: ./run.sh tools/profile_step.py [--steps 5] [trainer's flags]
+"""Where a training step's time goes: ./run.sh tools/profile_step.py [--steps 4] [trainer's flags]
 
-Takes the trainer's own flags, warms up as a run does, and profiles some steps in steady state.
-Prints the share of GEMMs, attention, head and loss, optimizer, element-wise work and copies, how
-long the steps waited for data, the longest operations, tokens/s and MFU. Nothing is logged. On a
-CPU the head and its loss are among GEMMs and element-wise work.
+Takes the trainer's own flags, warms up as a run does, and profiles some steps in steady state of
+each stage of the schedule. Prints the share of GEMMs, attention, head and loss, optimizer,
+element-wise work and copies, how long the steps waited for data, the longest operations, tokens/s
+and MFU. Nothing is logged. On a CPU the head and its loss are among GEMMs and element-wise work.
 """
 
 import argparse
 import sys
 import time
 from collections import Counter
+from operator import sub
 
 import bootstrap  # noqa: F401
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -19,7 +20,6 @@ from harness import Prefetcher, Run, RunError, Runtime, StopRequest, parse_flags
 from train_gpt import SOURCES, TRACKS, Trainer
 
 PROCESS_START = time.perf_counter()
-SETTLING_STEPS = 3
 PARTS = (  # of operations that stand below none of the spans in SPANS; the first that fits
     ("attention", ("flex_attention", "flex_decoding", "scaled_dot_product", "attention")),
     ("GEMMs", ("gemm", "cutlass", "nvjet", "mkldnn", "::mm", "::addmm", "::bmm", "relu_squared")),
@@ -63,35 +63,39 @@ class Waiting:
         return item
 
 
-def profiled_steps(trainer: Trainer, steps: int):
-    """Profile steps; return (profile, wall seconds, seconds of waiting for data)."""
-    rt = trainer.rt
-    for optimizer in trainer.optimizers.values():
-        optimizer.step = record_function("profile::optimizer")(optimizer.step)
-    waiting = Waiting(Prefetcher(trainer.batches(0), rt))
-    for step in range(SETTLING_STEPS):
+def first_steps(hp) -> list[int]:
+    """The first step of each stage."""
+    stages = max(len(hp.batch_tokens), len(hp.window_tokens))
+    return [-(-stage * hp.num_steps // stages) for stage in range(stages)]
+
+
+def profiled_steps(trainer: Trainer, first: int, steps: int):
+    """Profile steps after as many others; return (profile, wall seconds, seconds of no data)."""
+    rt, waiting = trainer.rt, Waiting(Prefetcher(trainer.batches(first), trainer.rt))
+    for step in range(first, first + steps):
         trainer.update(step, waiting)
     rt.synchronize()
     kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if rt.is_gpu else [])]
     waiting.seconds, start = 0.0, time.perf_counter()
     with profile(activities=kinds) as prof:
-        for step in range(SETTLING_STEPS, SETTLING_STEPS + steps):
+        for step in range(first + steps, first + 2 * steps):
             trainer.update(step, waiting)
         rt.synchronize()
         seconds = time.perf_counter() - start
     return prof, seconds, waiting.seconds
 
 
-def report(trainer: Trainer, steps: int, prof, seconds: float, waited: float) -> None:
+def report(trainer: Trainer, first: int, steps: int, prof, seconds: float, waited: float) -> None:
     hp, rt = trainer.hp, trainer.rt
     parts, names = Counter(), Counter()
     for part, name, microseconds in operations(prof, rt.is_gpu):
         parts[part] += microseconds
         names[part, name] += microseconds
-    tokens = sum(hp.at(hp.batch_tokens, SETTLING_STEPS + i) for i in range(steps)) / seconds
+    first += steps
+    tokens = sum(hp.at(hp.batch_tokens, first + i) for i in range(steps)) / seconds
     share = mfu(trainer.run.flops_per_token * tokens, rt.device_name, rt.world_size)
-    print(f"{rt.device_name}: {1e3 * seconds / steps:.2f} ms a step under the profiler, "
-          f"{tokens:.0f} tokens/s, MFU {share}")  # fmt: skip
+    print(f"{rt.device_name}, steps {first} to {first + steps - 1}: {1e3 * seconds / steps:.2f} ms "
+          f"a step under the profiler, {tokens:.0f} tokens/s, MFU {share}")  # fmt: skip
     busy = sum(parts.values())
     for part, microseconds in parts.most_common():
         print(f"{microseconds / busy:7.1%} {microseconds / 1e3 / steps:10.3f} ms  {part}")
@@ -103,20 +107,25 @@ def report(trainer: Trainer, steps: int, prof, seconds: float, waited: float) ->
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
-    parser.add_argument("--steps", type=int, default=5, help="steps to profile")
+    parser.add_argument("--steps", type=int, default=4, help="steps to profile per stage")
     own, flags = parser.parse_known_args()
     settings = parse_flags(flags, TRACKS, "fineweb", __doc__)
     try:
-        if not 1 <= own.steps <= settings.hp.num_steps - SETTLING_STEPS:
-            raise RunError(f"--steps {own.steps} does not fit into --num_steps "
-                           f"{settings.hp.num_steps}")  # fmt: skip
+        hp, starts = settings.hp, first_steps(settings.hp)
+        shortest = min(map(sub, [*starts[1:], hp.num_steps], starts))
+        if own.steps < 1 or own.steps % hp.adam_every or 2 * own.steps > shortest:
+            raise RunError(f"--steps {own.steps} must divide by --adam_every {hp.adam_every}, and "
+                           f"twice fit into each stage of {shortest} steps")  # fmt: skip
         rt = Runtime(settings.options.fp32)
         run = Run(settings, SOURCES, rt, StopRequest(), PROCESS_START)
         trainer = Trainer(run)
         warm_up(run, trainer)
         if trainer.loss is trainer.model:
             print("not compiled: these are the times of eager operations", file=sys.stderr)
-        report(trainer, own.steps, *profiled_steps(trainer, own.steps))
+        for optimizer in trainer.optimizers.values():
+            optimizer.step = record_function("profile::optimizer")(optimizer.step)
+        for first in starts:
+            report(trainer, first, own.steps, *profiled_steps(trainer, first, own.steps))
     except (RunError, OSError) as error:
         sys.exit(f"error: {error}")
     except KeyboardInterrupt:
