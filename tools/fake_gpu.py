@@ -15,6 +15,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import SimpleNamespace
@@ -116,6 +117,19 @@ def returns(value):
     return lambda *args, **kwargs: value
 
 
+@contextmanager
+def quiet():
+    """Drop what is written to stderr, by C++ too."""
+    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nothing)
+
+
 def install(card: Card, library: ctypes.CDLL) -> None:
     """Make torch and Triton believe in the card; call it before torch is used."""
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a card that is here stays out of it
@@ -126,7 +140,8 @@ def install(card: Card, library: ctypes.CDLL) -> None:
     os.environ["TORCHINDUCTOR_USE_STATIC_CUDA_LAUNCHER"] = "0"  # it drops what ptxas made
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(CACHE / "preflight" / "inductor")
     os.environ["TRITON_CACHE_DIR"] = str(CACHE / "preflight" / "triton")
-    import torch
+    with quiet():  # a CUDA build says that its hooks come second
+        import torch
     import torch._dynamo
     import torch._inductor.compile_fx  # before the mocks: their tables hold torch.cuda's functions
 

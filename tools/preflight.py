@@ -29,7 +29,7 @@ import numpy as np
 
 from data.shards import write_shard
 from flags import RunError
-from tools.cli import ToolError, finish, flag_parser, tell
+from tools.cli import ToolError, finish, flag_parser
 from tools.fake_gpu import CARDS, TESTED, Card, check_machine, install, load_guard, torch_release
 
 GIB = 2**30
@@ -283,10 +283,10 @@ def preflight(own, flags: list[str], module, card: Card, progress: Progress) -> 
                 traces[cards] = dry_run(
                     module.Trainer, short, card, cards, compile_kernels, keys, tells
                 )
-            except RunError as error:
+            except (RunError, OSError) as error:
                 if cards == 1:
                     raise
-                tell(f"not on {cards} cards: {error}", 0)
+                progress(f"not on {cards} cards: {error}")
     return collect(own, settings, card, traces, time.perf_counter() - started)
 
 
