@@ -17,6 +17,7 @@ log was changed. Losses are nats per token.
 import argparse
 import ast
 import dataclasses
+import gc
 import hashlib
 import json
 import math
@@ -841,6 +842,8 @@ def carry_out(run: Run, make_trainer) -> None:
         run.graphs = compiled_graphs()
         if checkpoint:
             run.resume(checkpoint, trainer.state())
+        gc.collect()
+        gc.freeze()  # else each pass of the collector over what exists by now would stop a step
         run.start()
         trainer.train()
         run.finish()

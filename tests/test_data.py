@@ -8,7 +8,7 @@ import torch
 from conftest import START, documents
 
 from data.shards import ShardError, check_tokens, open_shard, write_shard
-from harness import Prefetcher, RunError, Validation, check_shards
+from harness import TASKS, Prefetcher, RunError, Validation, check_shards
 from kernels import mean_visible_keys
 from train_gpt import (
     TRACKS,
@@ -17,6 +17,7 @@ from train_gpt import (
     find_rows,
     memory_estimate,
     micro_batches,
+    padded_vocab,
 )
 
 
@@ -324,3 +325,17 @@ def test_micro_batch_of_fineweb_follows_the_memory(gib, rows, world_size):
     estimate = memory_estimate(hp, vocab, found)
     assert estimate < 0.9 * gib * 2**30
     assert choose_micro_batch(hp, vocab, gpu, 1) == 1
+
+
+@pytest.mark.parametrize("track, gib_by_rows", [
+    ("fineweb", {1: 14.127, 2: 18.341, 4: 26.674, 8: 43.293}),
+    ("fineweb_medium", {1: 21.604, 2: 30.075, 4: 46.893, 8: 80.277}),
+    ("wikitext103", {1: 14.127, 8: 43.292}),
+    ("embedded", {1: 0.046, 2: 0.046, 4: 0.046, 8: 0.043}),
+])  # fmt: skip
+def test_the_estimate_is_near_the_peaks_that_preflight_counts(track, gib_by_rows):
+    """Peaks of tools/preflight.py --gpu H200 --lower_only --rows N."""
+    hp = TRACKS[track]
+    vocab = padded_vocab(TASKS[hp.task], hp)
+    for rows, gib in gib_by_rows.items():
+        assert memory_estimate(hp, vocab, rows) / 2**30 == pytest.approx(gib, rel=0.1)

@@ -221,6 +221,30 @@ def mock_tensors(torch) -> None:
          "a CUDA build would start the driver")  # fmt: skip
     mock(fake_tensor.FakeTensor, "item", returns(0.0), "there is no value")
 
+    class Generator(torch.Generator):
+        def __new__(cls, device="cpu"):
+            return super().__new__(cls, "cpu")
+
+    def to_empty(module, *, device, recurse=True):
+        for part in module.modules():
+            for name, p in part._parameters.items():
+                empty = torch.empty_like(p, device=device)
+                part._parameters[name] = torch.nn.Parameter(empty, p.requires_grad)
+        return module
+
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+
+    def flash_where_it_can(q, k, v, attn_mask=None, dropout_p=0.0, is_causal=False, **options):
+        if attn_mask is not None or q.dtype.itemsize != 2 or not q.is_cuda:
+            return sdpa(q, k, v, attn_mask, dropout_p, is_causal, **options)
+        flash = torch.ops.aten._scaled_dot_product_flash_attention
+        return flash(q, k, v, dropout_p, is_causal, scale=options.get("scale"))[0]
+
+    mock(torch.nn.functional, "scaled_dot_product_attention", flash_where_it_can,
+         "it asks the driver which of its kernels can run")  # fmt: skip
+    mock(torch, "Generator", Generator, "a CPU build has none for CUDA")
+    mock(torch.nn.Module, "to_empty", to_empty, "it swaps tensors, which fake ones do not bear")
+
 
 def mock_inductor(torch, card: Card) -> None:
     """What Inductor would ask the device, measure on it, or compute there."""

@@ -6,7 +6,7 @@
 
 Needs no GPU. Every graph of training, validation and optimizers is compiled down to ptxas, for one
 card, and every stage of the schedule is run on tensors without data; then the same run is lowered
-for eight cards. Says what fails; registers, spills and shared memory; graph breaks and
+for eight (--cards). Says what fails; registers, spills and shared memory; graph breaks and
 recompilations; peak memory; bytes that cross the wire; and a roofline: the time that each operation
 needs for its arithmetic or its memory traffic, whichever is longer, as if all ran at the card's
 peak, one after another. No step is faster than that; a real one is slower. Attention counts as if
@@ -174,7 +174,7 @@ def longest(trace, card: Card, num_stages: int, count: int) -> list[dict]:
 
 def collect(own, settings, card: Card, traces: dict, seconds: float) -> dict:
     """Everything that is reported, for --json."""
-    one, num_stages = traces[1], stages(settings.hp)
+    one, num_stages = traces[own.cards[0]], stages(settings.hp)
     kernels = [k for configs in one.kernels.values() for k in configs if not k.problem]
     problems = [p for trace in traces.values() for p in trace.problems]
     if one.peak_bytes > card.memory_bytes:
@@ -221,7 +221,7 @@ def report(found: dict, card: Card) -> list[str]:
             f"          {line['cards']:5} {line['rows_per_pass']:5} {line['peak_bytes'] / GIB:9.1f}"
             f"  {times}         {line['run_s']:8.1f} s {wire:12.0f}{price}"
         )
-    lines.append("longest operations of the last stage, 1 card: ms/step (memory, arithmetic)")
+    lines.append("longest operations of the last stage, first line: ms/step (memory, arithmetic)")
     for item in found["longest"]:
         lines.append(
             f"{item['ms']:8.2f} ms {item['share']:4.0%}  {item['launches']:4.0f} x "
@@ -234,16 +234,23 @@ def report(found: dict, card: Card) -> list[str]:
     return lines
 
 
+def card_counts(text: str) -> tuple[int, ...]:
+    return tuple(int(word) for word in text.split(","))
+
+
 def main() -> int:
     parser = flag_parser(__doc__)
     parser.add_argument("--gpu", default="H100", choices=CARDS, help="the card (default: H100)")
     parser.add_argument("--entry", default="train_gpt.py", help="the trainer's file")
     parser.add_argument("--rows", type=int, default=0, help="rows per pass; 0: what fits")
+    parser.add_argument("--cards", type=card_counts, help="numbers of cards, of which "
+                        "the first gets kernels; default: 1,8, of a model in shards 1")  # fmt: skip
     parser.add_argument("--price", type=float, help="dollars per GPU and hour")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     parser.add_argument("--lower_only", action="store_true",
                         help="leave out Triton and ptxas")  # fmt: skip
     own, flags = parser.parse_known_args()
+    own.cards = own.cards or ((1, 8) if own.entry.endswith("train_gpt.py") else (1,))
     check_machine()
     card, library, progress = CARDS[own.gpu], load_guard(), Progress()
     with progress.shown():
@@ -274,19 +281,14 @@ def preflight(own, flags: list[str], module, card: Card, progress: Progress) -> 
     settings = parse_flags(flags, module.TRACKS, next(iter(module.TRACKS)), __doc__)
     started, traces = time.perf_counter(), {}
     with tempfile.TemporaryDirectory() as folder:
-        for cards in (1, 8):
+        for cards in own.cards:
             short = shortened(settings, own.rows, Path(folder))
             keys = attention_keys(module, short.hp)
             tells = lambda text, n=cards: progress(f"{n} card{'s' if n > 1 else ''}, {text}")  # noqa: E731
-            compile_kernels = cards == 1 and not own.lower_only
-            try:
-                traces[cards] = dry_run(
-                    module.Trainer, short, card, cards, compile_kernels, keys, tells
-                )
-            except (RunError, OSError) as error:
-                if cards == 1:
-                    raise
-                progress(f"not on {cards} cards: {error}")
+            compile_kernels = cards == own.cards[0] and not own.lower_only
+            traces[cards] = dry_run(
+                module.Trainer, short, card, cards, compile_kernels, keys, tells
+            )
     return collect(own, settings, card, traces, time.perf_counter() - started)
 
 

@@ -18,6 +18,7 @@ from train_gpt import (
     Trainer,
     memory_estimate,
     orthogonalize,
+    step_inputs,
 )
 
 pytestmark = [
@@ -129,10 +130,24 @@ def test_peak_memory_stays_below_the_estimate_and_near_it(task, rows):
         made.update(step, batches)
     peak = torch.cuda.max_memory_allocated()
     print(f"{rows} rows: peak {peak / 2**30:.1f} GiB, estimate {estimate / 2**30:.1f} GiB")
-    assert 0.4 * estimate < peak < estimate
+    assert 0.8 * estimate < peak < 1.1 * estimate
 
 
 def test_orthogonalize_in_bf16_levels_singular_values():
     G = torch.randn(4, 768, 768, device="cuda")
     singular = torch.linalg.svdvals(orthogonalize(G, torch.bfloat16).float())
     assert singular.quantile(0.05) > 0.7 and singular.max() < 1.3
+
+
+def test_gradients_of_tables_stand_above_adams_eps(task):
+    made = trainer(task)
+    warm_up(made.run, made)
+    batches = on_gpu(made)
+    for step in range(4):
+        made.update(step, batches)
+    made.loss(*next(batches), step_inputs(4, HP, "cuda")).backward()
+    for name in ("value_embeds", "bigram"):
+        gradient = getattr(made.model, name).grad.abs()
+        median = gradient[gradient > 0].median().item()
+        print(f"{name}: median gradient of the entries that were seen {median:.2e}")
+        assert median > 1e-10
