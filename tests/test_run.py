@@ -38,6 +38,7 @@ from harness import (
     StopRequest,
     Stopwatch,
     carry_out,
+    check_shards,
     dont_compile,
     parse_flags,
     time_to_target,
@@ -670,6 +671,19 @@ def test_all_ranks_compile_or_none_does(tiny_task, tiny_hp, tmp_path):
     run.compiler = lambda: torch.compile
     warm_up(run, Compiled())
     assert asked == [torch.compile, dont_compile]
+
+
+@pytest.mark.parametrize("other, message", [("another hash", "have different shards"), ("", "")])
+def test_machines_with_other_shards_are_refused(tiny_task, tiny_hp, tmp_path, other, message):
+    chosen = settings(tiny_task, tiny_hp, log_dir=str(tmp_path))
+    run = Run(chosen, SOURCES, Runtime(), None, 0.0)
+    same, lines = check_shards(tiny_task)
+    run.rt = TwoRanks((True, (other or same, lines), None))
+    if not message:
+        assert run.check_data(None) == lines
+        return
+    with pytest.raises(RunError, match=message):
+        run.check_data(None)
 
 
 @pytest.mark.parametrize("layers", ["-L-", "-LL-"])
