@@ -30,11 +30,7 @@ def check_ranges(settings) -> None:
         value = getattr(settings, f.name)
         values = value if isinstance(value, tuple) else (value,)
         least = f.metadata["least"]
-        if (
-            f.type is str
-            and not value.isascii()
-            and value != value.encode(errors="replace").decode()
-        ):
+        if isinstance(value, str) and value != value.encode(errors="replace").decode():
             raise RunError(f"--{f.name} {value!r} has bytes that are no UTF-8; give another name")
         if f.type in (str, bool) or all(least <= v <= most(f.name, v) for v in values):
             continue
