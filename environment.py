@@ -17,10 +17,20 @@ import torch
 from flags import RunError, as_flag
 
 ROOT = Path(__file__).resolve().parent
+UNKNOWN = "unknown CPU"
 SCHEMA = 2  # in 1 the hash left out the result line itself
 PEAK_BF16_TFLOPS = {  # dense, from the makers' data sheets
     "A100": 312, "H100": 989, "H200": 989, "GH200": 989, "B200": 2250, "L40S": 362, "4090": 165,
 }  # fmt: skip
+OTHER_KINDS = {
+    "MIG",
+    "Laptop",
+    "NVL",
+    "PCIe",
+    "PCIE",
+    "Max",
+    "D",
+}  # have another peak than the name
 LOGGED_VARIABLES = ("CUDA_", "NCCL_", "TORCH", "PYTORCH_", "OMP_", "GOMP_", "KMP_", "MKL_")
 
 
@@ -43,9 +53,12 @@ def write_header(log, sources: dict[str, str], source_dir: str, config: dict, de
     log.section("config", [f"{key}: {as_flag(value)}" for key, value in config.items()])
     entries = {**device, **environment(on_gpu=torch.cuda.is_available())}
     log.section("environment", [f"{key}: {value}" for key, value in entries.items()])
-    commit = shell("git", "rev-parse", "HEAD") or "none"
-    changed = shell("git", "diff", "--name-only", "HEAD", "--", *sources).split()
-    diff = shell("git", "diff", "HEAD", "--", *changed).splitlines() if changed else []
+    # A copy without .git that lies in another repository has no commit of its own.
+    commit = (shell("git", "ls-files", *sources) and shell("git", "rev-parse", "HEAD")) or "none"
+    changed = shell("git", "diff", "--relative", "--name-only", "HEAD", "--", *sources).split()
+    diff = (
+        shell("git", "diff", "--relative", "HEAD", "--", *changed).splitlines() if changed else []
+    )
     diff = [] if source_dir else diff
     changed = ",".join(changed) or "none"
     log.section(f"git commit:{commit} changed:{changed} lines:{len(diff)}", diff)
@@ -71,11 +84,16 @@ def shell(*command: str) -> str:
 
 
 def cpu_model() -> str:
+    """The CPU's name; on ARM, where Linux has none, the numbers of its maker and part."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if "model name" in line)
-    except (OSError, StopIteration):
-        return platform.processor() or "unknown CPU"
+    except OSError:
+        return shell("sysctl", "-n", "machdep.cpu.brand_string") or platform.processor() or UNKNOWN
+    facts = dict(map(str.strip, line.split(":", 1)) for line in lines if ":" in line)
+    numbers = [facts[k] for k in ("CPU implementer", "CPU part", "CPU variant") if k in facts]
+    return facts.get("model name") or " ".join(
+        [platform.machine(), *numbers] if numbers else [UNKNOWN]
+    )
 
 
 def environment(on_gpu: bool) -> dict:
@@ -114,7 +132,8 @@ def environment(on_gpu: bool) -> dict:
 def mfu(flops_per_second: float, device_name: str, devices: int) -> str:
     """Share of the devices' dense bf16 peak; `unknown` for one that PEAK_BF16_TFLOPS lacks."""
     words = device_name.replace("-", " ").split()
-    peaks = [tflops for name, tflops in PEAK_BF16_TFLOPS.items() if name in words]
+    known = PEAK_BF16_TFLOPS if not OTHER_KINDS.intersection(words) else {}
+    peaks = [tflops for name, tflops in known.items() if name in words]
     return f"{flops_per_second / (peaks[-1] * 1e12 * devices):.4f}" if peaks else "unknown"
 
 

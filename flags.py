@@ -2,21 +2,15 @@
 
 import argparse
 import dataclasses
-import math
 from collections.abc import Callable
 from dataclasses import field
 from typing import get_args, get_origin
 
+MOST_INT, MOST_FP32 = 2**63 - 1, 3.4e38
+
 
 class RunError(Exception):
-    """What failed, where, and the next command to run, in words for a person.
-
-    told: whether this rank should print it.
-    """
-
-    def __init__(self, message: str, told: bool = True):
-        super().__init__(message)
-        self.told = told
+    """What failed, where, and the next command to run, in words for a person."""
 
 
 def option(default, help_and_unit: str, least: float = 0, hidden: bool = False):
@@ -31,13 +25,26 @@ def as_flag(value):
 
 
 def check_ranges(settings) -> None:
-    """RunError for a number in a dataclass of options that is below its least, or not finite."""
+    """RunError for a number that is out of its range or not finite, or a text that is no UTF-8."""
     for f in dataclasses.fields(settings):
         value = getattr(settings, f.name)
         values = value if isinstance(value, tuple) else (value,)
         least = f.metadata["least"]
-        if f.type not in (str, bool) and not all(least <= v < math.inf for v in values):
-            raise RunError(f"--{f.name} {as_flag(value)} is out of range: give at least {least}")
+        if isinstance(value, str) and value != value.encode(errors="replace").decode():
+            raise RunError(f"--{f.name} {value!r} has bytes that are no UTF-8; give another name")
+        if f.type in (str, bool) or all(least <= v <= most(f.name, v) for v in values):
+            continue
+        raise RunError(f"--{f.name} {as_flag(value)} is out of range: give at least {least} and at "
+                       f"most {most(f.name, values[0]):g}")  # fmt: skip
+
+
+def most(name: str, value: float) -> float:
+    """The largest value of a number of this name and type."""
+    if name.endswith("_frac"):
+        return 1
+    if name.endswith("_betas"):
+        return 1 - 1e-6
+    return MOST_INT if isinstance(value, int) else MOST_FP32
 
 
 def numbers(kind: type, count: int | None) -> Callable[[str], tuple]:
@@ -46,7 +53,7 @@ def numbers(kind: type, count: int | None) -> Callable[[str], tuple]:
     def list_of_numbers(text: str) -> tuple:
         values = tuple(kind(word) for word in text.split(","))
         if count not in (None, len(values)):
-            raise ValueError  # argparse says which flag
+            raise argparse.ArgumentTypeError(f"{text!r} is not {count} numbers, as in 0.9,0.95")
         return values
 
     return list_of_numbers
@@ -66,6 +73,24 @@ def flag_reader(kind: type) -> Callable[[str], object]:
     return boolean if kind is bool else kind
 
 
+def metavar(kind: type) -> str:
+    """What stands for a flag's value in --help."""
+    if get_origin(kind) is tuple:
+        return "N,N,..."
+    return {int: "N", float: "X", bool: "true|false"}.get(kind, "TEXT")
+
+
+def join_values(argv: list[str], names: set[str]) -> list[str]:
+    """argv with --NAME=VALUE for --NAME VALUE, so that a value may begin with a dash."""
+    flags, joined, rest = {f"--{name}" for name in names}, [], list(argv)
+    while rest:
+        word = rest.pop(0)
+        if word in flags and rest and rest[0].partition("=")[0] not in flags | {"-h", "--help"}:
+            word = f"{word}={rest.pop(0)}"
+        joined.append(word)
+    return joined
+
+
 def add_flags(group, part, choices: dict) -> None:
     """A flag for each field of a dataclass of options; choices: allowed values by field name."""
     for f in dataclasses.fields(part):
@@ -76,6 +101,6 @@ def add_flags(group, part, choices: dict) -> None:
             type=reader,
             default=argparse.SUPPRESS,
             choices=choices.get(f.name),
-            metavar=reader.__name__,
+            metavar=metavar(f.type),
             help=argparse.SUPPRESS if f.metadata["hidden"] else text,
         )

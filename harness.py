@@ -1,8 +1,8 @@
 """The referee: everything about a run that an idea must not touch.
 
-It sets the task (data, validation rows, target loss), reads the flags, owns device and ranks,
-times, logs and takes the validation loss. It imports no trainer: `execute` is handed the function
-that makes one from a `Run`, through which the trainer reports.
+It sets the task (data, validation rows, target loss), reads the flags, times, logs and takes the
+validation loss; device and ranks stand in ranks.py. It imports no trainer: `execute` is handed the
+function that makes one from a `Run`, through which the trainer reports.
 
 Validation: the trainer gets inputs, never targets, and yields logits; the loss is taken here. The
 clock charges every moment of the process to one account, so that timed and untimed seconds add up
@@ -17,19 +17,17 @@ log was changed. Losses are nats per token.
 import argparse
 import ast
 import dataclasses
+import fcntl
 import gc
+import glob
 import hashlib
-import json
 import math
 import os
 import queue
-import resource
+import re
 import shlex
-import shutil
-import signal
 import stat
 import sys
-import sysconfig
 import threading
 import time
 import uuid
@@ -44,24 +42,31 @@ from typing import NamedTuple
 import numpy as np
 import torch
 import torch._dynamo.utils
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
-from torch._dynamo.exc import TorchDynamoException
-from torch._inductor.exc import InductorError
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from checkpoints import fill, read_checkpoint, write_checkpoint
-from data.shards import ShardError, check_tokens, find_shards, open_shard
-from environment import calibration, contention, cpu_model, mfu, write_header
-from flags import RunError, add_flags, as_flag, check_ranges, option
+from checkpoints import (
+    check_same_run,
+    delete_checkpoint,
+    delete_parts,
+    fill,
+    read_checkpoint,
+    sha256_of,
+    write_checkpoint,
+)
+from data.shards import ShardError, absolute_glob, check_tokens, find_shards, open_shard
+from environment import calibration, contention, mfu, write_header
+from flags import RunError, add_flags, check_ranges, join_values, option
+from ranks import COMPILE_ERRORS, Runtime, StopRequest, is_first_to_say, rank_store
 
 ROOT = Path(__file__).resolve().parent
-REFEREE_FILES = ("harness.py", "flags.py", "environment.py", "checkpoints.py", "data/shards.py")
-DIVERGED_STEPS = 50  # this many steps in a row above the loss of a uniform guess end a run
+REFEREE_FILES = ("harness.py", "ranks.py", "flags.py", "environment.py", "checkpoints.py",
+                 "data/shards.py")  # fmt: skip
+# This many steps in a row, whose loss is by so much above a uniform guess and the start, end a run.
+DIVERGED_STEPS, DIVERGED_NATS = 50, 0.1
 OTHER_ENDED = "the other run of the pair ended before its first step; see what it said"
-COMPILE_ERRORS = (TorchDynamoException, InductorError)
 DATA_FIELDS = ("train_files", "val_files", "data_sha256")
 
 
@@ -85,6 +90,9 @@ class Task:
 
     def __post_init__(self):
         check_ranges(self)
+        if not (self.train_files and self.val_files):
+            raise RunError("--train_files and --val_files must name shards; leave them out for the "
+                           "track's own")  # fmt: skip
         if self.val_tokens % self.val_seq_len:
             raise RunError(f"--val_tokens {self.val_tokens} is not a multiple of --val_seq_len "
                            f"{self.val_seq_len}")  # fmt: skip
@@ -118,7 +126,7 @@ TASKS = {
 
 def task_shards(pattern: str) -> list[Path]:
     """Sorted paths of a task's shards; ShardError if there are none."""
-    return find_shards(str(ROOT / pattern))
+    return find_shards(os.path.join(glob.escape(str(ROOT)), pattern))
 
 
 def check_shards(task: Task) -> tuple[str, list[str]]:
@@ -131,6 +139,8 @@ def check_shards(task: Task) -> tuple[str, list[str]]:
         for path in task_shards(pattern):
             tokens, digest = check_tokens(path, task.vocab_size)
             lines.append(f"{kind}_shard: {path.name} tokens:{len(tokens)} sha256:{digest}")
+            if kind == "val" and digest in digests:
+                raise ShardError(f"{path} is a training shard too", "change --train_files")
             digests.append(digest)
     found = hashlib.sha256(" ".join(digests).encode()).hexdigest()
     verdict = "as expected" if found == task.data_sha256 else "DIFFERENT: losses are not comparable"
@@ -141,7 +151,7 @@ def check_shards(task: Task) -> tuple[str, list[str]]:
 class Validation:
     """This rank's share of a task's validation rows, and the loss over them."""
 
-    def __init__(self, task: Task, rt: "Runtime"):
+    def __init__(self, task: Task, rt: Runtime):
         """ShardError where the shards do not hold the rows, or ranks cannot share them equally."""
         self.task, self.rt = task, rt
         tokens = np.concatenate([open_shard(path) for path in task_shards(task.val_files)])
@@ -195,7 +205,7 @@ class Validation:
 class Prefetcher:
     """Runs an iterator of tensor pairs in a thread, ahead of the step that needs them."""
 
-    def __init__(self, pairs: Iterator, rt: "Runtime", depth: int = 4):
+    def __init__(self, pairs: Iterator, rt: Runtime, depth: int = 4):
         self.rt, self.ready = rt, queue.Queue(depth)
         threading.Thread(target=self.fill, args=(pairs,), daemon=True).start()
 
@@ -228,9 +238,16 @@ class RunOptions:
     micro_batch_seqs: int = option(0, "rows per forward pass of one rank; 0: what fits in memory")
     compile: bool = option(True, "use torch.compile where it works")
     fp32: bool = option(False, "multiply matrices in fp32 even where bf16 is faster")
+    other_source: bool = option(False, "resume a checkpoint of another source; no record then")
+    rank_timeout_s: int = option(600, "seconds that ranks wait for one that does not answer", 1)
     source_dir: str = option("", "folder that keeps the source once for many logs", hidden=True)
     declared_runs: int = option(0, "runs that this attempt was declared to have", hidden=True)
     turn_steps: int = option(0, "steps between turns with the pair's other run", hidden=True)
+
+    def __post_init__(self):
+        check_ranges(self)
+        if not re.fullmatch(r"[\w.+-]{1,80}", self.slug):
+            raise RunError(f"--slug {self.slug!r} is no part of a file's name; give a word")
 
 
 class Settings(NamedTuple):
@@ -255,9 +272,12 @@ def parse_flags(
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--track", default=gpu_track if torch.cuda.is_available() else "embedded")
     first.add_argument("--task")
+    options, any_hp = options or RunOptions(), next(iter(tracks.values()))
+    names = {f.name for part in (Task(), any_hp, options) for f in dataclasses.fields(part)}
+    argv = join_values(argv, names | {"track"})
     chosen = first.parse_known_args(argv)[0]
-    hp = tracks.get(chosen.track) or next(iter(tracks.values()))
-    parts = TASKS.get(chosen.task or hp.task, Task()), hp, options or RunOptions()
+    hp = tracks.get(chosen.track) or any_hp
+    parts = TASKS.get(chosen.task or hp.task, Task()), hp, options
     usage = "%(prog)s [--track NAME] [--FLAG VALUE]...    (all flags: --help)"
     parser = argparse.ArgumentParser(usage=usage, description=description, allow_abbrev=False)
     parser.add_argument("--track", choices=tracks, help=f"sets the defaults; now: {chosen.track}")
@@ -267,168 +287,15 @@ def parse_flags(
     given = vars(parser.parse_args(argv))
     given.pop("track")
     for name in ("train_files", "val_files"):
-        given |= {name: os.path.abspath(given[name])} if name in given else {}
+        if given.get(name):
+            given[name] = absolute_glob(given[name])
     changes = [{name: given[name] for name, default in vars(part).items()
                 if given.get(name, default) != default} for part in parts]  # fmt: skip
     task, hp, options = (
         dataclasses.replace(part, **c) for part, c in zip(parts, changes, strict=True)
     )
-    return Settings(chosen.track, task, hp, options, sorted(changes[0] | changes[1]))
-
-
-# ------------------------------------------------------------------------------ Device and ranks
-
-
-class StopRequest:
-    """ctrl-C or SIGTERM: the first one in the loop asks for a clean end, any other interrupts."""
-
-    def __init__(self):
-        self.signal, self.deferred = 0, False
-        for number in (signal.SIGINT, signal.SIGTERM):
-            signal.signal(number, self)
-
-    def __call__(self, number, frame):
-        again, self.signal = self.signal, number
-        if again or not self.deferred:
-            raise KeyboardInterrupt
-
-
-class Runtime:
-    """This process's device, its place among the ranks, and every exchange with the others.
-
-    The one place that asks what hardware there is. Matrices are multiplied in bf16 on GPUs and on
-    CPUs with AMX, in fp32 on other CPUs, where bf16 is emulated and slow. Collectives return at
-    once on one process.
-    """
-
-    def __init__(self, fp32: bool = False, runs_per_device: int = 1):
-        self.rank = int(os.environ.get("RANK", 0))
-        self.world_size = int(os.environ.get("WORLD_SIZE", 1))
-        self.is_main, self.is_gpu = self.rank == 0, torch.cuda.is_available()
-        self.device, self.device_name, self.memory_bytes = torch.device("cpu"), cpu_model(), 8e9
-        self.shared_memory_bytes = 0  # per thread block of a GPU
-        if self.is_gpu:
-            self.use_gpu(int(os.environ.get("LOCAL_RANK", 0)))
-            self.memory_bytes /= runs_per_device
-        else:
-            torch.set_flush_denormal(True)
-            # Otherwise threads add the gradients of an embedding in an order that varies.
-            torch.use_deterministic_algorithms(True)
-            torch.utils.deterministic.fill_uninitialized_memory = False
-        fast_bf16 = self.is_gpu or torch.cpu._is_amx_tile_supported()
-        self.matmul_dtype = torch.bfloat16 if fast_bf16 and not fp32 else torch.float32
-        self.stream_dtype = torch.bfloat16 if self.is_gpu and not fp32 else torch.float32
-        self.has_fp8 = self.is_gpu and not fp32 and torch.cuda.get_device_capability() >= (9, 0)
-        self.steps_in_flight = 1 if self.is_gpu else 0  # started before the last loss is read
-        if self.world_size > 1:
-            dist.init_process_group("cpu:gloo,cuda:nccl" if self.is_gpu else "gloo")
-
-    def use_gpu(self, index: int):
-        if index >= (count := torch.cuda.device_count()):
-            raise RunError(
-                f"rank {self.rank} has no GPU of its own, this machine has {count}; "
-                f"run: torchrun --nproc_per_node={count} train_gpt.py"
-            )
-        self.device = torch.device("cuda", index)
-        torch.cuda.set_device(self.device)
-        self.device_name = torch.cuda.get_device_name(index)
-        properties = torch.cuda.get_device_properties(index)
-        self.memory_bytes = properties.total_memory
-        self.shared_memory_bytes = properties.shared_memory_per_block_optin
-        if torch.cuda.get_device_capability(index) < (8, 0):
-            raise RunError(
-                f"{self.device_name} has no bf16 arithmetic, which needs compute capability 8.0; "
-                "train on the CPU: CUDA_VISIBLE_DEVICES= ./run.sh"
-            )
-
-    def synchronize(self):
-        if self.is_gpu:
-            torch.cuda.synchronize()
-
-    def compiler_problem(self) -> str:
-        """Why torch.compile cannot work here; empty where it can."""
-        compiler = os.environ.get("CC", "gcc") if self.is_gpu else os.environ.get("CXX", "g++")
-        need = "a GPU cannot train without" if self.is_gpu else "for a faster run"
-        if not shutil.which(compiler):
-            return f"no compiler {compiler}; {need}: apt install g++"
-        if not Path(sysconfig.get_path("include"), "Python.h").exists():
-            return f"no Python.h; {need}: apt install python3-dev"
-        return ""
-
-    def to_host(self, tensor: Tensor):
-        """Start a copy to the host; return (host tensor, function that waits for the copy)."""
-        if not self.is_gpu:
-            return tensor, lambda: None
-        host = torch.empty_like(tensor, device="cpu", pin_memory=True)
-        host.copy_(tensor, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        return host, event.synchronize
-
-    @contextmanager
-    def collective(self):
-        """Turn the failure of an exchange between ranks into an error that says where to look."""
-        try:
-            yield
-        except RuntimeError as error:
-            if self.world_size == 1 or isinstance(error, (torch.OutOfMemoryError, *COMPILE_ERRORS)):
-                raise
-            raise RunError(
-                f"rank {self.rank} lost contact with another rank ({str(error).splitlines()[0]}); "
-                "look above for why that one ended, then start again, with --resume if it saved"
-            ) from None
-
-    def on_main(self, work):
-        """Run work() on rank 0 alone; every rank gets its result, or its error as a RunError."""
-        box = [None, None]
-        if self.is_main:
-            try:
-                box[0] = work()
-            except (RunError, OSError) as error:
-                box[1] = str(error)
-        if self.world_size > 1:
-            with self.collective():
-                dist.broadcast_object_list(box, src=0, device=torch.device("cpu"))
-        if box[1] is not None:
-            raise RunError(box[1], self.is_main)
-        return box[0]
-
-    def average(self, tensors: list[Tensor]):
-        """Replace each tensor by its mean over the ranks."""
-        if self.world_size == 1:
-            return
-        with self.collective():
-            pending = [dist.all_reduce(t, async_op=True) for t in tensors]
-            for work, tensor in zip(pending, tensors, strict=True):
-                work.wait()
-                tensor.div_(self.world_size)
-
-    def my_part(self, count: int) -> slice:
-        """The items of count that this rank works on: equal parts, the last ones may be shorter."""
-        part = math.ceil(count / self.world_size)
-        return slice(min(self.rank * part, count), min((self.rank + 1) * part, count))
-
-    def gather_parts(self, bank: Tensor):
-        """Fill bank (N, ...) on every rank with what each rank holds in its my_part(N)."""
-        if self.world_size == 1:
-            return
-        part = math.ceil(len(bank) / self.world_size)
-        mine = bank.new_zeros(part, *bank.shape[1:])
-        own = bank[self.my_part(len(bank))]
-        mine[: len(own)] = own
-        gathered = bank.new_empty(part * self.world_size, *bank.shape[1:])
-        with self.collective():
-            dist.all_gather(list(gathered.split(part)), mine)
-        bank.copy_(gathered[: len(bank)])
-
-    def close(self):
-        """Leave the group of ranks; a rank that exits without it may abort in gloo's threads."""
-        if dist.is_initialized():
-            dist.destroy_process_group()
-
-    def peak_memory_mib(self) -> int:
-        kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-        return torch.cuda.max_memory_allocated() >> 20 if self.is_gpu else kib >> 10
+    overrides = changes[0].keys() | changes[1].keys() | changes[2].keys() & {"other_source"}
+    return Settings(chosen.track, task, hp, options, sorted(overrides))
 
 
 # ------------------------------------------------------------------------------ Clock and log
@@ -540,6 +407,9 @@ class Log:
     def open(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.file = self.path.open("x", buffering=1, encoding="utf-8")
+        with suppress(OSError):  # on file systems without locks
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # while this run lives
+        delete_parts(self.path.parent)
         if sys.stderr.isatty():
             self.bar = tqdm(total=self.num_steps, unit="step", dynamic_ncols=True, leave=False)
 
@@ -553,7 +423,17 @@ class Log:
             raise OSError(error.errno, error.strerror, str(self.path)) from None
         self.hash.update(text.encode() + b"\n")
         if show:
+            self.show(text)
+
+    def show(self, text: str) -> None:
+        """Print text. A terminal that was closed, or a pipe that nobody reads, ends no run."""
+        if self.file is None:
+            return
+        try:
             tqdm.write(text) if self.bar is not None else print(text, flush=True)
+        except OSError:
+            self.bar = None
+            silence(sys.stdout)
 
     def section(self, name: str, lines=()) -> None:
         for text in (f"=== {name} ===", *lines):
@@ -563,23 +443,56 @@ class Log:
     def check(self) -> None:
         self.line(f"check: {self.hash.hexdigest()[:12]}")
 
-    def progress(self, step: int, text: str) -> None:
+    @contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        """Say what is being done, beside a clock that moves meanwhile."""
+        done = threading.Event()
+
+        def keep_moving():
+            while not done.wait(0.5):
+                with suppress(OSError):
+                    self.bar.refresh()
+
         if self.bar is not None:
+            self.bar.set_postfix_str(what)
+            thread = threading.Thread(target=keep_moving, daemon=True)
+            thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            if self.bar is not None:
+                thread.join()
+
+    def progress(self, step: int, text: str) -> None:
+        if self.bar is None:
+            return
+        try:
             self.bar.set_postfix_str(text, refresh=False)
             self.bar.update(step - self.bar.n)
+        except OSError:
+            self.bar = None
+            silence(sys.stderr)
 
-    def close(self, result: str | None = None) -> None:
+    def close(self, result: str | None = None, show: bool = True) -> None:
         """End the file, with the result line and the hash over everything before that hash."""
         if self.bar is not None:
-            self.bar.close()
+            with suppress(OSError):
+                self.bar.close()
             self.bar = None
         if self.file is not None and not self.file.closed:
             try:
                 if result is not None:
                     self.hash.update(f"result {result}".encode())
-                    self.line(f"result {result} sha256:{self.hash.hexdigest()}", show=True)
+                    self.line(f"result {result} sha256:{self.hash.hexdigest()}", show)
             finally:
                 self.file.close()
+
+
+def silence(stream) -> None:
+    """Send what is written to a stream from here on nowhere, the rest of its buffer too."""
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), stream.fileno())
 
 
 # ------------------------------------------------------------------------------ Run
@@ -609,6 +522,8 @@ class Run:
         self.data_sha256 = ""
         self.status, self.step, self.tokens, self.curve = "", 0, 0, []  # curve: (train ms, loss)
         self.first_step = self.first_tokens = self.bad_steps = self.graphs = 0
+        self.saved = None  # folder of the newest checkpoint
+        self.contended = ""  # what was said of other processes on this machine
         self.pending = []  # steps whose loss has not been read
         self.flops_per_token, self.micro_batch_seqs = math.nan, 1
 
@@ -620,6 +535,22 @@ class Run:
         """What a checkpoint belongs to: it cannot be resumed with any other. No path counts."""
         task = {k: v for k, v in dataclasses.asdict(self.task).items() if k not in DATA_FIELDS}
         return {**task, **dataclasses.asdict(self.hp), "seed": self.options.seed}
+
+    def facts(self) -> dict:
+        """What a checkpoint says of itself: whose state it is, and of which step."""
+        rt = self.rt
+        return {
+            "trainer": next(iter(self.sources)),
+            "sources": sha256_of(self.sources),
+            "step": self.step,
+            "tokens": self.tokens,
+            "curve": self.curve,
+            "train_ms": self.clock.train_ms(),
+            "data_sha256": self.data_sha256,
+            "arithmetic": {"matmul_dtype": str(rt.matmul_dtype),
+                           "stream_dtype": str(rt.stream_dtype)},
+            "config": self.config(),
+        }  # fmt: skip
 
     def header(self) -> None:
         """Write everything that stands above the data: sources, config, environment, git state."""
@@ -633,13 +564,13 @@ class Run:
 
     def compiler(self) -> Callable:
         """torch.compile for this run, or a function that returns what it is given; logged."""
-        problem = self.rt.compiler_problem()
+        problem = self.rt.any_problem(self.rt.compiler_problem())
         if problem and self.rt.is_gpu:
             raise RunError(problem)
         problem = problem if self.options.compile else "--compile false"
         self.log.line(f"compile: {problem or 'yes'}", show=bool(problem))
         if problem:
-            return lambda function: function
+            return dont_compile
         return partial(torch.compile, dynamic=False)
 
     def start(self) -> None:
@@ -679,7 +610,8 @@ class Run:
         self.log.line(f"step:{step}/{num_steps} train_loss:{loss:.6f} train_time:{train_ms:.0f}ms")
         rate = self.tokens_per_second() / 1000
         self.log.progress(step, f"loss {loss:.4f}, {rate:.1f}k tokens/s, MFU {self.mfu()}")
-        self.bad_steps = self.bad_steps + 1 if loss > math.log(self.task.vocab_size) else 0
+        start = max([math.log(self.task.vocab_size), *(loss for _, loss in self.curve[:1])])
+        self.bad_steps = self.bad_steps + 1 if loss > start + DIVERGED_NATS else 0
         if not math.isfinite(loss) or self.bad_steps > DIVERGED_STEPS:
             self.status = "diverged"
         elif stop and step < num_steps:
@@ -691,12 +623,18 @@ class Run:
             loss = self.validation.loss(predict, batch_rows)
         train_ms = self.clock.train_ms()
         self.curve.append((train_ms, loss))
+        if not math.isfinite(loss):
+            self.status = "diverged"
         self.log.line(
             f"step:{self.step}/{self.hp.num_steps} val_loss:{loss:.6f} "
             f"train_time:{train_ms:.0f}ms step_avg:{train_ms / max(self.step, 1):.2f}ms",
             show=True,
         )
         self.log.check()
+        if self.step > self.first_step and not self.contended:
+            self.contended = contention(self.rt.is_gpu, self.clock.cpu_share())
+            if self.contended:
+                self.log.show(f"so far, {self.contended}")
 
     def finish(self) -> None:
         """End the timed part; the last validation gives the status of a run that came so far."""
@@ -711,55 +649,53 @@ class Run:
         return self.status == "aborted" or bool(every) and self.step % every == 0
 
     def save(self, tensors: dict[str, Tensor]) -> None:
-        """Write a checkpoint beside the log; a kill leaves the one before or this one, whole."""
+        """Write a checkpoint beside the log; a kill leaves the one before or this one, whole.
+
+        A run that goes on does so without the checkpoint, if that cannot be written.
+        """
+        stem = self.log.path.stem
+        folder = self.log.path.with_name(f"{stem}_step{self.step:07}")
         with self.clock.charged_to("checkpoint"):
-            facts = {
-                "trainer": next(iter(self.sources)),
-                "step": self.step,
-                "tokens": self.tokens,
-                "curve": self.curve,
-                "train_ms": self.clock.train_ms(),
-                "data_sha256": self.data_sha256,
-                "config": self.config(),
-            }
-            folder = self.log.path.with_name(f"{self.log.path.stem}_step{self.step:07}")
-            write_checkpoint(folder, tensors, facts, self.rt)
-            stem = self.log.path.stem
+            try:
+                write_checkpoint(folder, tensors, self.facts(), self.rt)
+            except RunError as error:
+                if self.status:
+                    raise
+                self.log.line(f"no checkpoint: {error}; the run goes on", show=True)
+                return
             earlier = [f for f in folder.parent.glob(f"{stem}_step*") if f != folder]
-            self.rt.on_main(lambda: [shutil.rmtree(f, ignore_errors=True) for f in earlier])
+            self.rt.on_main(lambda: [delete_checkpoint(f) for f in earlier])
+            self.saved = folder
             self.log.line(f"checkpoint: {folder} step:{self.step}", show=True)
 
     def checkpoint_to_resume(self) -> dict | None:
-        """What the checkpoint --resume says of itself, if it is of this configuration."""
+        """What the checkpoint --resume says of itself, if this run may go on from it."""
         if not (path := self.options.resume):
             return None
-        facts, trainer = read_checkpoint(Path(path), self.rt), next(iter(self.sources))
-        if facts["trainer"] != trainer:
-            what = f"is a checkpoint of {facts['trainer']}, not of {trainer}; start without it"
-            raise RunError(f"{path} {what}", self.rt.is_main)
-        config = json.loads(json.dumps(self.config()))  # tuples become lists, as in facts
-        if config.keys() != facts["config"].keys():
-            advice = "check out the one that its log holds"
-            raise RunError(f"{path} is of another source; {advice}", self.rt.is_main)
-        if other := {k: v for k, v in facts["config"].items() if config[k] != v}:
-            flags = " ".join(f"--{name} {shlex.quote(str(as_flag(value)))}"
-                             for name, value in other.items())  # fmt: skip
-            raise RunError(f"{path} was saved by another run; to resume it, add: {flags}",
-                           self.rt.is_main)  # fmt: skip
+        facts = read_checkpoint(Path(path), self.rt)
+        check_same_run(Path(path), facts, self.facts(), self.options.other_source)
         return facts
 
     def resume(self, facts: dict, tensors: dict[str, Tensor]) -> None:
         """Go on from the checkpoint --resume: fill tensors, and count from its step."""
-        if facts["data_sha256"] != self.data_sha256:
-            hashes = f"data_sha256 {facts['data_sha256'][:12]}, here {self.data_sha256[:12]}"
-            raise RunError(f"{self.options.resume} is of other shards ({hashes}); name its shards: "
-                           "--train_files, --val_files", self.rt.is_main)  # fmt: skip
         fill(Path(self.options.resume), tensors)
         self.step = self.first_step = facts["step"]
         self.tokens = self.first_tokens = facts["tokens"]
         self.curve = [tuple(point) for point in facts["curve"]]
         self.clock.carried_ms = facts["train_ms"]
         self.log.line(f"resumed: {self.options.resume} step:{self.step}", show=True)
+
+    def check_data(self, checkpoint: dict | None) -> list[str]:
+        """Read all shards, on each machine; return the log's lines. RunError if they differ."""
+        found = self.rt.on_ranks(lambda: check_shards(self.task), self.rt.is_first_of_machine)
+        self.data_sha256, lines = found[0]
+        if any(other != self.data_sha256 for other, _ in found):
+            raise RunError("the machines have different shards; copy those of the first to all")
+        if checkpoint and checkpoint["data_sha256"] != self.data_sha256:
+            hashes = f"data_sha256 {checkpoint['data_sha256'][:12]}, here {self.data_sha256[:12]}"
+            raise RunError(f"{self.options.resume} is of other shards ({hashes}); name its shards: "
+                           "--train_files, --val_files")  # fmt: skip
+        return lines
 
     def tokens_per_second(self) -> float:
         """Of this process, over all ranks, in timed seconds."""
@@ -803,26 +739,45 @@ def execute(
     at first import.
     """
     stop = StopRequest()
-    rt = None
+    rt = run = None
     try:
+        rank_store()
         description = ast.get_docstring(ast.parse(next(iter(sources.values())))).splitlines()[0]
         settings = parse_flags(sys.argv[1:], tracks, gpu_track, description)
-        rt = Runtime(settings.options.fp32, 2 if settings.options.turn_steps else 1)
+        options = settings.options
+        rt = Runtime(options.fp32, 2 if options.turn_steps else 1, options.rank_timeout_s)
         run = Run(settings, sources, rt, stop, started)
         carry_out(run, make_trainer)
         if rt.is_main:
-            print(f"log: {run.log.path}    python: {sys.executable}", file=sys.stderr)
+            tell(f"log: {run.log.path}    python: {sys.executable}")
         return {"success": 0, "missed": 0, "diverged": 1}.get(run.status, 128 + stop.signal)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        if is_first_to_say("interrupted"):
+            tell("interrupted")
         return 128 + stop.signal
     except (RunError, OSError) as error:
-        if getattr(error, "told", True):
-            print(f"error: {error}", file=sys.stderr, flush=True)
+        if is_first_to_say(str(error)):
+            tell(f"error: {error}")
         return 1
     finally:
+        if run is not None and run.status in ("", "aborted") and run.saved and rt.is_main:
+            tell(f"to go on from step {int(run.saved.name[-7:])}: {resuming(run.saved)}")
         if rt is not None:
             rt.close()
+
+
+def tell(text: str) -> None:
+    """Print to stderr, which may have been closed."""
+    with suppress(OSError):
+        print(text, file=sys.stderr, flush=True)
+
+
+def resuming(checkpoint: Path) -> str:
+    """The command that goes on from a checkpoint as this process was started."""
+    launcher = []
+    if (ranks := int(os.environ.get("LOCAL_WORLD_SIZE", 1))) > 1:
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
+    return shlex.join([sys.executable, *launcher, *sys.argv, "--resume", str(checkpoint)])
 
 
 def carry_out(run: Run, make_trainer) -> None:
@@ -832,12 +787,11 @@ def carry_out(run: Run, make_trainer) -> None:
     try:
         rt.on_main(run.header)
         checkpoint = run.checkpoint_to_resume()
-        run.data_sha256, shards = rt.on_main(lambda: check_shards(run.task))
-        log.section("data", shards)
+        log.section("data", run.check_data(checkpoint))
         log.section("run")
         log.line(calibration(rt.device, rt.matmul_dtype, rt.synchronize))
         trainer = make_trainer(run)
-        with run.clock.charged_to("compile"):
+        with run.clock.charged_to("compile"), log.waiting("compiling, a minute or two"):
             warm_up(run, trainer)
         run.graphs = compiled_graphs()
         if checkpoint:
@@ -859,29 +813,45 @@ def carry_out(run: Run, make_trainer) -> None:
         ) from None
     finally:
         with suppress(RuntimeError):  # after an error of the GPU no clock can wait for it
-            log.line(run.clock.ledger(), show=True)
-        log.close(run.result())
+            log.line(run.clock.ledger(), show=run.step > 0)
+        log.close(run.result(), show=run.step > 0)  # else the reason shall stand alone
 
 
 def warm_up(run: Run, trainer) -> None:
     """Compile every graph before the clock starts, and leave no trace in the trainer's state."""
     trainer.compile(run.compiler())
     before = {name: local(t).to("cpu", copy=True) for name, t in trainer.state().items()}
-    try:
-        trainer.warm_up()
-    except COMPILE_ERRORS as error:
-        reason = str(error).strip().splitlines()[0]
+    problem = ""
+    with run.rt.alone():
+        try:
+            trainer.warm_up()
+        except COMPILE_ERRORS as error:
+            problem = compiler_line(error)
+    if problem := run.rt.any_problem(problem):
         if run.rt.is_gpu:  # where attention and kernels cannot do without
-            raise RunError(f"torch.compile failed ({reason}); see its output above, or train on "
-                           "the CPU: CUDA_VISIBLE_DEVICES= ./run.sh") from error  # fmt: skip
-        run.log.line(f"compile: failed, so this run is slower ({reason})", show=True)
-        trainer.compile(lambda function: function)
-        trainer.warm_up()
+            raise RunError(f"torch.compile failed ({problem}); see its output above, or train on "
+                           "the CPU: CUDA_VISIBLE_DEVICES= ./run.sh")  # fmt: skip
+        run.log.line(f"compile: failed, so this run is slower ({problem})", show=True)
+        trainer.compile(dont_compile)
+        with run.rt.alone():
+            trainer.warm_up()
     for name, tensor in trainer.state().items():
         if name in before:
             local(tensor).copy_(before[name])
         else:  # an optimizer's state, which does not exist before its first step
             tensor.zero_()
+
+
+def compiler_line(error: Exception) -> str:
+    """The line that says why a compilation failed: the compiler's own, if there is one."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    own = [line for line in lines if "error:" in line]
+    return [*own, *lines, type(error).__name__][0]
+
+
+def dont_compile(function: Callable) -> Callable:
+    """What stands for torch.compile where that is not to be."""
+    return function
 
 
 def local(tensor: Tensor) -> Tensor:

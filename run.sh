@@ -7,11 +7,10 @@
 set -euo pipefail
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 venv="$root/.venv"
-case $root in
-*[[:space:]]*) # torch.compile cannot link against a torch that lies below such a path
-    venv="${XDG_CACHE_HOME:-$HOME/.cache}/photofinish/venv_$(cksum <<<"$root" | cut -d' ' -f1)"
-    ;;
-esac
+# torch.compile cannot link against a torch that lies below a path with blanks.
+if [[ $root == *[[:space:]]* || ! -w $root ]]; then
+    venv="${XDG_CACHE_HOME:-${HOME:-/tmp}/.cache}/photofinish/venv_$(cksum <<<"$root" | cut -d' ' -f1)"
+fi
 
 fail() {
     echo "error: $*" >&2
@@ -21,7 +20,8 @@ fail() {
 find_python() { # a Python of at least 3.11, the active environment's first
     local name
     for name in python3 python python3.14 python3.13 python3.12 python3.11; do
-        if "$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+        if [[ $(command -v "$name") != *[[:space:]]* ]] &&
+            "$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
             command -v "$name"
             return
         fi
@@ -42,25 +42,24 @@ PYTHON
 }
 
 set_up() { # set_up FILE...: make $python an interpreter with these requirements
-    local stamp="$venv/installed" # the requirements that were installed; they may be more
-    if [ -e "$stamp" ] && cat "$@" | cmp -s - <(head -c "$(cat "$@" | wc -c)" "$stamp"); then
-        python="$venv/bin/python"
-        return
-    fi
-    python=$(find_python)
+    local found flags=() file
+    python="$venv/bin/python"
     if satisfies "$python" "$@"; then
         return
     fi
+    found=$(find_python)
+    if satisfies "$found" "$@"; then
+        python=$found
+        return
+    fi
     echo "setting up $venv (once; a GPU machine downloads some 3 GB)" >&2
-    [ -x "$venv/bin/python" ] || "$python" -m venv "$venv" ||
-        fail "cannot make $venv; on Debian and Ubuntu: apt install python3-venv"
-    python="$venv/bin/python"
-    local flags=() file
+    "$python" -c '' 2>/dev/null || "$found" -m venv --clear "$venv" || # its Python may be gone
+        fail "cannot make $venv (see above); if ensurepip is missing: apt install python3-venv"
+    "$python" -m pip --version >/dev/null 2>&1 || "$python" -m ensurepip >&2 ||
+        fail "$venv has no pip (see above); delete it, and run this again"
     for file in "$@"; do flags+=(-r "$file"); done
-    rm -f "$stamp"
-    "$python" -m pip install --quiet --disable-pip-version-check "${flags[@]}" >&2 ||
+    "$python" -m pip install --disable-pip-version-check "${flags[@]}" >&2 ||
         fail "pip could not install the requirements (see above); check network and disk, then run this again"
-    cat "$@" >"$stamp"
 }
 
 count_gpus() { # the largest of 1, 2, 4, 8 GPUs that are visible and that torch can use
@@ -72,19 +71,30 @@ count_gpus() { # the largest of 1, 2, 4, 8 GPUs that are visible and that torch 
             "but torch can use none (is the driver older than torch's CUDA?): training on the CPU" >&2
     fi
     for n in 1 2 4 8; do [ "$n" -le "$found" ] && usable=$n; done
+    [ "$usable" = "$found" ] ||
+        echo "$usable of $found GPUs are used: batches can be dealt to 1, 2, 4 or 8" >&2
     echo "$usable"
+}
+
+all_there() { # all_there FOLDER: are the manifest and every shard that it names there?
+    local name
+    [ -e "$1/manifest.json" ] || return 1
+    for name in $(sed -n 's/.*"name": "\(.*\.bin\)".*/\1/p' "$1/manifest.json"); do
+        [ -e "$1/$name" ] || return 1
+    done
 }
 
 get_data() { # get_data TASK: its shards, unless they are there; its scripts say what is missing
     local status=0
     case $1 in
     embedded*)
-        [ -e "$root/data/embedded/embedded_train.bin" ] || "$python" "$root/data/embedded.py" >&2
+        [ -e "$root/data/embedded/embedded_train.bin" ] && [ -e "$root/data/embedded/embedded_val.bin" ] ||
+            "$python" "$root/data/embedded.py" >&2
         ;;
     fineweb) "$python" "$root/data/cached_fineweb10B.py" 9 >&2 ;;
     fineweb_medium) "$python" "$root/data/cached_fineweb10B.py" 44 >&2 ;;
     wikitext103) # manifest.json is written last
-        [ -e "$root/data/wikitext103/manifest.json" ] ||
+        all_there "$root/data/wikitext103" ||
             "$python" "$root/data/tokenize_text.py" --preset wikitext103 >&2
         ;;
     esac || status=$?
@@ -101,6 +111,9 @@ if [ "${1:-}" = test ]; then
 fi
 
 set_up "$root/requirements.txt"
+# What torchrun passes on to its processes, and how long it lets them save a checkpoint.
+export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}"
 case ${1:-} in
 *.py)
     script=$1
@@ -135,9 +148,8 @@ fi
 [ $wants_data = no ] || get_data "${task:-$track}" || exit
 
 if [ "$gpus" = 0 ]; then
-    exec "$python" "$root/train_gpt.py" "${chosen[@]}" "$@"
+    exec "$python" "$root/train_gpt.py" ${chosen[@]+"${chosen[@]}"} "$@"
 fi
 [ "${task:-$track}" != wikitext103 ] || gpus=1 # its 30 validation rows cannot be dealt to 4 or 8
-export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}" # to save a checkpoint
 exec "$python" -m torch.distributed.run --standalone --nproc_per_node="$gpus" \
-    "$root/train_gpt.py" "${chosen[@]}" "$@"
+    "$root/train_gpt.py" ${chosen[@]+"${chosen[@]}"} "$@"

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from evals.models import LanguageModel, load_model
-from harness import RunError
+from flags import RunError, boolean
 
 
 def token_probabilities(logits_V: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
@@ -89,6 +89,7 @@ def parse() -> argparse.Namespace:
     add("--top_p", type=float, default=1.0, help="draw from the fewest tokens so probable together")
     add("--seed", type=int, default=0, help="the same seed gives the same text")
     add("--num_samples", type=int, default=1, help="how many to write")
+    add("--other_source", type=boolean, default=False, help="though its source has changed since")
     args = parser.parse_args()
     for name, least in (("max_tokens", 1), ("top_k", 0), ("seed", 0), ("num_samples", 1)):
         if not least <= getattr(args, name) < 2**62:
@@ -105,7 +106,7 @@ def main() -> int:
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends this without a complaint
     sys.stdout.reconfigure(errors="replace")  # what a terminal cannot show must end nothing
     try:
-        show_samples(load_model(args.checkpoint), args)
+        show_samples(load_model(args.checkpoint, args.other_source), args)
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130

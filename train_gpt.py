@@ -11,9 +11,12 @@ version. harness.py is the referee: task, device, clock, log and the validation 
 nats per token.
 """
 
+import signal
 import time
 
 PROCESS_START = time.perf_counter()  # before the slow imports, so that the ledger counts them
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # so that ctrl-C shows no traceback of them
 
 import math
 import sys
@@ -32,19 +35,8 @@ from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
 from data.shards import ShardError, open_shard
-from harness import (
-    REFEREE_FILES,
-    Prefetcher,
-    Run,
-    RunError,
-    Runtime,
-    Task,
-    as_flag,
-    check_ranges,
-    execute,
-    option,
-    task_shards,
-)
+from flags import RunError, as_flag, check_ranges, option
+from harness import REFEREE_FILES, Prefetcher, Run, Runtime, Task, execute, task_shards
 from kernels import (
     BLOCK,
     HEAD_CHUNK_TOKENS,
@@ -145,10 +137,8 @@ class Hyperparameters:
         if self.backout_from > last or self.num_value_embeds > last + 1:
             raise RunError("--backout_from and --num_value_embeds must stay within --layers")
         if self.skip_from >= 0 and not self.skip_from < self.skip_to <= last:
-            raise RunError(
-                f"--skip_from {self.skip_from} and --skip_to {self.skip_to} must rise and stay "
-                f"below the {last + 1} layers; no skip: --skip_from -1"
-            )
+            raise RunError(f"--skip_from {self.skip_from} and --skip_to {self.skip_to} must rise "
+                           f"below the {last + 1} layers; no skip: --skip_from -1")  # fmt: skip
         if self.tied_frac and self.embed_lr != self.head_lr:
             raise RunError("--embed_lr and --head_lr must be equal with --tied_frac above 0")
 
@@ -245,11 +235,8 @@ class Layer(NamedTuple):
 def parse_layers(hp: Hyperparameters) -> list[Layer]:
     layers, first_late = [], len(hp.layers) - hp.num_value_embeds
     for i, letter in enumerate(hp.layers):
-        table = None
-        if i < hp.num_value_embeds:
-            table = i
-        elif i >= first_late:
-            table = i - first_late
+        late = i - first_late if i >= first_late else None
+        table = i if i < hp.num_value_embeds else late
         layers.append(Layer(letter != "-", letter in "lL", letter in "ls", table))
     return layers
 
@@ -289,12 +276,9 @@ def find_rows(tokens: np.ndarray, document_start: int, seq_len: int):
     return np.array(starts, np.int64), np.full(len(starts), seq_len)
 
 
-@cache
+@cache  # check_supply asks first: a large shard takes 0.2 s, outside the timed part
 def shard_pieces(path: Path, hp: Hyperparameters, document_start: int):
-    """(tokens, starts, lengths) of a shard's documents, or of its rows where they have no cap.
-
-    Cached, and first asked for by check_supply: a large shard takes 0.2 s, outside the timed part.
-    """
+    """(tokens, starts, lengths) of a shard's documents, or of its rows where they have no cap."""
     tokens = open_shard(path)
     if max(hp.document_cap):
         return tokens, *find_documents(tokens, document_start)
@@ -348,23 +332,28 @@ def micro_batches(hp: Hyperparameters, task: Task, rt: Runtime, micro_seqs, seed
             yield torch.from_numpy(inputs), torch.from_numpy(targets)
 
 
-def check_supply(hp: Hyperparameters, task: Task) -> None:
-    """ShardError unless the training shards surely hold every row of every step."""
-    needed = sum(hp.at(hp.batch_tokens, step) for step in range(hp.num_steps)) // hp.seq_len
-    cap, held = min(hp.document_cap), 0
-    for path in task_shards(task.train_files):
-        lengths = shard_pieces(path, hp, task.document_start)[2]
-        if cap:  # a row leaves out at most the rest of one capped document
-            held += hp.max_epochs * int(lengths.clip(max=cap).sum()) // (hp.seq_len + cap)
-        else:
-            held += hp.max_epochs * len(lengths)
-        if held >= needed:
-            return
-    raise ShardError(
-        f"{task.train_files} holds {held} rows of {hp.seq_len} tokens in {hp.max_epochs} passes, "
-        f"{hp.num_steps} steps need {needed}",
-        "get more shards, or lower --num_steps",
-    )
+def check_supply(hp: Hyperparameters, task: Task, seed: int) -> None:
+    """ShardError unless the training shards hold every row of every step, packed as they will be.
+
+    Of several caps the shortest counts, which makes the fewest rows.
+    """
+    stages, cap, room = len(hp.batch_tokens), min(hp.document_cap), hp.seq_len
+    firsts = [-(-i * hp.num_steps // stages) for i in range(stages + 1)]  # step of each stage
+    steps = [end - first for first, end in pairwise(firsts)]
+    needed = sum(n * t // hp.seq_len for n, t in zip(steps, hp.batch_tokens, strict=True))
+    tokens = sum(len(open_shard(path)) for path in task_shards(task.train_files))
+    held = hp.max_epochs * tokens // hp.seq_len
+    if held >= needed:  # else there is no need to count them
+        held = 0
+        for *_, length in shuffled_pieces(hp, task, seed):
+            room -= min(length, cap or length)
+            if room <= 0:
+                held, room = held + 1, hp.seq_len
+            if held == needed:
+                return
+    raise ShardError(f"{task.train_files} holds {held} rows of {hp.seq_len} tokens in "
+                     f"{hp.max_epochs} passes, {hp.num_steps} steps need {needed}",
+                     "get more shards, or lower --num_steps")  # fmt: skip
 
 
 # ------------------------------------------------------------------------------ Schedules
@@ -782,9 +771,8 @@ class Muon:
             state = self.momentum[self.mine], self.second[self.mine]
             numbers = (self.group.lr * scale, self.group.decay, momentum)
             numbers = (torch.tensor(x) for x in numbers)  # else each value would compile anew
-            self.update(
-                self.bank[self.mine], low, gradients, *state, *numbers, self.rt.matmul_dtype
-            )
+            mine, dtype = self.bank[self.mine], self.rt.matmul_dtype
+            self.update(mine, low, gradients, *state, *numbers, dtype)
         self.rt.gather_parts(self.bank)
 
     def gather_state(self) -> dict[str, Tensor]:
@@ -894,11 +882,10 @@ class Trainer:
         hp, task, rt, vocab = run.hp, run.task, run.rt, padded_vocab(run.task, run.hp)
         if rt.is_gpu and (hp.seq_len % BLOCK or task.val_seq_len % BLOCK):
             raise RunError(f"--seq_len and --val_seq_len must divide by {BLOCK} on a GPU")
-        check_supply(hp, task)
+        check_supply(hp, task, run.options.seed)
         self.micro_seqs = choose_micro_batch(hp, vocab, rt, run.options.micro_batch_seqs)
-        self.val_batch_rows = run.validation.batch_rows(
-            self.micro_seqs * hp.seq_len // task.val_seq_len
-        )
+        val_rows = self.micro_seqs * hp.seq_len // task.val_seq_len
+        self.val_batch_rows = run.validation.batch_rows(val_rows)
         torch.manual_seed(run.options.seed)
         with rt.device:
             self.model = GPT(hp, task, rt)
@@ -948,6 +935,9 @@ class Trainer:
             total += loss.detach()
         due = [o for o in self.optimizers.values() if (step + 1) % o.group.every == 0]
         params = [p for optimizer in due for p in optimizer.group.params]
+        if any(p.grad is None for p in params):
+            unused = ", ".join(n for n, p in model.named_parameters() if p.grad is None)
+            raise RunError(f"the loss does not depend on {unused}; leave it out of the network")
         rt.average([p.grad for p in params])
         if step < hp.tied_frac * hp.num_steps and self.optimizers["embed"] in due:
             # Tied: both get the sum of their gradients, which keeps equal matrices equal.
@@ -977,7 +967,7 @@ class Trainer:
         # Two tensors: one in both places would be compiled as a special case.
         dummies = [zeros(self.micro_seqs, self.hp.seq_len) for _ in range(2)]
         self.model.zero_grad(set_to_none=True)
-        for step in range(max(2, self.hp.adam_every)):
+        for step in (0, self.hp.adam_every - 1):  # Adam is due in the second
             self.update(step, repeat(dummies))
             with torch.no_grad():
                 for _ in self.predict(0, zeros(self.val_batch_rows, self.task.val_seq_len)):

@@ -19,9 +19,17 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from baselines.train_gpt2 import GPT2, TRACKS, Hyperparameters, load_gpt2, weights
-from checkpoints import read_checkpoint, write_checkpoint
-from harness import TASKS, RunError, Runtime
+from baselines.train_gpt2 import (
+    GPT2,
+    NETWORK_SOURCES,
+    TRACKS,
+    Hyperparameters,
+    load_gpt2,
+    weights,
+)
+from checkpoints import check_source, read_checkpoint, sha256_of, write_checkpoint
+from flags import RunError, boolean
+from harness import TASKS, Runtime
 
 THEIRS = {  # their names by ours
     "embed": "wte.weight", "positions": "wpe.weight", "blocks": "h", "norm": "ln_f",
@@ -52,9 +60,11 @@ def turned(name: str, tensor: Tensor) -> Tensor:
     return tensor.T.contiguous() if "blocks" in name and tensor.ndim == 2 else tensor
 
 
-def export(source: Path, out: Path) -> None:
+def export(source: Path, out: Path, other_source: bool = False) -> None:
     """Write the checkpoint at source to the folder out, its configuration last."""
     facts = read_checkpoint(source, Runtime())
+    if not other_source:
+        check_source(source, facts, sha256_of(NETWORK_SOURCES), "other code then reads the model")
     model, document_start = load_gpt2(source, facts), facts["config"]["document_start"]
     if (out / "config.json").exists():
         raise RunError(f"{out} holds a model already; name a new folder")
@@ -121,7 +131,8 @@ def import_hf(source: Path, out: Path) -> None:
     if out.exists():
         raise RunError(f"{out} is there already; name a new folder")
     config = {**asdict(hp), "document_start": document_start}
-    facts = {"trainer": "baselines/train_gpt2.py", "step": 0, "data_sha256": "", "config": config}
+    facts = {"trainer": "baselines/train_gpt2.py", "sources": sha256_of(NETWORK_SOURCES), "step": 0,
+             "data_sha256": "", "config": config}  # fmt: skip
     write_checkpoint(out, tensors, facts, Runtime())
 
 
@@ -133,9 +144,14 @@ def main() -> int:
     parser.add_argument("out", type=Path, metavar="OUT", help="folder to write")
     parser.add_argument("--import", dest="importing", action="store_true",
                         help="from transformers to a checkpoint")  # fmt: skip
+    parser.add_argument("--other_source", type=boolean, default=False, metavar="true|false",
+                        help="though the source has changed since (default: false)")  # fmt: skip
     args = parser.parse_args()
     try:
-        (import_hf if args.importing else export)(args.source, args.out)
+        if args.importing:
+            import_hf(args.source, args.out)
+        else:
+            export(args.source, args.out, args.other_source)
     except (RunError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

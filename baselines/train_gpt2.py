@@ -9,9 +9,12 @@ sharded. The referee is harness.py, as for train_gpt.py. There is no dropout, an
 are (0.9, 0.95), as GPT-2 is trained today.
 """
 
+import signal
 import time
 
 PROCESS_START = time.perf_counter()  # before the slow imports: the ledger counts them too
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # so that ctrl-C shows no traceback of them
 
 import math
 import sys
@@ -52,6 +55,7 @@ SOURCES = {  # what a log embeds
     for path in ("baselines/train_gpt2.py", "baselines/plan.py", "baselines/sharding.py",
                  *REFEREE_FILES)
 }  # fmt: skip
+NETWORK_SOURCES = {path: SOURCES[path] for path in ("baselines/train_gpt2.py",)}
 
 
 # ------------------------------------------------------------------------------ Hyperparameters

@@ -152,7 +152,7 @@ def text_of(data: bytes, json_key: str | None) -> str:
     except UnicodeError:
         raise ValueError("not UTF-8") from None
     except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        raise ValueError(f"no JSON object with a text {json_key}") from None
+        raise ValueError(f"no JSON object with a text {json_key} (--text_column)") from None
 
 
 def articles(rows: Iterable[Document]) -> Iterator[Document]:

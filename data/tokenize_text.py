@@ -16,6 +16,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -110,7 +111,7 @@ class Shards:
         for part in out.glob(f"{options['name']}_*.part"):  # of a run that was killed
             part.unlink()
         if self.journal.exists():
-            self.done = read_made(self.journal, options)
+            self.done = {**read_made(self.journal, options), "options": options}
         elif found := sorted(out.glob(f"{options['name']}_*.bin")):
             raise TextError(
                 f"{found[0]} is there, from no run that could be continued; choose another "
@@ -211,7 +212,7 @@ def read_made(path: Path, options: dict) -> dict:
         made |= json.loads(path.read_text())
     found = made["options"]
     changed = [f"{k}: {found.get(k)}, now {v}" for k, v in options.items() if found.get(k) != v]
-    if changed:
+    if changed and (made["shards"] or not found):  # without a shard nothing is lost
         raise TextError(
             f"{path} is of a run with other options ({', '.join(changed)}); give those again, "
             f"choose another --out, or delete {path.parent} to begin anew"
@@ -309,7 +310,8 @@ def parse() -> argparse.Namespace:
     add("--shard_tokens", type=int, default=100_000_000, help="of training (default: %(default)s)")
     add("--val_tokens", type=int, default=1 << 20, help="of inputs, at most (default: %(default)s)")
     add("--tokenizer_file", type=Path, help="default: data/gpt2.tiktoken, or a download")
-    cores = len(os.sched_getaffinity(0))
+    # A Mac cannot say which cores this process may use.
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     add("--workers", type=int, default=cores, help="processes (default: one per core)")
     args = parser.parse_args()
     if bool(args.preset) == bool(args.inputs):
@@ -318,6 +320,8 @@ def parse() -> argparse.Namespace:
         if not least <= getattr(args, flag) <= MAX_SHARD_TOKENS:
             parser.error(f"--{flag} must be {least} to {MAX_SHARD_TOKENS}")
     args.name = args.name or args.preset or "text"
+    if not re.fullmatch(r"[\w.+-]+", args.name):
+        parser.error(f"--name {args.name!r} is no part of a file's name; its place: --out FOLDER")
     args.out = args.out or FOLDER / args.name
     return args
 

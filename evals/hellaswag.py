@@ -34,7 +34,8 @@ from data.hub import HubError, download, list_files
 from data.shards import file_sha256
 from environment import ROOT, write_header
 from evals.models import LanguageModel, load_model
-from harness import Log, RunError
+from flags import RunError, boolean
+from harness import Log
 
 # Where the hub keeps its own parquet copy of a dataset, whatever the dataset's form.
 REPO, REVISION, PREFIX = "Rowan/hellaswag", "refs/convert/parquet", "default/validation/"
@@ -80,7 +81,7 @@ def read_examples(path: Path) -> list[Example]:
     if path.suffix == ".parquet":
         lines, decode = parquet_rows(path), lambda row: row
     else:
-        lines, decode = path.read_bytes().splitlines(), json.loads
+        lines, decode = path.read_bytes().rstrip().splitlines(), json.loads
     examples = []
     for number, line in enumerate(lines, 1):
         try:
@@ -178,16 +179,21 @@ def evaluate(model: LanguageModel, examples: list[Example], progress=lambda done
 # ------------------------------------------------------------------------------ Main
 
 
-def run(checkpoint: Path, data: Path | None, limit: int | None) -> None:
+def run(args: argparse.Namespace) -> None:
     """Evaluate, print the result and leave a log of it."""
-    path = data or fetch()
-    examples, digest = read_examples(path)[:limit], file_sha256(path)
+    checkpoint, model = args.checkpoint, load_model(args.checkpoint, args.other_source)
+    path = args.data or fetch()
+    examples, digest = read_examples(path)[: args.limit], file_sha256(path)
     verdict = "the original" if digest == ORIGINAL_SHA256 else "not the original"
-    if not data:
+    if not args.data:
         verdict = "as the hub's"
-    model = load_model(checkpoint)
     about = {"checkpoint": checkpoint.name, "trainer": model.trainer, "step": model.step}
-    log = open_log(checkpoint, about, f"{path.name} sha256:{digest} ({verdict})", len(examples))
+    about |= {"other_source": "true"} if args.other_source else {}
+    name = f"{checkpoint.stem}_{time.strftime('%Y-%m-%dT%H%M%SZ', time.gmtime())}"
+    # A folder of its own, so that the folder of runs' logs holds nothing else.
+    folder = args.log_dir or checkpoint.absolute().parent / "hellaswag"
+    log = Log(str(folder), name, len(LABELS) * len(examples))
+    write_log_header(log, about, f"{path.name} sha256:{digest} ({verdict})")
     result = None
     try:
         acc_norm, acc = evaluate(model, examples, log.progress)
@@ -199,28 +205,27 @@ def run(checkpoint: Path, data: Path | None, limit: int | None) -> None:
         log.close(result)
 
 
-def open_log(checkpoint: Path, about: dict, data: str, count: int) -> Log:
-    """A log in a folder of its own, so that the folder of runs' logs holds nothing else."""
-    stamp = time.strftime("%Y-%m-%dT%H%M%SZ", time.gmtime())
-    folder = checkpoint.absolute().parent / "hellaswag"
-    log = Log(str(folder), f"{checkpoint.stem}_{stamp}", len(LABELS) * count)
+def write_log_header(log: Log, about: dict, data: str) -> None:
     log.open()
     sources = {path: (ROOT / path).read_text() for path in SOURCES}
     write_header(log, sources, "", about, {"matmul_dtype": "torch.float32"})
     log.section("data", [data])
-    return log
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("checkpoint", type=Path, help="file or folder that a trainer wrote")
     parser.add_argument("--data", type=Path, help="hellaswag_val.jsonl (default: from the hub)")
+    parser.add_argument("--log_dir", type=Path, help="folder of the log (default: beside the "
+                        "checkpoint, hellaswag)")  # fmt: skip
+    parser.add_argument("--other_source", type=boolean, default=False, metavar="true|false",
+                        help="though the checkpoint's source has changed since")  # fmt: skip
     parser.add_argument("--limit", type=int, help="examples to take, from the first (default: all)")
     args = parser.parse_args()
     if args.limit is not None and args.limit < 1:
         parser.error("--limit must be at least 1")
     try:
-        run(args.checkpoint, args.data, args.limit)
+        run(args)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

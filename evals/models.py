@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import train_gpt
-from baselines.train_gpt2 import load_gpt2
-from checkpoints import load, read_checkpoint, restore
+from baselines.train_gpt2 import NETWORK_SOURCES, load_gpt2
+from checkpoints import check_source, load, read_checkpoint, restore, sha256_of
 from harness import RunError, Runtime, Task
 
 BYTES_START, GPT2_START = 256, 50256  # the token that opens a document tells the tokenizer
@@ -46,10 +46,12 @@ def tokenizer_of(document_start: int) -> Tokenizer:
 class LanguageModel:
     """A network with its tokenizer.
 
-    trainer: the file that trained it; step: for how long; context: most tokens that it can read.
+    trainer: the file that trained it; sources: those of the network, text by path; step: for how
+    long it was trained; context: most tokens that it can read.
     """
 
     trainer: str
+    sources: dict[str, str]
     step: int
     context: int
     tokenizer: Tokenizer
@@ -79,6 +81,7 @@ class SpeedrunModel(LanguageModel):
     """
 
     trainer = "train_gpt.py"
+    sources = {path: train_gpt.SOURCES[path] for path in ("train_gpt.py", "kernels.py")}
 
     def __init__(self, folder: Path, facts: dict, rt: Runtime):
         hp, config = restore(train_gpt.Hyperparameters, folder, facts), facts["config"]
@@ -108,6 +111,7 @@ class GPT2Model(LanguageModel):
     """A model of baselines/train_gpt2.py; its reader keeps keys and values of what it has read."""
 
     trainer = "baselines/train_gpt2.py"
+    sources = NETWORK_SOURCES
 
     def __init__(self, folder: Path, facts: dict, rt: Runtime):
         self.rt, self.model = rt, load_gpt2(folder, facts).to(rt.device)
@@ -129,13 +133,18 @@ class GPT2Model(LanguageModel):
         return read
 
 
-def load_model(path: str | Path) -> LanguageModel:
-    """The model of a checkpoint; RunError for anything else."""
+def load_model(path: str | Path, other_source: bool = False) -> LanguageModel:
+    """The model of a checkpoint; RunError for anything else, or if its source has changed since.
+
+    other_source: the user insists on one whose source has changed.
+    """
     path, rt = Path(path), Runtime(fp32=True)
     if not path.exists():
         raise RunError(f"there is no checkpoint {path}; a run writes one with --save_every STEPS")
     facts = read_checkpoint(path, rt)
     for kind in (SpeedrunModel, GPT2Model):
         if facts["trainer"] == kind.trainer:
+            if not other_source:
+                check_source(path, facts, sha256_of(kind.sources), "other code then runs the model")
             return kind(path, facts, rt)
     raise RunError(f"{path} is a checkpoint of {facts['trainer']}, which has no sampler here")

@@ -14,7 +14,8 @@ import numpy as np
 import pytest
 
 from data.shards import write_shard
-from harness import TASKS, RunOptions, Settings, as_flag
+from flags import as_flag
+from harness import TASKS, RunOptions, Settings
 from train_gpt import TRACKS
 
 ROOT = Path(__file__).resolve().parent.parent

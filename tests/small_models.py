@@ -7,11 +7,15 @@ import torch
 from conftest import TINY, TINY_TASK, settings
 
 from baselines.train_gpt2 import GPT2, weights
+from baselines.train_gpt2 import SOURCES as GPT2_SOURCES
 from baselines.train_gpt2 import TRACKS as GPT2_TRACKS
 from checkpoints import write_checkpoint
 from evals.models import LanguageModel, Tokenizer, tokenizer_of
 from harness import TASKS, Run, Runtime, Task
 from train_gpt import GPT, TRACKS
+from train_gpt import SOURCES as SPEEDRUN_SOURCES
+
+SOURCES = {"train_gpt.py": SPEEDRUN_SOURCES, "baselines/train_gpt2.py": GPT2_SOURCES}
 
 
 def bytes_task(val_seq_len: int) -> Task:
@@ -22,9 +26,9 @@ def bytes_task(val_seq_len: int) -> Task:
 
 def write_small(folder: Path, trainer: str, task, hp, model) -> Path:
     """A checkpoint as a run of this trainer writes it, of its model's weights alone."""
-    run = Run(settings(task, hp, log_dir=str(folder.parent)), {}, Runtime(), None, 0.0)
-    facts = {"trainer": trainer, "step": hp.num_steps, "data_sha256": "", "config": run.config()}
-    write_checkpoint(folder, weights(model), facts, Runtime())
+    chosen, sources = settings(task, hp, log_dir=str(folder.parent)), SOURCES[trainer]
+    run = Run(chosen, sources, Runtime(), None, 0.0)
+    write_checkpoint(folder, weights(model), {**run.facts(), "step": hp.num_steps}, Runtime())
     return folder
 
 

@@ -1,5 +1,9 @@
 import dataclasses
+import glob
 import hashlib
+import os
+from collections import Counter
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -7,7 +11,15 @@ import pytest
 import torch
 from conftest import START, documents
 
-from data.shards import ShardError, check_tokens, open_shard, write_shard
+import data.shards
+from data.shards import (
+    ShardError,
+    absolute_glob,
+    check_tokens,
+    find_shards,
+    open_shard,
+    write_shard,
+)
 from harness import TASKS, Prefetcher, RunError, Validation, check_shards
 from kernels import mean_visible_keys
 from train_gpt import (
@@ -59,7 +71,7 @@ def test_damaged_headers_are_named(tmp_path, place, value, message):
     path.write_bytes(raw)
     with pytest.raises(ShardError, match=message) as caught:
         open_shard(path)
-    assert str(path) in str(caught.value) and "./run.sh" in str(caught.value)
+    assert str(path) in str(caught.value) and "delete" not in str(caught.value)
 
 
 @pytest.mark.parametrize("size", [0, 500, 1024 + 2 * 50 - 1, 1024 + 2 * 50 + 1])
@@ -151,20 +163,48 @@ def test_capped_documents_fill_rows_and_change_with_the_step(tiny_hp, tiny_task,
 
 @pytest.mark.parametrize("cap", [0, 20])
 def test_supply_is_never_overrated(tiny_hp, tiny_task, cap):
-    """As many steps as check_supply lets pass can be drawn; of capped rows not many fewer exist."""
+    """As many steps as check_supply lets pass can be drawn, and not one more."""
     enough = None
     for steps in range(1, 400):
         hp = dataclasses.replace(tiny_hp, num_steps=steps, document_cap=(cap,))
         try:
-            check_supply(hp, tiny_task)
+            check_supply(hp, tiny_task, seed=3)
         except ShardError:
             break
         enough = hp
-    drawn = sum(1 for _ in micro_batches(enough, tiny_task, rank(0, 1), 8, 0, 0))
+    drawn = sum(1 for _ in micro_batches(enough, tiny_task, rank(0, 1), 8, 3, 0))
     assert drawn == enough.num_steps
-    more = dataclasses.replace(enough, num_steps=int(1.5 * drawn))
+    more = dataclasses.replace(enough, num_steps=drawn + 1)
     with pytest.raises(ShardError, match="ended early"):
-        list(micro_batches(more, tiny_task, rank(0, 1), 8, 0, 0))
+        list(micro_batches(more, tiny_task, rank(0, 1), 8, 3, 0))
+
+
+def of_documents(tiny_task, path, count: int, length: int):
+    """A task of so many documents of one length."""
+    write_shard(path, np.tile(np.r_[63, np.arange(length - 1)].astype(np.uint16), count))
+    return dataclasses.replace(tiny_task, train_files=str(path))
+
+
+@pytest.mark.parametrize("cap", [64, 2048])
+def test_supply_is_counted_as_it_is_packed(tiny_hp, tiny_task, tmp_path, cap):
+    task = of_documents(tiny_task, tmp_path / "a.bin", count=1001, length=64)
+    hp = dataclasses.replace(tiny_hp, batch_tokens=(64,), document_cap=(cap,), num_steps=1000)
+    check_supply(hp, task, seed=0)
+    with pytest.raises(ShardError, match="holds 1000 rows .* steps need 1001"):
+        check_supply(dataclasses.replace(hp, num_steps=1001), task, seed=0)
+
+
+@pytest.mark.parametrize("num_steps", [7, 10**12])
+def test_no_number_of_steps_is_looped_over(tiny_hp, tiny_task, num_steps):
+    """With a loop over the steps of the second case this would take days."""
+    batch = (64_000, 128_000, 640_000)
+    hp = dataclasses.replace(tiny_hp, num_steps=num_steps, batch_tokens=batch)
+    seven = dataclasses.replace(hp, num_steps=7)
+    stages = Counter(seven.stage(batch, step) for step in range(7))
+    steps = [stages[i] + (num_steps - 7) // 3 for i in range(3)]  # 10^12 - 7 divides by 3
+    needed = sum(n * tokens for n, tokens in zip(steps, batch, strict=True)) // hp.seq_len
+    with pytest.raises(ShardError, match=f"{num_steps} steps need {needed};"):
+        check_supply(hp, tiny_task, seed=0)
 
 
 @pytest.mark.parametrize("world_size, micro_seqs", [(1, 2), (2, 4), (2, 1), (4, 2), (8, 1)])
@@ -263,7 +303,66 @@ def test_validation_that_cannot_be_had_is_refused(tiny_task):
 
 def test_too_few_tokens_are_named_before_training(tiny_hp, tiny_task):
     with pytest.raises(ShardError, match="steps need"):
-        check_supply(dataclasses.replace(tiny_hp, num_steps=10_000), tiny_task)
+        check_supply(dataclasses.replace(tiny_hp, num_steps=10_000), tiny_task, seed=0)
+
+
+def test_a_validation_shard_among_those_of_training_is_refused(tiny_task):
+    everything = dataclasses.replace(tiny_task, train_files=f"{Path(tiny_task.val_files).parent}/*")
+    with pytest.raises(ShardError, match=r"val\.bin is a training shard too; change --train_files"):
+        check_shards(everything)
+
+
+def a_numpy_file(path):
+    np.save(path.with_suffix(".npy"), np.arange(2000, dtype=np.uint16))
+    path.with_suffix(".npy").rename(path)
+
+
+OTHER_FILES = {
+    "a NumPy array": a_numpy_file,
+    "magic number": lambda path: path.write_bytes(bytes(5000)),  # nanoGPT's have no header
+    "is no file": os.mkfifo,  # nothing waits for its other end
+    "no file; name shards": Path.mkdir,
+}
+
+
+@pytest.mark.parametrize("message, make", OTHER_FILES.items())
+def test_files_of_other_programs_are_named_and_never_to_be_deleted(tmp_path, message, make):
+    make(tmp_path / "train.bin")
+    for path in find_shards(str(tmp_path / "*.bin")):
+        with pytest.raises(ShardError, match=message) as caught:
+            open_shard(path)
+        assert "delete" not in str(caught.value) and str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "name, command",
+    [
+        ("embedded/embedded_val.bin", "run: ./run.sh data/embedded.py"),
+        ("fineweb10B/fineweb_train_000030.bin", "run: ./run.sh data/cached_fineweb10B.py 30"),
+        ("fineweb10B/fineweb_val_*.bin", "run: ./run.sh data/cached_fineweb10B.py 9"),
+        ("wikitext103/wikitext103_val_000000.bin", "--preset wikitext103"),
+    ],
+)
+def test_the_advice_for_a_track_s_shard_is_the_command_that_writes_it(
+    monkeypatch, tmp_path, name, command
+):
+    monkeypatch.setattr(data.shards, "DATA", tmp_path)
+    if "*" not in name:
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_bytes(b"cut")
+    with pytest.raises(ShardError) as caught:
+        for path in find_shards(f"{glob.escape(str(tmp_path))}/{name}"):
+            open_shard(path)
+    assert str(caught.value).endswith(command)
+
+
+@pytest.mark.parametrize("folder, pattern", [("v2 [a]", "x_*.bin"), ("v2 [a]", "x_[1].bin")])
+def test_brackets_in_a_path_are_no_glob(monkeypatch, tmp_path, folder, pattern):
+    (tmp_path / folder).mkdir()
+    write_shard(tmp_path / folder / "x_[1].bin", np.arange(9, dtype=np.uint16))
+    monkeypatch.chdir(tmp_path / folder)
+    assert find_shards(absolute_glob(pattern)) == [tmp_path / folder / "x_[1].bin"]
+    assert find_shards(f"{tmp_path}/{folder}/x_[1].bin") == [tmp_path / folder / "x_[1].bin"]
 
 
 def test_data_hash_is_compared(tiny_task):

@@ -33,7 +33,7 @@ from baselines.train_gpt2 import (
     micro_batches,
     weights,
 )
-from checkpoints import facts_sha256, read_checkpoint, write_checkpoint
+from checkpoints import facts_sha256, read_checkpoint, sha256_of, write_checkpoint
 from data.shards import open_shard
 from harness import Run, RunError, Runtime, warm_up
 from tools.runs import read_log
@@ -54,10 +54,13 @@ TINY = dict(
 PUBLISHED = {  # parameters by the model cards of OpenAI's GPT-2
     "124M": 124_439_808, "350M": 354_823_168, "774M": 774_030_080, "1558M": 1_557_611_200,
 }  # fmt: skip
-RT = SimpleNamespace(rank=0, world_size=1, device=torch.device("cpu"), is_gpu=False, is_main=True,
-                     stream_dtype=torch.float32, matmul_dtype=torch.float32,
-                     on_main=lambda work: work())  # fmt: skip
-FACTS = {"trainer": "baselines/train_gpt2.py", "step": 3, "data_sha256": ""}
+RT = Runtime(fp32=True)
+FACTS = {
+    "trainer": "baselines/train_gpt2.py",
+    "sources": sha256_of(train_gpt2.SOURCES),
+    "step": 3,
+    "data_sha256": "",
+}
 
 
 @pytest.fixture
@@ -423,7 +426,7 @@ def test_a_run_learns_saves_and_resumes_to_the_same_digits(flags, tmp_path):
     again = losses(only_log(tmp_path / "b"))
     assert len(again) == 9 and again == {key: first[key] for key in again}
     other = outcome(train_gpt2, *flags, "--num_steps=30", f"--resume={folder}")
-    refused(*other, "to resume it, add: --num_steps 20")
+    refused(*other, "to resume it, add: --num_steps=20")
 
 
 def test_a_race_freezes_and_runs_the_baseline(flags, tmp_path):

@@ -224,7 +224,6 @@ GOOD = {"ctx": "a man", "endings": ["a", "b", "c", "d"], "label": 2}
         "{",
         "[" * 100_000,
         b"\xff\xfe".decode("latin-1"),
-        "",
         "[1, 2]",
         "null",
         json.dumps({"ctx": "a", "label": 1}),
@@ -246,6 +245,12 @@ def test_a_wrong_line_is_named(tmp_path, line):
     path.write_bytes((json.dumps(GOOD) + "\n" + line + "\n").encode("latin-1"))
     with pytest.raises(RunError, match=rf"{path}, line 2: no object with a text ctx, .*; bring"):
         hellaswag.read_examples(path)
+
+
+def test_blank_lines_at_the_end_are_no_examples(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text(f"{json.dumps(GOOD)}\n{json.dumps(GOOD)}\n\n \n")
+    assert len(hellaswag.read_examples(path)) == 2
 
 
 def test_a_file_without_examples_is_refused(tmp_path):

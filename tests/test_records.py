@@ -794,7 +794,7 @@ def test_a_run_that_fails_in_its_set_up_ends_its_pair(attempt_flags, tmp_path):
     texts = sources.source_texts(ROOT, "train_gpt.py")
     sources.write_texts(texts, a / "source")
     broken = "\ndef broken(self):\n    raise OSError('B is broken')\nTrainer.warm_up = broken\n"
-    before, guard, after = texts["train_gpt.py"].partition("\nif __name__ == ")
+    before, guard, after = texts["train_gpt.py"].rpartition("\nif __name__ == ")
     texts["train_gpt.py"] = before + broken + guard + after
     sources.write_texts(texts, b / "source")
     done = tool("race", "-n", 3, "--turns", 2, a, b, *attempt_flags)

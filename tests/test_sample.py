@@ -249,6 +249,33 @@ def test_a_checkpoint_of_another_network_is_refused(tmp_path, change, message):
         load_model(folder)
 
 
+@pytest.mark.parametrize(
+    "write, path",
+    [
+        (write_speedrun, "train_gpt.py"),
+        (write_speedrun, "kernels.py"),
+        (write_gpt2, "baselines/train_gpt2.py"),
+    ],
+)
+def test_a_model_whose_code_has_changed_needs_a_flag(tmp_path, write, path):
+    """As where GELU stands in MLP.forward and ReLU squared trained it: the shapes fit."""
+    folder = write(tmp_path / "checkpoint")
+    rewritten(folder, lambda facts: facts["sources"].update({path: "0" * 64}))
+    with pytest.raises(RunError, match=rf"\({path} changed since\).*--other_source true"):
+        load_model(folder)
+    assert load_model(folder, other_source=True).step > 0
+    for referee in ("harness.py", "data/shards.py"):  # runs no network
+        rewritten(folder, lambda facts, name=referee: facts["sources"].update({name: "0" * 64}))
+    load_model(folder, other_source=True)
+
+
+def test_a_checkpoint_from_before_sources_were_kept_needs_a_flag(tmp_path):
+    folder = rewritten(write_gpt2(tmp_path / "old"), lambda facts: facts.pop("sources"))
+    with pytest.raises(RunError, match="--other_source true"):
+        load_model(folder)
+    assert load_model(folder, other_source=True).step > 0
+
+
 def test_a_checkpoint_with_bf16_matrices_as_a_gpu_writes_is_read(tmp_path):
     def as_on_a_gpu(model):
         for block in model.blocks:

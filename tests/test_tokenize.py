@@ -195,7 +195,7 @@ def test_what_is_no_text_is_skipped_and_counted(run, tmp_path):
     assert code == 0
     assert texts_of(train_shards(tmp_path / "out")) == ["good", "fine"]
     skipped = json.loads((tmp_path / "out/manifest.json").read_text())["skipped"]
-    no_text = "no JSON object with a text text"
+    no_text = "no JSON object with a text text (--text_column)"
     assert skipped == {"not UTF-8": 5, "empty": 4, no_text: 4}
     assert "skipped 5 documents: not UTF-8" in errors
 
@@ -587,3 +587,17 @@ def test_wikitext103_comes_from_the_hub_as_articles(run, hub, tmp_path):
     assert run("--preset=wikitext103")[0] == 0
     code, _, errors = run("--preset=wikitext103", out="other")
     assert code == 1 and "a machine with network" in errors and str(tmp_path / "other") in errors
+
+
+def test_a_corrected_flag_meets_no_work_of_the_wrong_one(run, tmp_path):
+    (tmp_path / "in.jsonl").write_bytes(b'{"body": "one text"}\n' * 3)
+    code, _, errors = run(tmp_path / "in.jsonl", "--val_tokens=0")
+    assert code == 1 and "--text_column" in errors
+    assert run(tmp_path / "in.jsonl", "--val_tokens=0", "--text_column=body")[0] == 0
+
+
+@pytest.mark.parametrize("name", ["a/b", "a\nb"])
+def test_a_name_that_is_no_part_of_a_file_s_is_refused_at_once(run, tmp_path, name):
+    (tmp_path / "x.txt").write_text("text")
+    code, _, errors = run(tmp_path / "x.txt", f"--name={name}")
+    assert code == 2 and f"--name {name!r}" in errors and not (tmp_path / "out").exists()

@@ -383,7 +383,8 @@ def source_diff(a: Run, b: Run, path: str) -> list[str]:
 
 
 RUN_BOUND = ("schema", "utc", "argv", "run", "seed", "slug", "log_dir", "source_dir",
-             "declared_runs", "save_every", "resume", "overrides")  # fmt: skip
+             "declared_runs", "save_every", "resume", "other_source", "rank_timeout_s",
+             "overrides")  # fmt: skip
 
 
 def config_changes(a: Run, b: Run) -> dict[str, tuple[str, str]]:
