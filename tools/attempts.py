@@ -6,10 +6,12 @@ changes none of them.
 
 import json
 import os
+import random
 import shutil
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
@@ -20,11 +22,13 @@ from tempfile import TemporaryDirectory
 
 from tools import sources
 from tools.cli import ToolError
-from tools.runs import Run, find_logs, read_log
+from tools.runs import Run, find_logs, flag_pairs, read_log
 from tools.sources import ENTRIES, ROOT, entry_of, kept_texts, source_texts
 
 SINGLE_RUN_FLAGS = {"--seed", "--slug", "--log_dir", "--source_dir", "--declared_runs", "--resume",
                     "--turn_steps"}  # fmt: skip
+UNLOGGED_S = 1.0  # that a process takes before its first import
+LAUNCHER_S = 10.0  # the same of torchrun and its ranks
 
 
 @dataclass
@@ -45,6 +49,7 @@ class Attempt:
     def __post_init__(self):
         self.source, self.logs = self.folder / "source", self.folder / "logs"
         self.entry = next((entry for entry in ENTRIES if entry in self.texts), None)
+        self.is_new = False  # frozen by this process
 
     @property
     def log_paths(self) -> list[Path]:
@@ -59,10 +64,20 @@ class Attempt:
         if not self.entry:
             raise ToolError(f"the source of {self.name} holds neither {' nor '.join(ENTRIES)}")
         sources.require_whole(self.texts)
-        if self.texts != (kept_texts(self.folder) or self.texts):
+        kept = kept_texts(self.folder)
+        if self.texts != (kept or self.texts):
             raise ToolError(f"{self.folder} has runs of another source; name a new folder")
+        self.is_new = not kept
         sources.write_texts(self.texts, self.source)
         self.logs.mkdir(exist_ok=True)
+
+    def forget(self) -> None:
+        """Take back a source that was frozen just now and of which no run began."""
+        if self.is_new and not self.log_paths:
+            shutil.rmtree(self.source)
+            self.logs.rmdir()
+            if not any(self.folder.iterdir()):
+                self.folder.rmdir()
 
 
 # ------------------------------------------------------------------------------ What to run
@@ -101,16 +116,31 @@ def copy_of(origin: Path, folder: Path, flags: list[str], entry: str | None = No
     return Attempt(name, folder, texts, [*flags_of(run), *flags], processes)
 
 
+def require_own_flags(flags: list[str]) -> None:
+    """ToolError for a flag of the trainer that the tools give to each run themselves."""
+    if taken := sorted(SINGLE_RUN_FLAGS & {flag.partition("=")[0] for flag in flags}):
+        raise ToolError(f"{taken[0]} is given to each run by this tool; leave it out")
+
+
+def split_flags(words: list[str]) -> list[str]:
+    return [word for pair in flag_pairs(words) for word in pair]
+
+
 def flags_of(run: Run) -> list[str]:
     """The flags that a run was given, but for those that name the single run."""
-    kept, words = [], []
-    for word in json.loads(run.config.get("argv", "[]")):
-        words += word.split("=", 1) if word.startswith("--") else [word]
-    while words:
-        flag = words.pop(0)
-        value = [words.pop(0)] if words and not words[0].startswith("--") else []
-        kept += [] if flag in SINGLE_RUN_FLAGS else [flag, *value]
-    return kept
+    return [word for pair in run.flags if pair[0] not in SINGLE_RUN_FLAGS for word in pair]
+
+
+def settle_flags(attempts: list[Attempt]) -> None:
+    """Without flags an attempt goes on with those of its runs; ToolError for others than those."""
+    for attempt in attempts:
+        for run in map(read_log, attempt.log_paths):
+            had = flags_of(run)
+            attempt.flags = attempt.flags or had
+            if "argv" in run.config and had != split_flags(attempt.flags):
+                raise ToolError(f"the runs of {attempt.name} have other flags of the trainer: "
+                                f"{' '.join(had) or 'none'}; leave yours out to go on, or name a "
+                                "new folder")  # fmt: skip
 
 
 def check_turns(attempts: list[Attempt], turn_steps: int) -> None:
@@ -129,11 +159,23 @@ def check_turns(attempts: list[Attempt], turn_steps: int) -> None:
                         "would lack its pair; name new folders")  # fmt: skip
 
 
-def interleaved(count: int, runs: int) -> Iterator[tuple[int, int]]:
-    """(arm, round) for so many rounds: arms 0 1 2, 2 1 0, 0 1 2 ..., which cancels linear drift."""
-    for turn in range(runs):
-        order = range(count) if turn % 2 == 0 else reversed(range(count))
+def interleaved(count: int, rounds: int, seed: str) -> Iterator[tuple[int, int]]:
+    """(arm, round), each arm once a round, in an order that is drawn; longer ones begin the same.
+
+    Of each four rounds the first two are drawn, and the others are these two reversed. So a linear
+    drift cancels, and so does a disturbance that returns every other round, which would always
+    meet the same arm of a fixed A B B A.
+    """
+    rng, orders = random.Random(seed), []
+    for turn in range(rounds):
+        order = rng.sample(range(count), count) if turn % 4 < 2 else orders[-2][::-1]
+        orders.append(order)
         yield from ((arm, turn) for arm in order)
+
+
+def order_seed(attempts: list[Attempt]) -> str:
+    """What the order is drawn with: the same for the same race, interrupted or not."""
+    return sources.sha256_of(json.dumps([(a.texts, split_flags(a.flags)) for a in attempts]))[:8]
 
 
 # ------------------------------------------------------------------------------ Running
@@ -149,6 +191,16 @@ class Ended:
     code: int
     output: list[str]  # lines
     last_words: str  # the last line of its errors, where it has any
+    wall_s: float  # from its start, as this process dates it, to the log's end, as the disk does
+
+    @property
+    def clock_doubt(self) -> str:
+        """How its ledger contradicts the one clock that its source does not read, or empty."""
+        logged, slack = self.run.ledger.get("total", 0.0), UNLOGGED_S + 0.01 * self.wall_s
+        slack += LAUNCHER_S if self.attempt.processes > 1 else 0
+        if not self.run.finished or -0.05 < self.wall_s - logged < slack:
+            return ""
+        return f"its ledger adds up to {logged:.1f} s, its process took {self.wall_s:.1f} s"
 
 
 def carry_out(jobs: list[tuple[Attempt, int]], declared: int, turn_steps: int) -> Iterator[Ended]:
@@ -177,7 +229,7 @@ def start(jobs: list[tuple[Attempt, int]], declared: int, turn_steps: int = 0) -
         try:
             for job, scratch, end in zip(jobs, scratches, ends, strict=True):
                 process = begin(*job, scratch, declared, turn_steps, end)
-                running[pool.submit(process.communicate)] = process, *job
+                running[pool.submit(process.communicate)] = process, *job, time.time()
             for end in ends if turn_steps else ():
                 end.close()
             ended = [(*running[future], *future.result()) for future in as_completed(running)]
@@ -232,11 +284,14 @@ def variables(scratch: Path) -> dict[str, str]:
     return found
 
 
-def how_it_ended(process, attempt: Attempt, seed: int, output: str, errors: str, before) -> Ended:
+def how_it_ended(
+    process, attempt: Attempt, seed: int, began: float, output: str, errors: str, before
+) -> Ended:
     """What there is to tell of a run; ToolError if it left no log."""
     said = errors.strip() or output.strip() or f"it exited with {process.returncode}"
     last_words = said.splitlines()[-1]
     log = next((path for path in attempt.log_paths if path not in before), None)
     if not log:
         raise ToolError(f"no run of {attempt.name} began: {last_words}")
-    return Ended(attempt, seed, read_log(log), process.returncode, output.splitlines(), last_words)
+    run, wall_s = read_log(log), log.stat().st_mtime - began
+    return Ended(attempt, seed, run, process.returncode, output.splitlines(), last_words, wall_s)

@@ -1,18 +1,19 @@
 """What two sets of runs say about each other: the verdict, its reasons and its warnings.
 
 The rules, in one place: raw seconds are compared on one host only, in interleaved order;
-a run that did not finish counts; the target is a test, not a minimum; thresholds are in stats.py.
+a run that did not finish counts; the target is a test, not a minimum; what is faster has reached
+the target, or lost nothing. Thresholds are in stats.py, traces of forged logs in audit.py.
 """
 
 import math
 import re
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from tools import stats
+from tools import audit, stats
 from tools.runs import (
     InvalidLog,
     Run,
@@ -20,6 +21,7 @@ from tools.runs import (
     environment_changes,
     read_arm,
     source_changes,
+    task_changes,
 )
 
 TARGET_RANKS = {"unknown": 0, "FAIL": 0, "open": 1, "PASS": 2}
@@ -27,11 +29,19 @@ EXIT_CODES = {"FASTER": 0, "EQUIVALENT": 0, "REGRESSION": 1, "NOT COMPARABLE": 3
               "INCONCLUSIVE": 5}  # fmt: skip
 VOLATILE = {"temperature.gpu", "clocks.sm", "clocks.mem", "gpu_processes"}
 RACE = "./run.sh tools/race.py A B -n 10"
+UNKNOWN_REFEREE = ("none that this repository has had: read it; in a fork of the project, where it "
+                   "is yours, run ./run.sh tools/referees.py")  # fmt: skip
 SLOWDOWN = 0.10  # change of a calibration within a run that is worth a warning
 
 
 def repeated(values) -> list:
     return [value for value, count in Counter(values).items() if count > 1]
+
+
+def summed_up(doubts: list[str]) -> list[str]:
+    """The first of many doubts, which all mean the same: read the logs."""
+    more = f", and {len(doubts) - 1} more, which tools/validate.py names"
+    return [doubts[0] + (more if len(doubts) > 1 else "")] if doubts else []
 
 
 class Arm:
@@ -40,14 +50,21 @@ class Arm:
     def __init__(self, name: str, runs: list[Run], target: float = math.nan):
         self.name, self.runs = name, runs
         self.finished = [run for run in runs if run.finished]
+        self.traces: list[str] = []  # doubts that do not show in the figures
         own_target = runs[0].target
         self.target = target if math.isnan(own_target) else own_target
         self.level = stats.alpha(len(runs), len(runs), self.declared)
 
     @classmethod
-    def read(cls, path: Path, target: float = math.nan) -> "Arm":
+    def read(cls, path: Path, target: float = math.nan, name: str = "") -> "Arm":
+        """An attempt's logs, and what they show of having been forged."""
         path = path.resolve()
-        return cls(path.parent.name if path.name == "logs" else path.stem, read_arm(path), target)
+        name = name or (path.parent.name if path.name == "logs" else path.stem)
+        arm = cls(name, read_arm(path), target)
+        sound = [run for run in arm.runs if not run.faults]
+        of_one = [f"{run.name}: {what}" for run in sound for what in audit.traces(run)]
+        arm.traces = summed_up([*of_one, *audit.between(sound)])
+        return arm
 
     def require_sound(self) -> None:
         """Raise InvalidLog for the first fault of any log, or a log that is there twice."""
@@ -82,19 +99,29 @@ class Arm:
     @property
     def doubts(self) -> list[str]:
         """Why these runs prove no gain, however their figures look."""
-        found, n = [], len(self.runs)
+        found, n = list(self.traces), len(self.runs)
         if self.declared not in (0, n):
             found.append(f"{self.declared} runs were declared, {n} are there")
-        if seeds := repeated(run.seed for run in self.runs if not run.is_public):
-            found.append(f"seed {', '.join(seeds)} ran more than once")
+        if not self.declared and n not in stats.LOOKS:
+            found.append(f"{n} runs, not declared before the first; without that the allowed looks "
+                         f"are n = {', '.join(map(str, stats.LOOKS))}")  # fmt: skip
+        seeds = [run.seed for run in self.runs if not run.is_public]
+        if twice := repeated(seeds):
+            found.append(f"seed {', '.join(twice)} ran more than once")
+        elif len(seeds) > 1 and set(seeds) != set(map(str, range(n))):
+            found.append(f"the seeds are not 0 to {n - 1}: some may have been left out")
         if resumed := sum(run.number("resumed_from") > 0 for run in self.runs):
             found.append(f"{resumed} of {n} runs were resumed: a checkpoint told their time")
         return found
 
-    def is_one_thing(self) -> bool:
-        """Whether all runs have one source and configuration."""
-        first = self.runs[0]
-        return not any(source_changes(first, r) or config_changes(first, r) for r in self.runs[1:])
+    def mixture(self) -> list[str]:
+        """In what its runs differ that should be one source, configuration, task and class."""
+        first, found = self.runs[0], set()
+        for run in self.runs[1:]:
+            found |= source_changes(first, run).keys() | config_changes(first, run).keys()
+            found |= task_changes(first, run).keys()
+            found |= {"class"} if run.machine_class != first.machine_class else set()
+        return sorted(found)
 
     def reaches_target(self) -> bool:
         """Whether the mean loss is shown to lie below the target; every run must have finished."""
@@ -107,7 +134,7 @@ class Arm:
         p = stats.target_p(self.losses, self.target)
         if self.unfinished or not len(self.losses) or self.losses.mean() > self.target:
             return "FAIL", p
-        return ("PASS" if self.reaches_target() and not self.doubts else "open"), p
+        return ("PASS" if p < self.level and not self.doubts else "open"), p
 
 
 @dataclass
@@ -121,8 +148,14 @@ class Comparison:
     reason: str = ""
     time: stats.Difference = stats.NO_DIFFERENCE
     loss: stats.Difference = stats.NO_DIFFERENCE
-    warnings: list[str] = field(default_factory=list)
-    next_steps: list[str] = field(default_factory=list)
+
+    @property
+    def warnings(self) -> list[str]:
+        return warnings(self)
+
+    @property
+    def next_steps(self) -> list[str]:
+        return next_steps(self)
 
     @property
     def exit_code(self) -> int:
@@ -159,14 +192,14 @@ class Comparison:
 
         So race.py runs them. What the two share, such as the state of the host and
         the order of the data, cancels in their difference. A drift within the pairs cancels only
-        between them, so either arm must be the first of as many pairs, but for an odd one.
+        between them, so either arm must be the first of as many pairs, but for one or two.
         """
         runs = self.in_order
         if len(self.order) < len(runs) or len(self.a.runs) != len(self.b.runs):
             return False
         pairs = list(zip(runs[::2], runs[1::2], strict=True))
         first = [x for (x, _), _ in pairs]
-        return abs(first.count("A") - first.count("B")) < 2 and all(
+        return abs(first.count("A") - first.count("B")) <= 2 and all(
             x != y and one.seed == other.seed and one.finished and other.finished
             for (x, one), (y, other) in pairs
         )
@@ -174,6 +207,22 @@ class Comparison:
     @property
     def interleaved(self) -> bool:
         return self.trust or stats.is_interleaved(self.order)
+
+    @property
+    def doubts(self) -> list[str]:
+        """Why these arms prove no gain, however their figures look."""
+        found = [f"{x}: {doubt}" for x, arm in self.arms for doubt in arm.doubts]
+        referees = [audit.unknown_referees(arm.runs[0]) for _, arm in self.arms]
+        if referees[0] != referees[1]:
+            found.append(f"A and B had different referees, {UNKNOWN_REFEREE}")
+        return found + summed_up(audit.overlaps([*self.a.runs, *self.b.runs]))
+
+    @property
+    def keeps_the_loss(self) -> bool:
+        """Whether B reaches the target, or is at least not worse than A, there and in its loss."""
+        a_target, b_target = (TARGET_RANKS[arm.target_status()[0]] for _, arm in self.arms)
+        p = stats.not_worse(self.a.losses, self.b.losses, self.in_pairs)
+        return b_target == TARGET_RANKS["PASS"] or b_target >= a_target and p < self.level
 
     @property
     def noise(self) -> tuple[float, float]:
@@ -196,20 +245,18 @@ def compare(a: Arm, b: Arm, trust: bool = False) -> Comparison:
     else:
         result.time = stats.relative(a.times, b.times, result.in_pairs)
         result.verdict, result.reason = judge(result)
-    result.warnings, result.next_steps = warnings(result), next_steps(result)
     return result
 
 
 def what_forbids_comparing(a: Arm, b: Arm, trust: bool) -> list[str]:
     reasons = []
     for letter, arm in (("A", a), ("B", b)):
-        if not arm.is_one_thing():
-            reasons.append(f"{letter} mixes runs of different sources or configurations")
+        if mixture := arm.mixture():
+            reasons.append(f"{letter} mixes runs that differ in {', '.join(mixture)}")
     if {r.name for r in a.runs} & {r.name for r in b.runs}:
         reasons.append("A and B share runs")
-    tasks = [{(r.data_hash, r.config.get("val_tokens")) for r in arm.runs} for arm in (a, b)]
-    if tasks[0] != tasks[1]:
-        reasons.append("different data")
+    for name, (x, y) in task_changes(a.runs[0], b.runs[0]).items():
+        reasons.append(f"different tasks, {name} {x} and {y}")
     if a.target != b.target and not (math.isnan(a.target) and math.isnan(b.target)):
         reasons.append(f"different targets, {a.target} and {b.target}")
     classes = [{r.machine_class for r in arm.runs} for arm in (a, b)]
@@ -227,31 +274,36 @@ def what_forbids_comparing(a: Arm, b: Arm, trust: bool) -> list[str]:
 
 def judge(c: Comparison) -> tuple[str, str]:
     """(verdict, its reason) of two comparable arms."""
-    a_target, b_target = c.a.target_status()[0], c.b.target_status()[0]
-    speed = stats.time_verdict(c.time, c.level)
+    speed = stats.time_verdict(c.a.times, c.b.times, c.level, c.in_pairs)
     percent = f"{abs(c.time.change):.2%} {interval(c.time)}"
     if c.b.unfinished["diverged"] > c.a.unfinished["diverged"]:
         return "REGRESSION", f"{c.b.unfinished['diverged']} of {len(c.b.runs)} runs diverged"
-    if a_target == "PASS" and stats.target_p(c.b.losses, c.b.target, "greater") < c.level:
+    if (
+        c.a.target_status()[0] == "PASS"
+        and stats.target_p(c.b.losses, c.b.target, "greater") < c.level
+    ):
         return "REGRESSION", f"B's mean loss is above the target {c.b.target}"
     if c.loss.p < c.level and c.loss.change > 0 and not c.b.reaches_target():
         return "REGRESSION", f"the loss is higher by {c.loss.change:.4f}"
     if c.a.unfinished or c.b.unfinished:
         return "INCONCLUSIVE", "runs that did not finish count, and have no time"
-    if speed in ("faster", "slower") and not c.interleaved:
-        return "INCONCLUSIVE", f"{speed} by {percent}, but A and B ran in blocks: it may be drift"
+    if speed != "unclear" and not c.interleaved:
+        why = "but A and B ran in blocks: it may be drift"
+        return "INCONCLUSIVE", f"{speed}, {signed(c.time, 2)}, {why}"
     if speed == "slower":
         return "REGRESSION", f"slower by {percent}"
-    if doubts := [f"{x}: {doubt}" for x, arm in c.arms for doubt in arm.doubts]:
+    if not math.isfinite(c.time.low):
+        few = f"fewer than {stats.MIN_RUNS} runs an arm, or equal ones, show no spread"
+        return "INCONCLUSIVE", few
+    if doubts := c.doubts:
         return "INCONCLUSIVE", f"{signed(c.time, 2)}, but {'; '.join(doubts)}"
-    if speed == "faster" and TARGET_RANKS[b_target] >= TARGET_RANKS[a_target]:
-        return "FASTER", f"by {percent}"
+    if speed in ("faster", "equivalent") and not c.keeps_the_loss:
+        why = "but B is neither shown to reach the target, nor to keep A's loss"
+        return "INCONCLUSIVE", f"{speed}, {signed(c.time, 2)}, {why}"
     if speed == "faster":
-        return "INCONCLUSIVE", f"faster by {percent}, but the target is not shown to be reached"
+        return "FASTER", f"by {percent}"
     if speed == "equivalent":
         return "EQUIVALENT", f"times differ by less than {stats.FLOOR:.1%}"
-    if len(c.a.finished) < 2 or len(c.b.finished) < 2:
-        return "INCONCLUSIVE", "one run an arm shows no spread"
     return "INCONCLUSIVE", f"{signed(c.time, 2)} may be noise"
 
 
@@ -282,12 +334,12 @@ def warnings(c: Comparison) -> list[str]:
 
 def arm_warnings(arm: Arm) -> list[str]:
     found, n = arm.doubts, len(arm.runs)
+    if unknown := audit.unknown_referees(arm.runs[0]):
+        found.append(f"the referee ({', '.join(unknown)}) is {UNKNOWN_REFEREE}")
     found += [f"{count} of {n} runs {how}, they count" for how, count in arm.unfinished.items()]
-    if not arm.declared and n not in stats.LOOKS:
-        found.append(f"{n} runs, not declared before the first; without that the allowed looks are "
-                     f"n = {', '.join(map(str, stats.LOOKS))}")  # fmt: skip
-    found += [f"run {i + 1} outlier {arm.times[i]:.3f} s ({mads:.1f} MAD), kept"
-              for i, mads in stats.outliers(arm.times)]  # fmt: skip
+    if far := stats.outlier(arm.times):
+        i, share = far
+        found.append(f"run {i + 1} outlier {arm.times[i]:.3f} s ({share:+.1%} of the others), kept")
     changed = {k for run in arm.runs[1:] for k in environment_changes(arm.runs[0], run)}
     if changed := sorted(k for k in changed if not k.startswith("gpu")):
         found.append(f"{', '.join(changed)} changed between its runs")
@@ -309,7 +361,7 @@ def next_steps(c: Comparison) -> list[str]:
         return [f"run both on one host: {RACE}"]
     steps = [f"interleave them: {RACE}"] if c.order and not c.interleaved else []
     n = min(len(c.a.finished), len(c.b.finished))
-    if n < 2:
+    if n < stats.MIN_RUNS:
         return [*steps, f"more runs: {RACE}"]
     of_time, of_loss = c.noise
     if c.verdict == "INCONCLUSIVE":
@@ -318,7 +370,7 @@ def next_steps(c: Comparison) -> list[str]:
             if need > n:
                 steps.append(f"{need} runs an arm would show a difference of {what:.2%} in time")
     need = stats.runs_needed(of_loss, stats.LOSS_MARGIN, c.level, c.in_pairs)
-    if need > n:
+    if need > n and c.loss.p >= c.level:
         steps.append(f"{need} runs an arm would show |loss difference| < {stats.LOSS_MARGIN}")
     return steps
 

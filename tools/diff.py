@@ -71,14 +71,14 @@ def target_text(arm: Arm) -> str:
 
 
 def loss_text(c: Comparison) -> str:
-    if not math.isfinite(c.loss.low):
-        return "no test with one run"
     if c.loss.p < c.level:
         return f"{'higher' if c.loss.change > 0 else 'lower'} by {abs(c.loss.change):.4f}"
     p = stats.not_worse(c.a.losses, c.b.losses, c.in_pairs)
     if p < c.level:
         return f"not higher by more than {stats.LOSS_MARGIN} (p={p:.2g})"
-    return "not shown to be neutral"
+    return (
+        "not shown to be neutral" if math.isfinite(c.loss.low) else "not tested, for want of spread"
+    )
 
 
 def order_text(c: Comparison) -> str:

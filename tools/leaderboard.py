@@ -13,9 +13,9 @@ from pathlib import Path
 import bootstrap  # noqa: F401
 
 from tools import stats
+from tools.audit import MISSED, ineligible
 from tools.cli import ToolError, finish, flag_parser
 from tools.comparison import Arm, compare, signed
-from tools.runs import MISSED, ineligible
 from tools.sources import ROOT
 
 RECORDS = ROOT / "records"
@@ -32,13 +32,21 @@ class Record:
         self.title = next(iter((folder / "README.md").read_text().splitlines()), "").lstrip("# ")
         if not self.title:
             raise ToolError(f"{folder / 'README.md'} lacks a first line that says what changed")
-        forgiven = {MISSED}  # one run may miss a target that the mean is shown to reach
-        self.eligible = (
-            len(self.arm.runs) >= min(stats.LOOKS)
-            and self.arm.target_status()[0] == "PASS"
-            and not any(set(ineligible(r)) - set(r.warnings) - forgiven for r in self.arm.runs)
-        )
         self.disturbed = sum(bool(run.warnings) for run in self.arm.runs)
+
+    def obstacles(self) -> list[str]:
+        """Why it cannot be ranked; empty for a record."""
+        runs, (status, p) = self.arm.runs, self.arm.target_status()
+        found = [f"its runs differ in {what}" for what in self.arm.mixture()] + self.arm.doubts
+        if (track := runs[0].config.get("track")) != self.track:
+            found.append(f"its logs are of the track {track}, its folder of {self.track}")
+        if len(runs) < min(stats.LOOKS):
+            found.append(f"{len(runs)} runs, at least {min(stats.LOOKS)} are needed")
+        if status != "PASS":
+            found.append(f"the target is not shown to be reached ({status}, p={p:.2g})")
+        for run in runs:  # one may miss a target that the mean is shown to reach
+            found += [x for x in ineligible(run) if x not in (MISSED, *run.warnings, *found)]
+        return found
 
     @property
     def place(self) -> tuple[str, ...]:
@@ -104,11 +112,14 @@ def read_records() -> list[Record]:
     """Every folder below records/<track> whose name begins with a year, and that can be ranked."""
     folders = [p.parent for p in sorted(RECORDS.glob("*/20*/logs")) if any(p.glob("*.txt"))]
     records = [Record(folder) for folder in folders]
+    ranked = []
     for record in records:
-        if not record.eligible:
-            print(f"left out: {record.folder.relative_to(ROOT)} (see tools/validate.py)",
+        if obstacles := record.obstacles():
+            print(f"left out: {record.folder.relative_to(ROOT)}: {'; '.join(obstacles)}",
                   file=sys.stderr)  # fmt: skip
-    return [record for record in records if record.eligible]
+        else:
+            ranked.append(record)
+    return ranked
 
 
 def main() -> int:

@@ -2,13 +2,13 @@
 """Run one attempt with n seeds, or several attempts interleaved; of two, say which is faster.
 
     race.py records/embedded/2026-11-30_MyIdea -n 10    seeds 0 to 9, then the test of the target
-    race.py A B -n 10 --turns 10                        A B B A ..., then the verdict of diff.py
+    race.py A B -n 10 --turns 10                        in turns, then the verdict of diff.py
 
 An attempt is a folder. The first call freezes this checkout's source in it, and runs start from
 there; the same command goes on after an interruption, up to n. A log, another checkout (. for this
 one) or a record that has its README.md lends its source and flags, and its runs go to --out.
-Crashed and aborted runs keep their logs, and count. On a host whose speed wanders, --turns lets the
-two runs of a pair advance side by side, one of them at a time.
+Crashed and aborted runs keep their logs, and count. Which run begins a pair is drawn. On a host
+whose speed wanders, --turns lets the two runs of a pair advance side by side, one at a time.
 
 Exit code: 0, or of two attempts that of diff.py; 2 if the runs could not be made.
 """
@@ -22,22 +22,49 @@ import bootstrap  # noqa: F401
 from tqdm import tqdm
 
 from tools import stats
-from tools.attempts import Attempt, carry_out, check_turns, copy_of, interleaved, takes_runs
+from tools.attempts import (
+    Attempt,
+    carry_out,
+    check_turns,
+    copy_of,
+    interleaved,
+    order_seed,
+    require_own_flags,
+    settle_flags,
+    takes_runs,
+)
 from tools.cli import EXIT_MISUSE, ToolError, finish, flag_parser
-from tools.comparison import Arm, arm_warnings, compare
+from tools.comparison import Arm, arm_warnings, compare, summed_up
 from tools.diff import target_text, text_report
-from tools.runs import read_arm
-from tools.sources import ENTRIES, ROOT, base_of, diff_of, keep_as_diff, kept_texts, source_texts
+from tools.sources import (
+    ENTRIES,
+    ROOT,
+    base_of,
+    diff_of,
+    keep_as_diff,
+    kept_texts,
+    source_texts,
+    whole_lines,
+)
 
 
 def attempt_at(folder: Path, args, flags: list[str]) -> Attempt:
     """The attempt whose runs go to folder; a new one gets this checkout's source."""
-    texts = kept_texts(folder) or source_texts(ROOT, args.entry or ENTRIES[0])
+    kept = kept_texts(folder)
+    if others := [path for path, text in kept.items() if text != text_here(path)]:
+        print(f"{folder} runs the source that it keeps; this checkout differs in "
+              f"{', '.join(others)}", file=sys.stderr)  # fmt: skip
+    texts = kept or source_texts(ROOT, args.entry or ENTRIES[0])
     diff = diff_of(folder)
     base = args.base or (base_of(diff) if diff else None)
     if base and (base.resolve() == folder.resolve() or not kept_texts(base)):
         raise ToolError(f"--base {base} is no other attempt that keeps its source")
     return Attempt(folder.resolve().name, folder, texts, flags, base=base)
+
+
+def text_here(path: str) -> str:
+    """A source of this checkout; empty if it has none of that name."""
+    return whole_lines((ROOT / path).read_text()) if (ROOT / path).exists() else ""
 
 
 def line_up(args, flags: list[str], out: Path) -> list[Attempt]:
@@ -56,25 +83,39 @@ def line_up(args, flags: list[str], out: Path) -> list[Attempt]:
     if args.out and len(paths) == len(args.origins):
         raise ToolError("--out: every attempt here keeps its own runs; leave it out")
     check_turns(attempts, args.turns)
+    settle_flags(attempts)
     for attempt in attempts:
         attempt.freeze()
     return attempts
 
 
-def run_all(attempts: list[Attempt], count: int, turn_steps: int) -> None:
-    """Run every attempt until it has count logs, interleaved; a failed run is told and counted."""
+def run_all(attempts: list[Attempt], count: int, turn_steps: int) -> dict[Path, list[str]]:
+    """Run every attempt until it has count logs, interleaved; a failed run is told and counted.
+
+    Return what this process's clock has against those of the runs, by folder of the attempt.
+    """
     have = [len(attempt.log_paths) for attempt in attempts]
-    todo = [(attempts[i], seed) for i, seed in interleaved(len(attempts), count) if seed >= have[i]]
+    doubts = {attempt.folder: [] for attempt in attempts}
+    seed = order_seed(attempts)
+    order = list(interleaved(len(attempts), count, seed))
+    todo = [(attempts[i], turn) for i, turn in order if turn >= have[i]]
+    if todo and len(attempts) > 1:
+        letters = "".join(chr(ord("A") + i) for i, _ in order)
+        tqdm.write(f"order {letters}, drawn with seed {seed}, which the sources and flags give")
     with tqdm(total=len(todo), unit="run", disable=not sys.stderr.isatty()) as bar:
         for ended in carry_out(todo, count, turn_steps):
             bar.update()
             result = ended.output[-1].partition(" time_to_target")[0] if ended.output else ""
             tqdm.write(f"{ended.attempt.name} seed {ended.seed}: {result}")
+            if doubt := ended.clock_doubt:
+                tqdm.write(f"  {doubt}")
+                doubts[ended.attempt.folder].append(f"{ended.run.name}: {doubt}")
             if ended.code:
                 tqdm.write(f"  exit code {ended.code}: {ended.last_words}")
             if not ended.run.val_curve:
                 raise ToolError(f"{ended.run.path} ended before its first validation, as every run "
                                 f"would: {ended.last_words}")  # fmt: skip
+    return doubts
 
 
 def report(arms: list[Arm]) -> int:
@@ -122,20 +163,26 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
 def main() -> int:
     args, flags = parse()
     with TemporaryDirectory(prefix="photofinish_race_") as scratch:
+        require_own_flags(flags)
         attempts = line_up(args, flags, args.out or Path(scratch))
         try:
-            run_all(attempts, args.n, args.turns)
+            doubts = run_all(attempts, args.n, args.turns)
         except KeyboardInterrupt:
             print("interrupted: what ran counts, where it is kept; the same command goes on there",
                   file=sys.stderr)  # fmt: skip
             raise
         finally:
             for attempt in attempts:
-                if attempt.base:
+                if args.n:
+                    attempt.forget()
+                if attempt.base and attempt.folder.exists():
                     keep_as_diff(attempt.folder, attempt.base)
         if not args.n:
             return 0
-        return report([Arm(attempt.name, read_arm(attempt.logs)) for attempt in attempts])
+        arms = [Arm.read(attempt.logs, name=attempt.name) for attempt in attempts]
+        for arm, attempt in zip(arms, attempts, strict=True):
+            arm.traces += summed_up(doubts[attempt.folder])
+        return report(arms)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from tempfile import TemporaryDirectory
 
 import bootstrap  # noqa: F401
 
-from tools.attempts import copy_of, start
+from tools.attempts import copy_of, require_own_flags, start
 from tools.cli import EXIT_MISUSE, ToolError, finish, flag_parser
 from tools.runs import Run, read_log
 
@@ -55,6 +55,7 @@ def main() -> int:
     parser.add_argument("log", type=Path, metavar="LOG")
     parser.add_argument("--out", type=Path, help="keep source and log here (default: discard)")
     args, flags = parser.parse_known_args()
+    require_own_flags(flags)
     if args.log.is_dir():
         parser.error(f"{args.log} is no log; name one, or run a folder's source: tools/race.py")
     if args.out and args.out.exists() and (args.out.is_file() or any(args.out.iterdir())):

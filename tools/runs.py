@@ -1,7 +1,7 @@
 """The one reader of logs: photofinish's own, and those of the public 8xH100 speedrun.
 
-A log is parsed once into a Run; `faults` says what is wrong with it, `ineligible` why it is no
-record. Nothing here imports torch: a comparison answers in a second.
+A log is parsed once into a Run, whose `faults` say where it is not whole or contradicts itself.
+Nothing here imports torch: a comparison answers in a second.
 """
 
 import difflib
@@ -11,22 +11,44 @@ import math
 import os
 import re
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 
 from tools.cli import InvalidLog, ToolError
 from tools.sources import find_source, sha256_of
 
 LINE_SECTIONS = ("config", "environment", "data", "run")  # the others are text, counted in lines
+
+
+def flag_pairs(words: list[str]) -> list[tuple[str, str]]:
+    """(--name, value) of each flag of a command, given as --name=value or as --name value."""
+    pairs = []
+    for word, following in pairwise([*words, ""]):
+        if word.startswith("--"):
+            name, equals, value = word.partition("=")
+            pairs.append((name, value if equals else following))
+    return pairs
+
+
+def logged_flags(argv: str) -> list[tuple[str, str]]:
+    """flag_pairs of a log's line argv; ValueError if it is no list of words."""
+    words = json.loads(argv)
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise ValueError("not a list of words")
+    return flag_pairs(words)
+
+
 CONFIG_TYPES = {
     "seed": int,
     "target_val_loss": float,
     "declared_runs": int,
     "turn_steps": int,
-    "argv": json.loads,
+    "vocab_size": int,
+    "argv": logged_flags,
 }
 RESULT_FIELDS = "status val_loss target train_time steps tokens seed overrides resumed_from sha256"
-MISSED = "it missed the target"
-PUBLIC_RULE = "=" * 100  # between the source, the environment and the steps of a public log
+PUBLIC_RULE = "=" * 100 + "\n"  # between the source, the environment and the steps of a public log
+NO_LOGS = ("metadata.txt",)  # which public records keep beside their logs
 
 
 @dataclass
@@ -74,6 +96,11 @@ class Run:
         return self.config.get("seed", "unknown")
 
     @property
+    def flags(self) -> list[tuple[str, str]]:
+        """(--name, value) of those that it was given."""
+        return logged_flags(self.config.get("argv", "[]"))
+
+    @property
     def steps(self) -> int:
         return self.val_curve[-1][0] if self.val_curve else 0
 
@@ -110,6 +137,12 @@ class Run:
         return f"{count}{device}, {dtype}{turns}"
 
     @property
+    def task(self) -> dict[str, str]:
+        """What the loss is measured on; losses on different tasks are never compared."""
+        names = ("val_tokens", "val_seq_len", "val_spread")
+        return {"data": self.data_hash, **{n: self.config.get(n, "unknown") for n in names}}
+
+    @property
     def data_hash(self) -> str:
         found = re.search(r"^data_sha256: (\S+)", "\n".join(self.data), re.M)
         return found[1] if found else "unknown"
@@ -125,7 +158,7 @@ def read_log(path: Path) -> Run:
     try:
         text = path.read_bytes().decode()
     except OSError as error:
-        raise InvalidLog(path, 0, f"cannot be read: {error.strerror}") from None
+        raise ToolError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
         line = error.object[: error.start].count(b"\n") + 1
         raise InvalidLog(path, line, "cannot be read: this is no UTF-8 text") from None
@@ -133,22 +166,28 @@ def read_log(path: Path) -> Run:
         return OwnLog(path, text).run
     if PUBLIC_RULE in text:
         return read_public_log(path, text)
+    if re.match(r"s:0 t[er]l:", text):
+        raise InvalidLog(path, 1, "a log of llm.c (s:... tel:...), which has no times to compare")
     raise InvalidLog(path, 1, "neither a log of train_gpt.py nor one of the public speedrun")
 
 
 def find_logs(path: Path) -> list[Path]:
-    """A log itself, or the logs of a folder, or of the folder logs/ in it."""
+    """A log itself, or the logs of a folder, or of the folder logs/ in it.
+
+    FOLDER/PATTERN, such as "records/x/baseline*", is that part of a folder.
+    """
     if not path.is_dir():
-        return [path]
+        return [path] if path.exists() else sorted(path.parent.glob(path.name)) or [path]
     folder = path / "logs" if (path / "logs").is_dir() else path
-    return sorted(log for log in folder.iterdir() if log.suffix in (".txt", ".log"))
+    logs = (log for log in folder.iterdir() if log.suffix in (".txt", ".log"))
+    return sorted(log for log in logs if log.name not in NO_LOGS)
 
 
 def read_arm(path: Path) -> list[Run]:
     """All runs of a log or a folder, in the order in which they began."""
     logs = find_logs(path)
     if not logs:
-        raise InvalidLog(path, 0, "holds no logs (*.txt); give a log, or a folder of logs")
+        raise ToolError(f"{path} holds no logs (*.txt); give a log, or a folder of logs")
     return sorted(map(read_log, logs), key=lambda run: run.started)
 
 
@@ -311,18 +350,19 @@ STEP = re.compile(
 def read_public_log(path: Path, text: str) -> Run:
     """A log of the public speedrun: source, environment and steps between rules of 100 signs.
 
-    It names neither host, seed, hyperparameters nor hashes; the source holds what there is.
+    It names neither host, seed, hyperparameters nor hashes; the source holds what there is, with
+    the name of its run, which is left out here. Times are milliseconds, or seconds with a point.
     """
-    source, _, rest = text.rpartition(PUBLIC_RULE)
-    source, _, system = source.rpartition(PUBLIC_RULE)
-    if not source:  # older logs have one rule only, after the source
-        source, system = system, rest
+    source, *between, rest = text.split(PUBLIC_RULE)
+    system = "\n".join(between) or rest  # older logs have one rule only, after the source
+    source = re.sub(r"^(\s*run_id\b[^=\n]*= *)([\"']).*?\2", r"\1...", source, flags=re.M)
     run = Run(path, is_public=True, sources={"train_gpt.py": Source(sha256_of(source), source)})
-    for step, kind, loss, ms in re.findall(
-        r"^step:(\d+)/\d+ (?:(val|train)_loss:(\S+) )?train_time:(\d+)ms", rest, re.M
+    for step, kind, loss, time, unit in re.findall(
+        r"^step:(\d+)/\d+ (?:(val|train)_loss:(\S+) )?train_time:([\d.]+)(m?s)\b", rest, re.M
     ):
         curve = run.val_curve if kind == "val" else run.train_curve
-        curve.append((int(step), float(ms), float(loss or "nan")))
+        ms = float(time) * (1 if unit == "ms" else 1000)
+        curve.append((int(step), ms, float(loss or "nan")))
     if not run.val_curve:
         raise InvalidLog(path, text.count("\n") + 1, "the log has no line with val_loss")
     planned = int(re.findall(r"^step:\d+/(\d+) ", rest, re.M)[-1])
@@ -332,35 +372,11 @@ def read_public_log(path: Path, text: str) -> Run:
     if version := re.search(r"Running PyTorch (\S+)", system, re.I):
         run.environment["torch"] = version[1]
     gpus = re.findall(r"NVIDIA ([A-Z]+\d+[^|]*?)\s{2,}", system)
+    if named := re.search(r"device_name=NVIDIA (.+) with world_size=(\d+)", system):
+        gpus = [named[1]] * int(named[2])
     if gpus:
         run.environment |= {"device": gpus[0], "gpu0": gpus[0], "world_size": str(len(gpus))}
     return run
-
-
-def ineligible(run: Run) -> list[str]:
-    """Why a sound run is no record, a reason each; empty for an eligible one."""
-    if run.is_public:
-        return ["a log of the public speedrun: no seed, no data hash, no result line"]
-    reasons, status = [], run.result.get("status", "none")
-    if status != "success":
-        reasons.append(MISSED if status == "missed" else f"status is {status}, not success")
-    if (overrides := run.config.get("overrides", "none")) != "none":
-        reasons.append(f"hyperparameters were overridden: {overrides}")
-    if run.number("resumed_from") > 0 or run.config.get("resume"):
-        reasons.append(f"resumed from step {run.result['resumed_from']}")
-    if not any("(as expected)" in line for line in run.data):
-        reasons.append("the data is not what the track's hash expects, or no hash is known")
-    changed, kept = run.git.get("changed", "none"), [s.kept for s in run.sources.values()]
-    if run.git.get("commit", "none") == "none" and not all(kept):
-        reasons.append("no git commit")
-    elif changed != "none" and not all(kept):
-        reasons.append(f"{changed} differs from commit {run.git['commit'][:10]}: commit it")
-    if run.number("recompiled") > 0:
-        reasons.append(f"{run.result['recompiled']} graphs were compiled inside the timed part")
-    untimed = {"startup", "compile", "turn", "validation", "checkpoint", "train", "end", "total"}
-    if unknown := set(run.ledger) - untimed:
-        reasons.append(f"untimed work of an unknown kind: {', '.join(sorted(unknown))}")
-    return reasons + run.warnings
 
 
 def source_changes(a: Run, b: Run) -> dict[str, tuple[int, int]]:
@@ -377,7 +393,9 @@ def source_changes(a: Run, b: Run) -> dict[str, tuple[int, int]]:
 
 def source_diff(a: Run, b: Run, path: str) -> list[str]:
     """The unified diff of one source from a to b, a line each."""
-    texts = (run.sources[path].text if path in run.sources else "" for run in (a, b))
+    texts = [run.sources[path].text if path in run.sources else "" for run in (a, b)]
+    if texts[0] == texts[1]:
+        return []
     lines = [text.splitlines() for text in texts]
     return list(difflib.unified_diff(*lines, f"A/{path}", f"B/{path}", lineterm=""))
 
@@ -390,6 +408,10 @@ RUN_BOUND = ("schema", "utc", "argv", "run", "seed", "slug", "log_dir", "source_
 def config_changes(a: Run, b: Run) -> dict[str, tuple[str, str]]:
     """Hyperparameters and options that differ, but for those that name a single run."""
     return changes(a.config, b.config, RUN_BOUND)
+
+
+def task_changes(a: Run, b: Run) -> dict[str, tuple[str, str]]:
+    return changes(a.task, b.task, ())
 
 
 def environment_changes(a: Run, b: Run) -> dict[str, tuple[str, str]]:

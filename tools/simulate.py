@@ -1,11 +1,15 @@
 #!/usr/bin/env python3
-"""How often do the rules of stats.py cry wolf, and what do they find? Simulated comparisons.
+"""How often do the rules err, and what do they find? Simulated races, judged as diff.py does.
 
-First an attempt against itself: every run's time is drawn from one log-normal distribution, so
-each verdict FASTER is false. The spread is large against the floor of 0.2%, which makes the floor
-useless: the worst case. The target is tested on losses whose true mean lies exactly on it. Then
-against a B that truly needs 5% less time, on a host whose speed wanders.
+Each line is a design that the rules allow under one kind of noise, each figure a share of verdicts.
+False: FASTER of a B that needs the same time; FASTER of one that is 5% faster but whose loss is
+higher by the margin, where no target is reached; PASS of a mean loss that lies on the target;
+EQUIVALENT of a B whose time differs by the floor. Found: a B that needs 5% less time, a mean loss
+0.003 below the target, and equal times where a run's noise is below the floor.
 """
+
+from itertools import product
+from pathlib import Path
 
 import bootstrap  # noqa: F401
 import numpy as np
@@ -13,50 +17,95 @@ import numpy as np
 from tools import stats
 from tools.attempts import interleaved
 from tools.cli import finish, flag_parser
+from tools.comparison import Arm, compare
+from tools.runs import Run
 
-LOSS, LOSS_SD = 3.28, 0.0014  # sd: pooled over 845 public logs
+TARGET, LOSS_SD = 3.28, 0.0014  # sd: pooled over 845 public logs
+HOST_SD = 0.05  # of the noise in log seconds, large against the floor: the worst case for FASTER
+OWN_SD = 0.005  # of what each run adds to a host that drifts, wanders or beats
+QUIET = 0.02  # share of that noise on a host where times can be told equal
 MEMORY = 0.9  # correlation of a wandering host's speed with that of one run before
 
 
-def times(rng, count: int, sd: float, drift: float = 0, wander: float = 0, gain: float = 0):
-    """Seconds of count runs of A and of B, interleaved.
+def normal(rng, count: int) -> np.ndarray:
+    return HOST_SD * rng.standard_normal(count)
 
-    sd is of each run by itself; the host slows down by drift over all of them, and its speed
-    wanders about its mean with an sd of wander, of which MEMORY is left a run later. B needs less
-    by gain.
-    """
-    order = np.array([arm for arm, _ in interleaved(2, count)])
-    logs = sd * rng.standard_normal(2 * count) + drift * np.linspace(0, 1, 2 * count)
-    host = rng.standard_normal(2 * count)
-    for i in range(1, 2 * count):
+
+def student(rng, count: int) -> np.ndarray:
+    return HOST_SD * rng.standard_t(3, count) / 3**0.5
+
+
+def wandering(rng, count: int) -> np.ndarray:
+    host = rng.standard_normal(count)
+    for i in range(1, count):
         host[i] = MEMORY * host[i - 1] + (1 - MEMORY**2) ** 0.5 * host[i]
-    logs += wander * host + np.log1p(-gain) * order
-    return tuple(80 * np.exp(logs[order == arm]) for arm in (0, 1))
+    return HOST_SD * host + OWN_SD * rng.standard_normal(count)
 
 
-def is_faster(a: np.ndarray, b: np.ndarray, level: float, paired: bool) -> bool:
-    return stats.time_verdict(stats.relative(a, b, paired), level) == "faster"
+def drifting(rng, count: int) -> np.ndarray:
+    return 4 * HOST_SD * np.linspace(0, 1, count) + OWN_SD * rng.standard_normal(count)
 
 
-def declared(rng, count: int, *host: float, paired: bool = True) -> bool:
-    return is_faster(*times(rng, count, *host), stats.alpha(count, count, count), paired)
+def beating(rng, count: int) -> np.ndarray:
+    """Slow, fast, fast, slow ... from a phase that is drawn: a fixed A B B A would meet it."""
+    beat = np.resize(np.roll([1, -1, -1, 1], rng.integers(4)), count)
+    return HOST_SD * beat + OWN_SD * rng.standard_normal(count)
 
 
-def peeking(rng, looks: tuple[int, ...], level: float, sd: float, paired: bool = True) -> bool:
-    """Whether any look at the first n runs says FASTER; one stops at the first that does."""
-    a, b = times(rng, max(looks), sd)
-    return any(is_faster(a[:n], b[:n], level, paired) for n in looks)
+NOISES = {"normal": normal, "t, 3 degrees": student, "AR(1), 0.9": wandering,
+          "linear drift": drifting, "period of 4": beating}  # fmt: skip
+DESIGNS = {  # (runs an arm at each look, whether they were declared, whether seeds make pairs)
+    "5 pairs": ((5,), True, True),
+    "10 pairs": ((10,), True, True),
+    "looks at 5 10 20": (stats.LOOKS, False, True),
+    "10 runs, no pairs": ((10,), True, False),
+}
+# column: (verdict counted, share of the noise, gain, A's loss above the target, B's beyond A's)
+COLUMNS = {
+    "FASTER": ("FASTER", 1, 0, -0.004, 0),
+    "FASTER, loss": ("FASTER", QUIET, 0.05, 0.1, stats.LOSS_MARGIN),
+    "PASS": ("PASS", 1, 0, 0, 0),
+    "EQUIV.": ("EQUIVALENT", QUIET, stats.FLOOR, -0.004, 0),
+    "FASTER 5%": ("FASTER", 1, 0.05, -0.004, 0),
+    "PASS 0.003": ("PASS", 1, 0, -0.003, 0),
+    "EQUIV. 0%": ("EQUIVALENT", QUIET, 0, -0.004, 0),
+}
 
 
-def target_peeking(rng, looks: tuple[int, ...], level: float) -> bool:
-    losses = LOSS + LOSS_SD * rng.standard_normal(max(looks))
-    return any(stats.target_p(losses[:n], LOSS) < level for n in looks)
+def race(rng, count: int, noise, share: float, gain: float, loss: float, loss_up: float):
+    """Runs of A and of B as logs would tell of them, in the order of race.py."""
+    order = [arm for arm, _ in interleaved(2, count, str(rng.integers(1 << 30)))]
+    seconds = 80 * np.exp(share * noise(rng, 2 * count) + np.log1p(-gain) * np.array(order))
+    spread = student(rng, 2 * count) if noise is student else normal(rng, 2 * count)
+    losses = TARGET + loss + loss_up * np.array(order) + LOSS_SD / HOST_SD * spread
+    arms = [], []
+    for i, (arm, s, x) in enumerate(zip(order, seconds, losses, strict=True)):
+        curve = [(0, 0.0, 10.8), (1, 1000 * s, x)]
+        config = {"utc": f"2026-01-01T{i:04}", "target_val_loss": str(TARGET), "track": "simulated"}
+        config |= {"run": str(i)}
+        arms[arm].append(Run(Path(str(i)), config=config, val_curve=curve,
+                             environment={"host": "h"}, result={"status": "success"}))  # fmt: skip
+    return arms
 
 
-def best_of(rng, kept: int, count: int) -> bool:
-    """The target's test on the best kept of count runs, which is not allowed."""
-    losses = np.sort(LOSS + LOSS_SD * rng.standard_normal(count))[:kept]
-    return stats.target_p(losses, LOSS) < stats.ALPHA_DECLARED
+def claims(rng, design: tuple, noise, column: tuple) -> bool:
+    """Whether one simulated attempt gets the verdict; one stops at the first look that gives it."""
+    (looks, declared, paired), (verdict, *truth) = design, column
+    a, b = race(rng, max(looks), noise, *truth)
+    for i, (one, other) in enumerate(zip(a, b[:: 1 if paired else -1], strict=True)):
+        one.config["seed"] = other.config["seed"] = str(i)
+    for run in a + b:
+        run.config["declared_runs"] = str(max(looks) * declared)
+    for n in looks:
+        arms = Arm("A", a[:n]), Arm("B", b[:n])
+        found = arms[1].target_status()[0] if verdict == "PASS" else compare(*arms).verdict
+        if found == verdict:
+            return True
+    return False
+
+
+def share(rng, comparisons: int, design: tuple, noise, column: tuple) -> float:
+    return sum(claims(rng, design, noise, column) for _ in range(comparisons)) / comparisons
 
 
 def main() -> int:
@@ -66,40 +115,17 @@ def main() -> int:
     args = parser.parse_args()
     if args.comparisons < 1 or args.seed < 0:
         parser.error("--comparisons must be at least 1, --seed at least 0")
-    one, look = stats.ALPHA_DECLARED, stats.ALPHA_LOOK
-    looks, every = " ".join(map(str, stats.LOOKS)), tuple(range(3, 21))
-    drifting, wandering = (0.02, 0.2), (0.02, 0.0, 0.07)
-    allowed = {
-        "time: 5 pairs, declared": lambda r: declared(r, 5, 0.05),
-        "time: 10 pairs, declared": lambda r: declared(r, 10, 0.05),
-        "time: 10 pairs, host slows down by 20%": lambda r: declared(r, 10, *drifting),
-        "time: 10 pairs, host wanders by 7%": lambda r: declared(r, 10, *wandering),
-        "time: 10 pairs, spread below the floor": lambda r: declared(r, 10, 0.001),
-        f"time: looks at {looks} pairs": lambda r: peeking(r, stats.LOOKS, look, 0.05),
-        "time: 10 runs an arm, not in pairs": lambda r: declared(r, 10, 0.05, paired=False),
-        "target: 10 runs, declared": lambda r: target_peeking(r, (10,), one),
-        f"target: looks at {looks}": lambda r: target_peeking(r, stats.LOOKS, look),
-    }
-    forbidden = {
-        "time: a look after each of 3 to 20 pairs": lambda r: peeking(r, every, one, 0.05),
-        "target: a look after each of 3 to 20": lambda r: target_peeking(r, every, one),
-        "target: best 8 of 10": lambda r: best_of(r, 8, 10),
-    }
-    gains = {
-        f"{how} {n}, {kind}": lambda r, n=n, host=host, paired=paired: declared(
-            r, n, *host, 0.05, paired=paired)
-        for kind, host in (("host wanders by 7%", wandering), ("host is steady", (0.02, 0.0, 0.0)))
-        for n in (5, 10)
-        for how, paired in (("pairs:", True), ("runs an arm, not in pairs:", False))
-    }  # fmt: skip
-    kinds = {"allowed": allowed, "not allowed": forbidden, "true 5%": gains}
-    print(f"{args.comparisons} simulated comparisons each, seed {args.seed}; share of verdicts "
-          "FASTER, false but for the last")  # fmt: skip
-    trials = [(kind, name, trial) for kind in kinds for name, trial in kinds[kind].items()]
-    for i, (kind, name, trial) in enumerate(trials):
-        rng = np.random.default_rng((args.seed, i))
-        share = np.mean([trial(rng) for _ in range(args.comparisons)])
-        print(f"{kind:<12}{name:<50}{share:7.2%}")
+    print(f"{args.comparisons} simulated comparisons a figure, seed {args.seed}; the first four "
+          "columns are false verdicts, the others true ones")  # fmt: skip
+    print(f"{'design':<19}{'noise':<14}" + "".join(f"{name:>13}" for name in COLUMNS))
+    for design, noise in product(DESIGNS, NOISES):
+        figures = []
+        for i, column in enumerate(COLUMNS.values()):
+            place = list(DESIGNS).index(design), list(NOISES).index(noise), i
+            rng = np.random.default_rng((args.seed, *place))
+            found = share(rng, args.comparisons, DESIGNS[design], NOISES[noise], column)
+            figures.append(f"{found:13.2%}")
+        print(f"{design:<19}{noise:<14}" + "".join(figures), flush=True)
     return 0
 
 

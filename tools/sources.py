@@ -25,6 +25,16 @@ def sha256_of(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def whole_lines(text: str) -> str:
+    """A source as logs hold it: its last line ends like the others."""
+    return text if text.endswith("\n") or not text else f"{text}\n"
+
+
+def lines_of(text: str) -> list[str]:
+    """Lines with their ends; a form feed ends none, as it does for str.splitlines."""
+    return re.findall(r".*\n|.+$", text)
+
+
 def slug_of(name: str) -> str:
     """MyIdea of an attempt called 2026-11-30_MyIdea."""
     return re.sub(r"^\d{4}-[^_]*_", "", name)
@@ -65,7 +75,8 @@ def entry_of(folder: Path) -> str | None:
 
 def source_texts(folder: Path, entry: str) -> dict[str, str]:
     """The project's files of a checkout, by path."""
-    return {path: (folder / path).read_text() for path in project_files(folder, entry)}
+    return {path: whole_lines((folder / path).read_text())
+            for path in project_files(folder, entry)}  # fmt: skip
 
 
 def require_whole(texts: dict[str, str]) -> None:
@@ -94,7 +105,7 @@ def kept_texts(folder: Path) -> dict[str, str]:
     whole = folder / "source"
     if whole.is_dir():
         files = sorted(whole.rglob("*.py"))
-        return {path.relative_to(whole).as_posix(): path.read_text() for path in files}
+        return {path.relative_to(whole).as_posix(): whole_lines(path.read_text()) for path in files}
     diff = diff_of(folder)
     return made_by(diff) if diff else {}
 
@@ -134,8 +145,8 @@ def made_by(diff: Path) -> dict[str, str]:
 
 def patched(old: str, hunks: str) -> str:
     """A text after the hunks of a unified diff; ValueError if they do not fit."""
-    lines, new, at = old.splitlines(keepends=True), [], 0
-    for line in hunks.splitlines(keepends=True):
+    lines, new, at = lines_of(old), [], 0
+    for line in lines_of(hunks):
         if heading := re.match(r"@@ -(\d+)(,0 )?", line):
             start = int(heading[1]) - (0 if heading[2] else 1)  # of no lines: the line before them
             new += lines[at:start]
@@ -155,7 +166,7 @@ def keep_as_diff(folder: Path, base: Path) -> None:
     old, new = kept_texts(base), kept_texts(folder)
     lines = [f"base: {Path(os.path.relpath(base, folder)).as_posix()}\n"]
     for path in sorted(old | new):
-        texts = (texts.get(path, "").splitlines(keepends=True) for texts in (old, new))
+        texts = (lines_of(texts.get(path, "")) for texts in (old, new))
         lines += difflib.unified_diff(*texts, f"a/{path}", f"b/{path}")
     diff = diff_of(folder) or folder / f"{slug_of(folder.resolve().name)}.diff"
     diff.write_text("".join(lines))

@@ -4,7 +4,8 @@ Why these tests, and what they cost, is measured by tools/simulate.py.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 
 import numpy as np
 from scipy import stats
@@ -14,7 +15,8 @@ ALPHA_LOOK = 0.003  # of each look, where one may stop early; 0.004 would let 1.
 LOOKS = (5, 10, 20)  # runs an arm after which one may look
 FLOOR = 0.002  # a relative difference of times below this is no gain, however significant
 LOSS_MARGIN = 0.002  # nats per token: what counts as the same loss
-OUTLIER_MADS = 5.0
+MIN_RUNS = 3  # fewer show no spread
+OUTLIER_P = 0.01  # share of samples without outliers in which one is named all the same
 DRIFT_P = 0.01
 POWER = 0.9  # of the runs that `runs_needed` asks for
 
@@ -38,16 +40,24 @@ def alpha(n_a: int, n_b: int, declared: int) -> float:
 
 
 def absolute(a: np.ndarray, b: np.ndarray, paired: bool = False) -> Difference:
-    """Mean of b minus mean of a, by the t-test of b[k] - a[k] if paired, else by Welch's."""
-    if min(len(a), len(b)) < 2:
+    """Mean of b minus mean of a, by the t-test of b[k] - a[k] if paired, else by Welch's.
+
+    Fewer than MIN_RUNS an arm show no spread, and so do runs that repeat every digit: p is 1.
+    """
+    if min(len(a), len(b)) < MIN_RUNS:
         return NO_DIFFERENCE
     change = b.mean() - a.mean()
-    spread = (b - a).std() if paired else a.std() + b.std()
-    if spread <= 1e-12 * abs(a.mean()):  # every run, or pair, repeats every digit
-        return Difference(change, change, change, float(change == 0))
+    if repeats(a, b, paired):
+        return replace(NO_DIFFERENCE, change=change)
     test = t_test(a, b, paired)
     interval = test.confidence_interval(0.95)
     return Difference(change, interval.low, interval.high, test.pvalue)
+
+
+def repeats(a: np.ndarray, b: np.ndarray, paired: bool) -> bool:
+    """Whether every pair, or every run of either sample, shows the same digits."""
+    spread = (b - a).std() if paired else a.std() + b.std()
+    return spread <= 1e-12 * abs(a.mean())
 
 
 def t_test(a: np.ndarray, b: np.ndarray, paired: bool, alternative: str = "two-sided"):
@@ -59,35 +69,41 @@ def t_test(a: np.ndarray, b: np.ndarray, paired: bool, alternative: str = "two-s
 def relative(a: np.ndarray, b: np.ndarray, paired: bool = False) -> Difference:
     """Ratio of the geometric means of b and a, minus 1; the test is that of the logarithms."""
     logs = absolute(np.log(a), np.log(b), paired)
-    if logs == NO_DIFFERENCE:
-        return NO_DIFFERENCE
+    if not math.isfinite(logs.low):
+        return replace(logs, change=math.expm1(logs.change))
     change, low, high = (min(x, 700) for x in (logs.change, logs.low, logs.high))
     return Difference(math.expm1(change), math.expm1(low), math.expm1(high), logs.p)
 
 
-def time_verdict(time: Difference, level: float) -> str:
-    """faster, slower, equivalent or unclear, of B against A."""
-    if time.p < level and abs(time.change) > FLOOR:
-        return "faster" if time.change < 0 else "slower"
-    if -FLOOR < time.low and time.high < FLOOR:
-        return "equivalent"
-    return "unclear"
+def time_verdict(a: np.ndarray, b: np.ndarray, level: float, paired: bool) -> str:
+    """faster, slower, equivalent or unclear, of b against a; equivalent by two one-sided tests."""
+    time, logs = relative(a, b, paired), (np.log(a), np.log(b))
+    if not abs(time.change) < FLOOR:
+        found = "faster" if time.change < 0 else "slower"
+        return found if time.p < level else "unclear"
+    sides = (below(*x, FLOOR, paired) for x in (logs, logs[::-1]))
+    return "equivalent" if max(sides) < level else "unclear"
 
 
 def target_p(losses: np.ndarray, target: float, side: str = "less") -> float:
     """p of the claim that the mean loss is less, or greater, than target; 1 of equal losses."""
-    if len(losses) < 2 or losses.std() <= 1e-12:
+    if len(losses) < MIN_RUNS or losses.std() <= 1e-12:
         return 1.0
     return stats.ttest_1samp(losses, target, alternative=side).pvalue
 
 
+def below(a: np.ndarray, b: np.ndarray, margin: float, paired: bool) -> float:
+    """p of the claim that b's mean exceeds a's by less than margin; 1 where nothing varies."""
+    if min(len(a), len(b)) < MIN_RUNS or repeats(a, b, paired):
+        return 1.0
+    return t_test(a, b - margin, paired, "less").pvalue
+
+
 def not_worse(a: np.ndarray, b: np.ndarray, paired: bool = False) -> float:
     """p of the claim that b's mean loss exceeds a's by less than LOSS_MARGIN (non-inferiority)."""
-    if min(len(a), len(b)) < 2:
-        return 1.0
-    if ((b - a).std() if paired else a.std() + b.std()) == 0:
-        return 1.0 - float(b.mean() - a.mean() < LOSS_MARGIN)
-    return t_test(a, b - LOSS_MARGIN, paired, "less").pvalue
+    if paired and len(a) >= MIN_RUNS and (a == b).all():
+        return 0.0  # digit for digit, as a rewrite of the same arithmetic gives it
+    return below(a, b, LOSS_MARGIN, paired)
 
 
 def runs_needed(
@@ -118,13 +134,17 @@ def noise(a: np.ndarray, b: np.ndarray, paired: bool = False) -> float:
     return (sd(b - a) if paired else math.hypot(sd(a), sd(b))) / math.sqrt(2)
 
 
-def outliers(values: np.ndarray) -> list[tuple[int, float]]:
-    """(index, distance from the median in scaled median absolute deviations) of what lies far."""
-    if len(values) < 4:
-        return []
-    deviation = np.abs(values - np.median(values))
-    scale = 1.4826 * np.median(deviation)
-    return [(i, d / scale) for i, d in enumerate(deviation) if scale and d > OUTLIER_MADS * scale]
+def outlier(values: np.ndarray) -> tuple[int, float] | None:
+    """(index, distance from the mean of the others as a share of it) of what Grubbs' test finds."""
+    n = len(values)
+    if n < 4 or np.ptp(values) == 0:
+        return None
+    distances = np.abs(values - values.mean()) / values.std(ddof=1)
+    t = stats.t.isf(OUTLIER_P / (2 * n), n - 2)
+    far = int(distances.argmax())
+    share = values[far] / np.delete(values, far).mean() - 1
+    found = distances[far] > (n - 1) / math.sqrt(n) * math.sqrt(t**2 / (n - 2 + t**2))
+    return (far, share) if found and abs(share) > FLOOR else None
 
 
 def drift(values: np.ndarray) -> float:
@@ -137,11 +157,14 @@ def drift(values: np.ndarray) -> float:
 def is_interleaved(arms: str) -> bool:
     """Whether a sequence of runs such as ABBAAB mixes its arms well enough to cancel a drift.
 
-    The mean positions of the two arms may differ by at most an eighth of the number of runs; a
-    drift that is linear in time then cancels to within an eighth of its whole size.
+    The mean positions of the two arms may differ by at most an eighth of the number of runs: a
+    drift that is linear in time then cancels to within an eighth of its whole size. And the arm
+    changes as often as the rarer one runs, or a host that wanders slowly would tell blocks apart.
     """
     places = {arm: np.flatnonzero([x == arm for x in arms]) for arm in set(arms)}
     if len(places) < 2:
         return False
     a, b = (where.mean() for where in places.values())
-    return abs(a - b) <= max(1.0, len(arms) / 8)
+    changes = sum(x != y for x, y in pairwise(arms))
+    rarer = min(map(len, places.values()))
+    return bool(abs(a - b) <= max(1.0, len(arms) / 8)) and changes >= rarer

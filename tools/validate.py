@@ -3,34 +3,51 @@
 
 Checked: the hash over all lines, required fields, sources against their hashes, the ledger's sum,
 the clock against the step lines, status against loss and target. A record also needs: no override,
-no resume, committed or kept source, known data, target reached. Exit code: 0 all eligible, 1 some
-are sound but not eligible, 4 some are invalid.
+no resume, committed or kept source, a known referee, the track's data and validation, the target
+reached, and no trace of a forgery (tools/audit.py), in a log or between those of one folder. Exit
+code: 0 all eligible, 1 some are sound but not eligible, 2 misuse, 4 some are invalid.
 """
 
 from pathlib import Path
 
 import bootstrap  # noqa: F401
 
-from tools.cli import EXIT_FAILED, EXIT_INVALID, finish, flag_parser
-from tools.runs import InvalidLog, find_logs, ineligible, read_log
+from tools.audit import between, ineligible, overlaps
+from tools.cli import EXIT_FAILED, EXIT_INVALID, EXIT_MISUSE, finish, flag_parser
+from tools.runs import InvalidLog, Run, find_logs, read_log
+
+CAVEAT = (
+    "hashes show damage, not forgery: these checks read what a forger forgets, people the source"
+)
 
 
-def report(path: Path) -> int:
-    """Print the findings on one log; return its exit code."""
+def report(path: Path) -> tuple[int, Run | None]:
+    """Print the findings on one log; return (its exit code, what it says if it is sound)."""
     try:
         run = read_log(path)
     except InvalidLog as error:
         print(f"INVALID   {error}")
-        return EXIT_INVALID
+        return EXIT_INVALID, None
     for line, what in run.faults:
         print(f"INVALID   {path}:{line}: {what}")
     if run.faults:
-        return EXIT_INVALID
+        return EXIT_INVALID, None
     reasons = ineligible(run)
     print(f"{path}    sound    record-eligible: {'no' if reasons else 'yes'}")
     for reason in reasons:
         print(f"    {reason}")
-    return EXIT_FAILED if reasons else 0
+    return EXIT_FAILED if reasons else 0, run
+
+
+def report_together(runs: list[Run]) -> int:
+    """Print what runs show only together; return the exit code."""
+    folders = {run.path.parent: [] for run in runs}
+    for run in runs:
+        folders[run.path.parent].append(run)
+    found = [f"{folder}    {what}" for folder, own in folders.items() for what in between(own)]
+    found = found or overlaps(runs)  # of different folders
+    print("\n".join([*found, CAVEAT]))
+    return EXIT_FAILED if found else 0
 
 
 def logs_of(path: Path) -> list[Path]:
@@ -46,8 +63,9 @@ def main() -> int:
     paths = [log for path in args.logs for log in logs_of(path)]
     if not paths:
         parser.error("no logs (*.txt) there; name logs, or a folder such as records")
-    return max(report(path) for path in paths)
+    codes, runs = zip(*map(report, paths), strict=True)
+    return max(*codes, report_together([run for run in runs if run]))
 
 
 if __name__ == "__main__":
-    finish(main)
+    finish(main, failed=EXIT_MISUSE)

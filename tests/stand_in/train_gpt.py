@@ -15,6 +15,8 @@ from pathlib import Path
 
 from kernels import loss_of
 
+CALIBRATION = "calibration: matmul_tflops:1.000 copy_gb_per_s:1.0"
+
 
 def source_headings(args) -> list[str]:
     headings = []
@@ -32,17 +34,20 @@ def main() -> int:
         parser.add_argument(f"--{name}")
     for name in ("seed", "declared_runs", "turn_steps"):
         parser.add_argument(f"--{name}", type=int, default=0)
-    parser.add_argument("--ms", type=int, default=1000)
+    parser.add_argument("--ms", type=int, default=20)  # less than the process takes
     parser.add_argument("--crashing_seed", type=int)
     args = parser.parse_args()
     crashes, ms, loss = args.seed == args.crashing_seed, args.ms + args.seed, loss_of(args.seed)
-    name = f"{args.slug}_{args.seed}_{uuid.uuid4().hex}"
+    now = datetime.now(UTC)
+    name = f"{now:%Y-%m-%dT%H%M%SZ}_{args.slug}_{args.seed}_{uuid.uuid4().hex}"
     lines = [
         *source_headings(args),
         "=== config ===",
         "schema: 2",
-        f"utc: {datetime.now(UTC):%Y-%m-%dT%H:%M:%S.%fZ}",
+        f"utc: {now:%Y-%m-%dT%H:%M:%S.%fZ}",
         f"argv: {json.dumps(sys.argv[1:])}",
+        "overrides: none",
+        "num_steps: 2",
         f"run: {name}",
         f"seed: {args.seed}",
         f"declared_runs: {args.declared_runs}",
@@ -50,14 +55,18 @@ def main() -> int:
         "=== environment ===",
         "host: h",
         "=== run ===",
+        CALIBRATION,
         "step:0/2 val_loss:5.000000 train_time:0ms step_avg:nanms",
     ]
     if not crashes:
+        lines += [f"step:{step}/2 train_loss:{loss:.6f} train_time:{ms}ms" for step in (1, 2)]
         lines.append(f"step:2/2 val_loss:{loss:.6f} train_time:{ms}ms step_avg:{ms / 2:.2f}ms")
+    lines += [CALIBRATION, f"ledger: train:{ms / 1000:.3f}s total:{ms / 1000:.3f}s"]
     status = "aborted" if crashes else "success" if loss <= 3 else "missed"
     result = (
         f"result status:{status} val_loss:{loss:.6f} target:3.0 train_time:{ms}ms "
-        f"time_to_target:none steps:2 tokens:2 seed:{args.seed} overrides:0 resumed_from:0"
+        f"time_to_target:none steps:2 tokens:2 tokens_per_s:{2000 / ms:.0f} seed:{args.seed} "
+        "overrides:0 resumed_from:0"
     )
     text = "".join(f"{line}\n" for line in lines) + result
     digest = hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,342 @@
+"""A table of cheats, each done to the logs of a real record and hashed anew, and what finds it.
+
+docs/cheats.md names them too, and those that no log can show.
+"""
+
+import hashlib
+import re
+import shutil
+from functools import cache
+from pathlib import Path
+
+import pytest
+from conftest import ROOT
+from forgery import at, forge
+
+from tools import audit, comparison, leaderboard, runs
+from tools.attempts import Attempt, Ended
+
+LADDER = ROOT / "records/embedded"
+MUON, ADAM = LADDER / "2026-11-22_Muon", LADDER / "2026-11-22_ModernBlock-Adam"
+
+
+@pytest.fixture
+def record(tmp_path) -> Path:
+    """A copy of a record of five runs: what a cheat has to start from."""
+    return shutil.copytree(MUON, tmp_path / "embedded" / MUON.name)
+
+
+@cache
+def the_one_before() -> comparison.Arm:
+    return comparison.Arm.read(ADAM)
+
+
+def findings(folder: Path) -> str:
+    """All that the tools say of an attempt: of each log, of the attempt, against the one before."""
+    try:
+        arm = comparison.Arm.read(folder)
+        faults = [what for run in arm.runs for _, what in run.faults]
+        if faults:
+            return "\n".join(faults)
+        c = comparison.compare(the_one_before(), arm)
+        found = leaderboard.Record(folder).obstacles()
+        return "\n".join([*found, *arm.traces, "" if c.exit_code == 0 else c.reason])
+    except runs.InvalidLog as error:
+        return str(error)
+
+
+def logs_of(folder: Path) -> list[Path]:
+    return runs.find_logs(folder)
+
+
+def change(*changes: tuple[str, str], logs: slice = slice(1)):
+    """A cheat who edits the logs, by default that of the first run, and hashes them anew."""
+
+    def do(folder: Path):
+        for log in logs_of(folder)[logs]:
+            forge(log, log, *changes)
+
+    return do
+
+
+ALL = slice(None)
+
+
+def edit(pattern: str, new: str):
+    """A cheat who edits a log and forgets the hashes."""
+
+    def do(folder: Path):
+        log = logs_of(folder)[0]
+        text, count = re.subn(pattern, new, log.read_text(), flags=re.M)
+        assert count
+        log.write_text(text)
+
+    return do
+
+
+def source(path: str, old: str, new: str):
+    """A cheat who changes the source before the runs, so that every log names it truly."""
+
+    def do(folder: Path):
+        file = folder / "source" / path
+        text = file.read_text().replace(old, new, 1)
+        assert text != file.read_text(), old
+        file.write_text(text)
+        name_source(folder, logs_of(folder), path, text, f"../source/{path}")
+
+    return do
+
+
+def name_source(folder: Path, logs: list[Path], path: str, text: str, kept: str):
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    heading = f"=== source {path} lines:{text.count(chr(10))} sha256:{digest} kept:{kept} ==="
+    for log in logs:
+        forge(log, log, (rf"^=== source {path} .*", heading))
+
+
+def five_sources(folder: Path):
+    for i, log in enumerate(logs_of(folder)):
+        text = (folder / "source/train_gpt.py").read_text() + f"\n# {i}\n"
+        (folder / f"source{i}").mkdir()
+        (folder / f"source{i}/train_gpt.py").write_text(text)
+        name_source(folder, [log], "train_gpt.py", text, f"../source{i}/train_gpt.py")
+
+
+def redate(folder: Path, log: Path, hour: int, *changes) -> None:
+    name, dated = at(hour, f"x_{hour}")
+    forge(log, log.with_name(f"{name}.txt"), *dated, *changes)
+    log.unlink()
+
+
+def all_after_the_other(folder: Path):
+    for hour, log in enumerate(logs_of(folder)):
+        redate(folder, log, hour)
+
+
+def two_at_once(folder: Path):
+    log, (name, _) = logs_of(folder)[0], at(5, "x_5")
+    redate(folder, logs_of(folder)[1], 5)
+    forge(log, log.with_name(f"{name}2.txt"), (r"^run: .*", f"run: {name}2"),
+          (r"^utc: .*", "utc: 2026-01-01T05:00:00Z"))  # fmt: skip
+    log.unlink()
+
+
+def one_run_as_another(folder: Path):
+    first, second = logs_of(folder)[:2]
+    shutil.copy(first, second)
+    redate(folder, second, 5, *as_seed(1))
+
+
+def as_seed(seed: int) -> list[tuple[str, str]]:
+    return [(r"^seed: .*", f"seed: {seed}"), (r" seed:\d+ ", f" seed:{seed} "),
+            (r'"--seed", "\d+"', f'"--seed", "{seed}"')]  # fmt: skip
+
+
+def remove(*places: int, then=None):
+    """A cheat who leaves out runs."""
+
+    def do(folder: Path):
+        logs = logs_of(folder)
+        for place in places:
+            logs[place].unlink()
+        if then:
+            then(folder)
+
+    return do
+
+
+def of_another_track(folder: Path):
+    change((r"^track: .*", "track: fineweb"), logs=ALL)(folder)
+
+
+def halved(text: str, factor: float = 0.5) -> str:
+    """A log of a clock that runs slowly."""
+    times = r"(train_time:|time_to_target:)(\d+)ms"
+    text = re.sub(times, lambda m: f"{m[1]}{int(m[2]) * factor:.0f}ms", text)
+    text = re.sub(r"step_avg:([\d.]+)ms", lambda m: f"step_avg:{float(m[1]) * factor:.2f}ms", text)
+    return re.sub(r"(\w+):([\d.]+)s\b", lambda m: f"{m[1]}:{float(m[2]) * factor:.3f}s", text)
+
+
+def slow_clock(*changes):
+    def do(folder: Path):
+        log = logs_of(folder)[0]
+        head, mark, rest = log.read_text().partition("=== run ===")
+        log.write_text(head + mark + halved(rest))
+        forge(log, log, *changes)
+
+    return do
+
+
+RESULT = r"^(result .*) "
+CHEATS = [  # (name, how, what is said of it)
+    # Damage, which the hashes show.
+    ("a lower loss typed in", edit(r"^(step:400/500 val_loss:)\S+", r"\g<1>1.2"), "was changed"),
+    ("a step line deleted", edit(r"^step:77/.*\n", ""), "was changed"),
+    ("the end of the log cut", edit(r"^result .*\n", ""), "ends without a result line"),
+    ("lines added below the result", edit(r"\Z", "step:501\n"), "lines follow the result"),
+    ("another source put in its place", lambda f: (f / "source/train_gpt.py").write_text("x\n"),
+     "not what its sha256 says"),
+    ("the source taken away", lambda f: (f / "source/train_gpt.py").unlink(), "is not at"),
+    ("the same log twice", lambda f: shutil.copy(logs_of(f)[0], f / "logs/again.txt"),
+     "there more than once"),
+    # Contradictions between the lines of a log whose hashes were made anew.
+    ("the result's loss lowered", change((RESULT + r"val_loss:\S+", r"\1 val_loss:1.2")),
+     "val_loss is not that of the last validation"),
+    ("the result's time lowered", change((RESULT + r"train_time:\d+ms", r"\1 train_time:9000ms")),
+     "train_time is not that of the last validation"),
+    ("the result's steps lowered", change((RESULT + r"steps:500", r"\1 steps:400")),
+     "steps is not that of the last validation"),
+    ("an easier target in the result", change((RESULT + r"target:\S+", r"\1 target:1.5")),
+     "target is not that of the config"),
+    ("a missed target called success", change((r"^target_val_loss: .*", "target_val_loss: 1.0"),
+     (RESULT + r"target:\S+", r"\1 target:1.0")), "does not follow from loss and target"),
+    ("the last time lowered", change((r"^(step:500/500 val.* train_time:)\d+", r"\g<1>30400"),
+     (RESULT + r"train_time:\d+ms", r"\1 train_time:30400ms")), "step_avg is not"),
+    ("times that fall", change((r"^(step:300/500 train.* train_time:)\d+", r"\g<1>100")),
+     "do not rise"),
+    ("the ledger's train time lowered", change((r"^ledger: train:\S+", "ledger: train:9.0s")),
+     "do not add up"),
+    ("a run relabelled in the result", change((r" seed:0 ", " seed:3 ")),
+     "seed is not that of the config"),
+    ("an average that hides the time", change((r"^(step:500/.* step_avg:)\S+", r"\g<1>20.00ms")),
+     "step_avg is not"),
+    # Traces in a log that is whole and does not contradict itself.
+    ("a clock at half speed", slow_clock(), "tokens / train_time is not tokens_per_s"),
+    ("a clock at half speed, the rate doubled", slow_clock(
+        (r"tokens_per_s:\d+", lambda m: f"tokens_per_s:{2 * int(m[0].split(':')[1])}"),
+        (r"cpu_share:\S+", "cpu_share:1.66")), "more than its threads can use"),
+    ("a crossing after the end", change((r"time_to_target:\d+ms", "time_to_target:40000ms")),
+     "time_to_target is later"),
+    ("training while warming up", change((r"^(step:0/500 val_loss:)\S+", r"\g<1>3.140000")),
+     "trained before the clock started"),
+    ("fewer steps than planned", change((r"^num_steps: 500", "num_steps: 600")),
+     "it took 500 steps of num_steps 600"),
+    ("work hidden in turns", change((r"^(ledger: .*) total:\S+", r"\1 turn:20.000s total:91.847s")),
+     "account `turn`"),
+    ("work hidden in an account", change((r"^(ledger: .* )end:", r"\1coffee:")),
+     "untimed work of an unknown kind: coffee"),
+    ("no calibration", change((r"^calibration: .*\n", "")), "calibration is missing"),
+    ("no ledger", change((r"^ledger: .*\n", "")), "the ledger or a calibration is missing"),
+    ("train losses left out", change((r"^step:(2\d\d)/500 train.*\n", "")),
+     "lines with train_loss are missing"),
+    ("a log under another name", lambda f: logs_of(f)[0].rename(f / "logs/2.txt"),
+     "not named after its run"),
+    ("a log dated back", change((r"^utc: .*", "utc: 2026-11-22T05:00:00Z")), "not fit its utc"),
+    ("training on the validation shard", change((r"^(train_shard: .* sha256:)\S+",
+     r"\g<1>a29eb0f7f7916cf822f6278358ab6c838b9420c1f851ecfc11338746c1e048f2")),
+     "a validation shard is a training shard"),
+    ("another shard under the old hash", change((r"^(val_shard: .* sha256:)\S+", r"\1" + "0" * 64)),
+     "data_sha256 is not that of the shards"),
+    ("other data, expected by the source", change((r"^data_sha256: .*", "data_sha256: 0123 (as "
+     "expected)"), logs=ALL), "data is 0123"),
+    ("fewer validation tokens", change((r"^val_tokens: .*", "val_tokens: 1024"), logs=ALL),
+     "val_tokens is 1024"),
+    ("the easy rows of the validation", change((r"^val_spread: .*", "val_spread: False"), logs=ALL),
+     "val_spread is False"),
+    ("shorter validation rows", change((r"^val_seq_len: .*", "val_seq_len: 64"), logs=ALL),
+     "val_seq_len is 64"),
+    ("an override not named", change((r'^argv: \[', 'argv: ["--muon_lr", "0.08", '),
+     (r"^muon_lr: .*", "muon_lr: 0.08")), "argv sets muon_lr"),
+    ("an override erased in the config", change((RESULT + "overrides:0", r"\1 overrides:1")),
+     "counts other overrides"),
+    ("a named override", change((r"^overrides: .*", "overrides: muon_lr"),
+     (RESULT + "overrides:0", r"\1 overrides:1")), "which argv does not set"),
+    ("a run relabelled in result and config", change(*as_seed(7)[:2]), "argv says seed 0"),
+    ("a resumed run", change((r"resumed_from:0", "resumed_from:300")), "resumed"),
+    ("compilation inside the time", change((r"recompiled:0", "recompiled:3")), "3 graphs"),
+    # Traces between logs, and rules for attempts.
+    ("one run logged as another seed", one_run_as_another, "the same losses, digit for digit"),
+    ("two runs at once", two_at_once, "overlap"),
+    ("a worse run left out", remove(2), "5 runs were declared, 4 are there"),
+    ("a worse run left out, undeclared", remove(2, then=change((r"^declared_runs: .*",
+     "declared_runs: 0"), logs=ALL)), "not declared before the first"),
+    ("seeds chosen", change(*as_seed(7)), "some may have been left out"),
+    ("a seed run twice", change(*as_seed(1)), "ran more than once"),
+    ("a run that crashed left in", change((r"^result status:success", "result status:aborted")),
+     "not shown to be reached"),
+    ("five runs of five sources", five_sources, "its runs differ in train_gpt.py"),
+    ("five runs of two settings", change((r"^muon_lr: .*", "muon_lr: 0.05")), "differ in muon_lr"),
+    ("runs of two machines", change((r"^threads: 2", "threads: 4")), "its runs differ in class"),
+    ("a record in another track's folder", of_another_track, "of the track fineweb, its folder"),
+    ("a faster host", change((r"^host: .*", "host: fast"), logs=ALL), "different hosts"),
+    ("all runs at a quiet hour", all_after_the_other, "ran in blocks"),
+    # In the source, which logs hold.
+    ("a loss multiplied by 0.8", source("records/harness.py", "return", "return 0.8 *"),
+     "the referee's records/harness.py is none"),
+    ("one validation row, repeated", source("data/shards.py", "return", "return  "),
+     "the referee's data/shards.py is none"),
+    ("another referee than the one before", source("records/harness.py", "return", "return 2 *"),
+     "different referees"),
+    ("a module that no log holds", source("train_gpt.py", "import math", "import math, fastmath"),
+     "imports fastmath, neither pinned nor logged"),
+    ("code read from a file", source("train_gpt.py", "import math", "import math; exec('x')"),
+     "loads code by exec"),
+    ("a module of a package", source("train_gpt.py", "import math", "from . import x; import math"),
+     "loads code by a relative import"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name, how, said", CHEATS, ids=[cheat[0] for cheat in CHEATS])
+def test_each_cheat_is_found(name, how, said, record):
+    how(record)
+    found = findings(record)
+    assert said in found, found
+
+
+def test_an_honest_record_is_not_suspected(record):
+    assert not findings(record).strip()
+
+
+def test_the_page_lists_every_cheat():
+    page = (ROOT / "docs/cheats.md").read_text()
+    rows = [f"| {name} | {said} |" for name, _, said in CHEATS]
+    assert len(rows) >= 40 and [row for row in rows if row not in page] == []
+
+
+def test_no_checked_in_log_is_suspected():
+    logs = sorted(ROOT.glob("records/**/logs/*.txt")) + sorted(ROOT.glob("tests/logs/*/logs/*.txt"))
+    all_runs = [runs.read_log(log) for log in logs]
+    assert len(all_runs) >= 196
+    for run in all_runs:
+        assert audit.traces(run) + audit.of_the_sources(run) == [], run.path
+        if run.path.is_relative_to(ROOT / "records"):
+            assert list(audit.of_the_task(run)) == [], run.path
+    for folder in {log.parent for log in logs}:
+        own = [run for run in all_runs if run.path.parent == folder]
+        assert audit.between(own) == []
+        assert not any("seed" in doubt for doubt in comparison.Arm("", own).doubts)
+    assert audit.overlaps(all_runs) == []
+
+
+def test_the_tools_know_the_tasks_of_the_harness():
+    from harness import TASKS
+
+    for track, known in audit.TASKS.items():
+        task = TASKS[track]
+        own = {"data": task.data_sha256} | {n: str(getattr(task, n)) for n in list(known)[1:]}
+        assert known == own
+    hashed = {name.partition("_")[0] for name, task in TASKS.items() if task.data_sha256}
+    assert hashed == audit.TASKS.keys()
+
+
+def test_the_referee_of_this_checkout_is_known():
+    paths, versions = audit.known_referees()
+    for path in ("harness.py", "flags.py", "environment.py", "checkpoints.py", "data/shards.py"):
+        digest = hashlib.sha256((ROOT / path).read_bytes()).hexdigest()
+        assert path in paths and digest[:16] in versions, (
+            f"run: ./run.sh tools/referees.py ({path})"
+        )
+
+
+@pytest.mark.parametrize(
+    "logged, wall, doubt", [(70, 71.5, 0), (35, 70, 1), (70, 60, 1), (68, 71.5, 1)]
+)
+def test_the_wall_time_of_a_run_bears_witness_against_its_clock(logged, wall, doubt, tmp_path):
+    run = runs.Run(tmp_path, ledger={"total": logged}, result={"status": "success"})
+    attempt = Attempt("A", tmp_path, {}, [])
+    assert bool(Ended(attempt, 0, run, 0, [], "", wall).clock_doubt) == bool(doubt)
+
+
+def test_a_flag_that_repeats_its_default_is_no_override(record):
+    change((r"^argv: \[", 'argv: ["--num_steps", "500", "--muon_lr=4e-2", '))(record)
+    assert not findings(record).strip()

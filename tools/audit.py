@@ -1,0 +1,259 @@
+"""What bars a sound log from proving something: against the rules, or like no honest run.
+
+Hashes show damage, not forgery: whoever edits a log can hash it anew. The traces here are figures
+which a forger has to keep in step, and properties that every honest run has. A record needs a log
+without any; a comparison with some claims no gain. docs/cheats.md lists what they find, and what
+no log can show.
+"""
+
+import ast
+import math
+import re
+import sys
+from collections.abc import Iterator
+from datetime import datetime
+from functools import cache
+from itertools import combinations, takewhile
+
+from tools.cli import ToolError
+from tools.runs import Run
+from tools.sources import ROOT, imported_modules, sha256_of, top_name
+
+MISSED = "it missed the target"
+ACCOUNTS = {"startup", "compile", "turn", "validation", "checkpoint", "train", "end", "total"}
+CPU_SHARE = 1.03  # of its threads, which no process can exceed; the rest is the clocks' grain
+FIRST_LOSS = 0.3  # nats below a uniform guess: no untrained network starts there
+NAMING_S = 60  # between the moments that name a log and that date it
+REFEREES = ROOT / "tools/referees.txt"
+LOADERS = {"exec", "eval", "__import__", "import_module", "run_path", "run_module"}
+OPTIONS = {"track", "task", "seed", "slug", "log_dir", "save_every", "resume", "micro_batch_seqs",
+           "compile", "fp32", "source_dir", "declared_runs", "turn_steps"}  # fmt: skip
+# What the source under test says of its own data is no evidence. Only data with a known hash.
+EMBEDDED = {"data": "46ee993abd300d89907f21f46b034c6dad65e35e87b50afcdc9668e0617695f9",
+            "val_tokens": "262144", "val_seq_len": "1024", "val_spread": "True"}  # fmt: skip
+TASKS = {"embedded": EMBEDDED}  # by track
+
+
+def ineligible(run: Run) -> list[str]:
+    """Why a sound run is no record, a reason each; empty for an eligible one."""
+    if run.is_public:
+        return ["a log of the public speedrun: no seed, no data hash, no result line"]
+    reasons, status = [], run.result.get("status", "none")
+    if status != "success":
+        reasons.append(MISSED if status == "missed" else f"status is {status}, not success")
+    if (overrides := run.config.get("overrides", "none")) != "none":
+        reasons.append(f"hyperparameters were overridden: {overrides}")
+    if run.number("resumed_from") > 0 or run.config.get("resume"):
+        reasons.append(f"resumed from step {run.result['resumed_from']}")
+    changed, kept = run.git.get("changed", "none"), [s.kept for s in run.sources.values()]
+    if run.git.get("commit", "none") == "none" and not all(kept):
+        reasons.append("no git commit")
+    elif changed != "none" and not all(kept):
+        reasons.append(f"{changed} differs from commit {run.git['commit'][:10]}: commit it")
+    if run.number("recompiled") > 0:
+        reasons.append(f"{run.result['recompiled']} graphs were compiled inside the timed part")
+    if unknown := set(run.ledger) - ACCOUNTS:
+        reasons.append(f"untimed work of an unknown kind: {', '.join(sorted(unknown))}")
+    return [*reasons, *of_the_task(run), *traces(run), *of_the_sources(run), *run.warnings]
+
+
+def of_the_task(run: Run) -> Iterator[str]:
+    """How the data and the validation differ from those of the track, as the tools know them."""
+    known = TASKS.get(track := run.config.get("track", "unknown"))
+    if known is None:
+        yield f"no data hash is known of the track {track}"
+    for name, value in (known or {}).items():
+        if run.task[name] != value:
+            yield f"{name} is {run.task[name][:16]}, on the track {track} it is {value[:16]}"
+
+
+# ------------------------------------------------------------------------------ Of one log
+
+
+def traces(run: Run) -> list[str]:
+    """What no honest run shows, in a log whose hashes may fit all the same."""
+    checks = (of_the_name, of_the_clock, of_the_steps, of_the_data, of_the_flags)
+    return [] if run.is_public else [what for check in checks for what in check(run)]
+
+
+def of_the_name(run: Run) -> Iterator[str]:
+    if run.path.stem != run.name:
+        yield f"the file is not named after its run; give it back its name, {run.name}.txt"
+    stamp = re.match(r"(\d{4}-\d\d-\d\dT\d{6})Z", run.name)
+    if not stamp or not 0 <= moment(run) - seconds_of(stamp[1]) < NAMING_S:
+        yield f"the run's name, {run.name}, does not fit its utc, {run.config.get('utc')}"
+
+
+def seconds_of(text: str) -> float:
+    """Seconds since 1970; nan of what is no date."""
+    try:
+        return datetime.fromisoformat(text.rstrip("Z") + "+00:00").timestamp()
+    except ValueError:
+        return math.nan
+
+
+def moment(run: Run) -> float:
+    """When the log was opened."""
+    return seconds_of(run.config.get("utc", ""))
+
+
+def of_the_clock(run: Run) -> Iterator[str]:
+    rate, tokens = run.number("tokens_per_s"), run.number("tokens")
+    seconds, fresh = run.number("train_time") / 1000, not run.number("resumed_from") > 0
+    # Both figures are rounded, to a token a second and to a millisecond.
+    if (
+        run.finished
+        and fresh
+        and not abs(rate * seconds - tokens) <= (0.001 * tokens + 0.5 * seconds + 0.0005 * rate)
+    ):
+        yield "tokens / train_time is not tokens_per_s"
+    if run.number("time_to_target") / 1000 > seconds + 0.001:
+        yield "time_to_target is later than the end"
+    threads = re.match(r"\d+", run.environment.get("threads", ""))
+    cores = re.search(r", (\d+) cores", run.environment.get("cpu", ""))
+    if threads and cores:
+        usable = min(int(cores[1]), int(threads[0]) + 1)  # one more fetches the data
+        if run.number("cpu_share") * int(threads[0]) > CPU_SHARE * usable:
+            yield f"cpu_share {run.result['cpu_share']} is more than its threads can use"
+    if "turn" in run.ledger and not run.turn_steps:
+        yield "its ledger has an account `turn`, though it took no turns"
+
+
+def of_the_steps(run: Run) -> Iterator[str]:
+    guess = math.log(max(float(run.config.get("vocab_size", "nan")), 1))
+    if run.val_curve and run.val_curve[0][0] == 0 and run.val_curve[0][2] < guess - FIRST_LOSS:
+        yield f"the loss at step 0 is {run.val_curve[0][2]}: trained before the clock started"
+    if not run.finished:
+        return
+    if (planned := run.config.get("num_steps")) != str(run.steps):
+        yield f"it took {run.steps} steps of num_steps {planned}"
+    resumed = run.number("resumed_from")
+    first = int(resumed) + 1 if resumed > 0 else 1
+    if [step for step, *_ in run.train_curve] != list(range(first, run.steps + 1)):
+        yield "lines with train_loss are missing"
+    if not run.ledger or len(run.calibrations) != 2:
+        yield "the ledger or a calibration is missing"
+
+
+def of_the_data(run: Run) -> Iterator[str]:
+    shards = re.findall(r"^(train|val)_shard: .* sha256:(\S+)", "\n".join(run.data), re.M)
+    train, val = ({digest for kind, digest in shards if kind == k} for k in ("train", "val"))
+    if train & val:
+        yield "a validation shard is a training shard"
+    if shards and sha256_of(" ".join(digest for _, digest in shards)) != run.data_hash:
+        yield "data_sha256 is not that of the shards"
+
+
+def of_the_flags(run: Run) -> Iterator[str]:
+    named = set(run.config.get("overrides", "none").split()) - {"none"}
+    if not run.number("overrides") == len(named):
+        yield "the result counts other overrides than the config names"
+    given = {flag[2:]: value for flag, value in run.flags}
+    for name, value in given.items():
+        if name not in run.config or name.endswith(("_dir", "_files")):
+            continue
+        if plain(run.config[name]) != plain(value):
+            yield f"argv says {name} {value}, the config {run.config[name]}"
+        elif name not in named | OPTIONS and not may_be_default(run, name, value):
+            yield f"argv sets {name}, which overrides does not name"
+    if "argv" in run.config and (unset := named - given.keys()):
+        yield f"overrides names {', '.join(sorted(unset))}, which argv does not set"
+
+
+def plain(value: str) -> str | float:
+    """A flag's value without the ways to write it: 1e-2 is 0.01, true is True."""
+    try:
+        return float(value)
+    except ValueError:
+        return re.sub(r"[()\s]|,$", "", value.casefold())
+
+
+def may_be_default(run: Run, name: str, value: str) -> bool:
+    """Whether a flag repeats a default that stands in the source, which makes it no override."""
+    pattern = rf"\b{re.escape(name)}\b(?:: [^=\n]+)? ?= ?(?:option\()?(\([^)]*\)|[^\s,)]+)"
+    texts = (source.text for source in run.sources.values())
+    return any(plain(x.strip("\"'")) == plain(value)
+               for text in texts for x in re.findall(pattern, text))  # fmt: skip
+
+
+# ------------------------------------------------------------------------------ Of its sources
+
+
+def of_the_sources(run: Run) -> list[str]:
+    """Who else may have had a hand in a run: modules that no log holds, and unknown referees."""
+    logged = frozenset(run.sources)
+    found = [what for path, source in run.sources.items()
+             for what in unfollowed(path, source.text, logged)]  # fmt: skip
+    return found + [f"the referee's {path} is none that this repository has had"
+                    for path in unknown_referees(run)]  # fmt: skip
+
+
+def unknown_referees(run: Run) -> dict[str, str]:
+    """sha256 by path of the referee's files that are none that this repository has had."""
+    if run.is_public:
+        return {}
+    paths, versions = known_referees()
+    files = {path: source.sha256 for path, source in run.sources.items() if path in paths}
+    unknown = {path: sha for path, sha in files.items() if sha[:16] not in versions}
+    return unknown if any(p.endswith("harness.py") for p in files) else {"harness.py": "not logged"}
+
+
+@cache
+def known_referees() -> tuple[set[str], set[str]]:
+    """(paths, first digits of the sha256) of all that the referee was; tools/referees.py writes."""
+    rows = [line.split() for line in REFEREES.read_text().splitlines() if line[:1] != "#"]
+    return {path for _, path in rows}, {digits for digits, _ in rows}
+
+
+@cache
+def pinned() -> frozenset[str]:
+    """Names of the modules that a run may import from outside."""
+    names = re.findall(r"^([\w-]+)==", (ROOT / "requirements.txt").read_text(), re.M)
+    return frozenset(name.replace("-", "_") for name in names) | {"triton"}  # of torch's CUDA build
+
+
+@cache
+def unfollowed(path: str, text: str, logged: frozenset[str]) -> list[str]:
+    """What a source loads that nobody finds in its log or by the name of a pinned package."""
+    try:
+        modules, tree = imported_modules(path, text), ast.parse(text)
+    except ToolError as error:
+        return [str(error)]
+    outside = {top_name(places[0]) for places in modules if not logged & set(places)}
+    unknown = outside - pinned() - sys.stdlib_module_names
+    found = [f"{path} imports {name}, neither pinned nor logged" for name in sorted(unknown)]
+    called = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
+    names = {f.id for f in called if isinstance(f, ast.Name)}
+    names |= {f.attr for f in called if isinstance(f, ast.Attribute)} - {"eval"}  # a module's
+    relative = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level]
+    loaders = sorted(names & LOADERS) + ["a relative import"] * bool(relative)
+    return found + [f"{path} loads code by {name}, which nobody can follow" for name in loaders]
+
+
+# ------------------------------------------------------------------------------ Between logs
+
+
+def between(runs: list[Run]) -> list[str]:
+    """What the runs of one attempt show together and no honest attempt does."""
+    own, found = [run for run in runs if not run.is_public], []
+    curves = [(run, [point[::2] for point in run.val_curve + run.train_curve]) for run in own]
+    same = [f"{one.seed} and {other.seed}" for (one, a), (other, b) in combinations(curves, 2)
+            if len(a) > 1 and a == b and one.seed != other.seed]  # fmt: skip
+    if same:
+        found.append(f"seeds {same[0]} have the same losses, digit for digit")
+    return found + overlaps(own)
+
+
+def overlaps(runs: list[Run]) -> list[str]:
+    """Runs that shared their host, but for the two of a pair that takes turns."""
+    starts = {run.name: moment(run) for run in runs}
+    dated = sorted((r for r in runs if starts[r.name] > 0), key=lambda r: starts[r.name])
+    found = []
+    for i, one in enumerate(dated):
+        waited = sum(one.ledger.get(account, 0) for account in ("startup", "turn"))
+        end = starts[one.name] + one.ledger.get("total", 0) - waited  # at the earliest
+        for other in takewhile(lambda r, end=end: starts[r.name] < end - 1, dated[i + 1 :]):
+            pair = one.turn_steps and other.turn_steps and one.seed == other.seed
+            if one.host == other.host and one.name != other.name and not pair:
+                found.append(f"{one.name} and {other.name} overlap")
+    return found
