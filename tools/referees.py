@@ -5,6 +5,7 @@ Run it after a change to harness.py or another file of the referee, also in a fo
 its logs are then judged as those of a known referee by its own tools, and by nobody else's.
 """
 
+import ast
 import re
 import subprocess
 
@@ -14,8 +15,8 @@ from tools.audit import REFEREES
 from tools.cli import ToolError, finish, flag_parser
 from tools.sources import ROOT, sha256_of
 
-FILES = ("harness.py", "flags.py", "environment.py", "checkpoints.py", "data/shards.py",
-         "records/harness.py")  # the last is where it stood before  # fmt: skip
+LISTED = re.search(r"^REFEREE_FILES = (\(.*?\))$", (ROOT / "harness.py").read_text(), re.M | re.S)
+FILES = (*ast.literal_eval(LISTED[1]), "records/harness.py")  # the last: where it stood before
 HEADING = "# sha256, first 16 digits, and path; written by ./run.sh tools/referees.py\n"
 
 
