@@ -431,7 +431,8 @@ def test_a_run_learns_saves_and_resumes_to_the_same_digits(flags, tmp_path):
 
 def test_a_race_freezes_and_runs_the_baseline(flags, tmp_path):
     attempt = tmp_path / "2026-01-01_GPT2"
-    done = run("tools/race.py", "-n", 1, "--entry", ENTRIES[1], attempt, *flags)
+    given = [flag for flag in flags if not flag.startswith("--log_dir")]
+    done = run("tools/race.py", "-n", 1, "--entry", ENTRIES[1], attempt, *given)
     assert "GPT2 seed 0: result status:missed" in done.stdout + done.stderr, done.stderr
     made = read_log(only_log(attempt / "logs"))
     kept = {str(p.relative_to(attempt / "source")) for p in attempt.glob("source/**/*.py")}
