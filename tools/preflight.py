@@ -27,7 +27,7 @@ from pathlib import Path
 import bootstrap
 import numpy as np
 
-from data.shards import write_shard
+from data.shards import ShardError, write_shard
 from flags import RunError
 from tools.cli import ToolError, finish, flag_parser, tell
 from tools.fake_gpu import CARDS, TESTED, Card, check_machine, install, load_guard, torch_release
@@ -283,7 +283,7 @@ def preflight(own, flags: list[str], module, card: Card, progress: Progress) -> 
                 traces[cards] = dry_run(
                     module.Trainer, short, card, cards, compile_kernels, keys, tells
                 )
-            except RunError as error:
+            except (RunError, ShardError) as error:
                 if cards == 1:
                     raise
                 tell(f"not on {cards} cards: {error}", 0)
