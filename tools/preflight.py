@@ -252,7 +252,7 @@ def main() -> int:
             module = load_trainer(own.entry)
             found = preflight(own, flags, module, card, progress)
         except RunError as error:
-            reason = error.__cause__ or error
+            reason = str(error.__cause__ or error).strip().splitlines()[0]
             raise ToolError(f"{own.entry} on {card.name}: {reason}") from error
         except AttributeError as error:
             if torch_release() in TESTED:
