@@ -159,8 +159,7 @@ class Recorder(TorchDispatchMode):
             return outputs
         if not any(t.is_cuda for t in inputs + results):
             return outputs
-        if not has_cuda_kernel(name):
-            self.trace.problem(f"operator {name} has no CUDA kernel")
+        self.check_cuda_kernel(func)
         written = [] if results and not is_view else inputs
         flops = 0
         if func.overloadpacket in flop_registry:
@@ -175,6 +174,8 @@ class Recorder(TorchDispatchMode):
 
     def run_body(self, definition, func, args, kwargs):
         """Run a custom operator's own code, and compare its results with its fake kernel's."""
+        if any(t.is_cuda for t in tensors((args, kwargs))):
+            self.check_cuda_kernel(func)
         with recording_off(self):
             promised = tensors(func(*args, **kwargs))
         with self:
@@ -186,6 +187,10 @@ class Recorder(TorchDispatchMode):
                                    f"makes {seen[1]}")  # fmt: skip
         del promised
         return outputs
+
+    def check_cuda_kernel(self, func) -> None:
+        if not has_cuda_kernel(func):
+            self.trace.problem(f"operator {func._schema.name} has no CUDA kernel")
 
     def launch(self, name, used, flops=0, operand_bytes=0, wire=0) -> None:
         """used: the tensors that are read or written, each as often as it is."""
@@ -305,11 +310,14 @@ def cuda_kernels() -> set[str]:
     return names
 
 
-def has_cuda_kernel(name: str) -> bool:
-    namespace = name.partition("::")[0]
-    if namespace == "aten":
-        return name in cuda_kernels()
-    return namespace in ("prims", "c10d", "_c10d_functional", "inductor")
+@cache
+def has_cuda_kernel(func) -> bool:
+    if func.namespace == "aten":
+        return func._schema.name in cuda_kernels()
+    if func.namespace in ("prims", "c10d", "_c10d_functional", "inductor"):
+        return True
+    keys = ("CUDA", "CompositeExplicitAutograd", "CompositeImplicitAutograd")
+    return any(func.has_kernel_for_dispatch_key(getattr(torch._C.DispatchKey, k)) for k in keys)
 
 
 @contextmanager

@@ -27,7 +27,7 @@ from pathlib import Path
 import bootstrap
 import numpy as np
 
-from data.shards import write_shard
+from data.shards import ShardError, write_shard
 from flags import RunError
 from tools.cli import ToolError, finish, flag_parser
 from tools.fake_gpu import CARDS, TESTED, Card, check_machine, install, load_guard, torch_release
@@ -259,7 +259,7 @@ def main() -> int:
             module = load_trainer(own.entry)
             found = preflight(own, flags, module, card, progress)
         except RunError as error:
-            reason = error.__cause__ or error
+            reason = str(error.__cause__ or error).strip().splitlines()[0]
             raise ToolError(f"{own.entry} on {card.name}: {reason}") from error
         except AttributeError as error:
             if torch_release() in TESTED:
@@ -286,9 +286,14 @@ def preflight(own, flags: list[str], module, card: Card, progress: Progress) -> 
             keys = attention_keys(module, short.hp)
             tells = lambda text, n=cards: progress(f"{n} card{'s' if n > 1 else ''}, {text}")  # noqa: E731
             compile_kernels = cards == own.cards[0] and not own.lower_only
-            traces[cards] = dry_run(
-                module.Trainer, short, card, cards, compile_kernels, keys, tells
-            )
+            try:
+                traces[cards] = dry_run(
+                    module.Trainer, short, card, cards, compile_kernels, keys, tells
+                )
+            except (RunError, ShardError) as error:  # such as rows that cannot be dealt
+                if cards == own.cards[0] or str(error).startswith("torch.compile failed"):
+                    raise
+                progress(f"left out {cards} cards: {error}")
     return collect(own, settings, card, traces, time.perf_counter() - started)
 
 
