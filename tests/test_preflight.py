@@ -193,7 +193,7 @@ def test_planted_faults_are_each_named(run, tmp_path):
     plant(root, "train_gpt.py", CPU_ONLY)
     done = run("tools/preflight.py", *flags(SMALLEST), root=root)
     assert done.returncode == 1, done.stdout + done.stderr
-    assert "not on 8 cards" in done.stderr
+    assert "left out 8 cards" in done.stderr
     found = [line for line in done.stdout.splitlines() if line.startswith("FAILURE")]
     lists = [line for line in found if "flex_attention" in line]
     assert len(lists) == 2, done.stdout  # training and validation
