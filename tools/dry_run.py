@@ -32,6 +32,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from triton.runtime.jit import JITFunction
 
+import ranks
 from harness import Prefetcher, Run, Runtime, Settings, compiled_graphs, warm_up
 from tools.fake_gpu import Card, mock
 
@@ -408,6 +409,13 @@ def recording(recorder: Recorder):
         (convert_frame.ConvertFrameAssert, "__call__",
          lowered(convert_frame.ConvertFrameAssert.__call__)),
     ]  # fmt: skip
+    with replaced(changes, why):
+        yield
+
+
+@contextmanager
+def replaced(changes: list, why: str):
+    """Put mocks in place, [(owner, name, value)], and take them out again."""
     kept = [(owner, name, getattr(owner, name, None)) for owner, name, _ in changes]
     try:
         for owner, name, value in changes:
@@ -419,26 +427,26 @@ def recording(recorder: Recorder):
 
 
 @contextmanager
-def ranks(count: int):
-    """This process as rank 0 of so many, which exchange nothing."""
-    if count == 1:
-        yield
-        return
+def rank_0_of(count: int):
+    """This process as the first of so many ranks, which exchange nothing."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     join = dist.init_process_group
-    kept = {name: os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(count)}
-    dist.init_process_group = lambda backend: join(
-        "fake", rank=0, world_size=count, store=FakeStore()
-    )
-    try:
+
+    def join_nobody(backend, **options):
+        join("fake", rank=0, world_size=count, store=FakeStore())
+
+    changes = [
+        (ranks, "RANK", 0),
+        (ranks, "WORLD_SIZE", count),
+        (ranks, "rank_store", FakeStore),
+        (Runtime, "all_of", lambda self, value: [value] * count),
+        (dist, "init_process_group", join_nobody),
+    ]
+    with replaced(changes, "the other ranks are not there"):
         yield
-    finally:
-        dist.init_process_group = join
-        for name, value in kept.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
-        dist.destroy_process_group()
+        if count > 1:
+            dist.destroy_process_group()
 
 
 def dry_run(
@@ -454,7 +462,7 @@ def dry_run(
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     with ExitStack() as stack:
-        stack.enter_context(ranks(cards))
+        stack.enter_context(rank_0_of(cards))
         recorder.run = run = DryRun(settings, Runtime(), recorder)
         stack.enter_context(recording(recorder))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
