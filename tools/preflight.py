@@ -20,6 +20,7 @@ import sys
 import tempfile
 import threading
 import time
+import warnings
 from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
@@ -260,6 +261,7 @@ def main() -> int:
     check_machine()
     card, library, progress = CARDS[own.gpu], load_guard(), Progress()
     with progress.shown():
+        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
         try:
             install(card, library)
             module = load_trainer(own.entry)
