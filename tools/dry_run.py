@@ -222,7 +222,8 @@ class Recorder(TorchDispatchMode):
             self.compilations[key] = name, self.threads.submit(work)
 
     def finish_compiling(self) -> None:
-        self.tell(f"compiling {len(self.compilations)} kernels")
+        if self.compilations:
+            self.tell(f"compiling {len(self.compilations)} kernels")
         for name, done in self.compilations.values():
             if error := done.exception():
                 reason = str(error).strip().splitlines()[0]

@@ -241,18 +241,29 @@ def report(found: dict, card: Card) -> list[str]:
     return lines
 
 
+def at_least(least: int, kind=int):
+    """A type of argparse: a number that is no smaller."""
+
+    def number(text: str):
+        if not (value := kind(text)) >= least:
+            raise ValueError
+        return value
+
+    return number
+
+
 def card_counts(text: str) -> tuple[int, ...]:
-    return tuple(int(word) for word in text.split(","))
+    return tuple(at_least(1)(word) for word in text.split(","))
 
 
 def main() -> int:
     parser = flag_parser(__doc__)
     parser.add_argument("--gpu", default="H100", choices=CARDS, help="the card (default: H100)")
     parser.add_argument("--entry", default="train_gpt.py", help="the trainer's file")
-    parser.add_argument("--rows", type=int, default=0, help="rows per pass; 0: what fits")
+    parser.add_argument("--rows", type=at_least(0), default=0, help="rows per pass; 0: what fits")
     parser.add_argument("--cards", type=card_counts, help="numbers of cards, of which "
                         "the first gets kernels; default: 1,8, of a model in shards 1")  # fmt: skip
-    parser.add_argument("--price", type=float, help="dollars per GPU and hour")
+    parser.add_argument("--price", type=at_least(0, float), help="dollars per GPU and hour")
     parser.add_argument("--json", action="store_true", help="print everything as JSON")
     parser.add_argument("--lower_only", action="store_true",
                         help="leave out Triton and ptxas")  # fmt: skip
@@ -268,6 +279,8 @@ def main() -> int:
             found = preflight(own, flags, module, card, progress)
         except RunError as error:
             reason = str(error.__cause__ or error).strip().splitlines()[0]
+            for theirs, ours in (("nproc_per_node", "cards"), ("micro_batch_seqs", "rows")):
+                reason = reason.replace(f"--{theirs}", f"--{ours}")
             raise ToolError(f"{own.entry} on {card.name}: {reason}") from error
         except AttributeError as error:
             if torch_release() in TESTED:
