@@ -180,8 +180,10 @@ HUGE_TILE = "\nLARGE_TILE['num_stages'] = 8\n"
 
 def plant(root: Path, path: str, code: str) -> None:
     """Put code before the main guard of a checkout's file, or at its end."""
-    start, guard, end = (root / path).read_text().partition("\nif __name__ ==")
-    (root / path).write_text(start + code + guard + end)
+    text = (root / path).read_text()
+    guard = text.rfind("\nif __name__ ==")
+    at = guard if guard >= 0 else len(text)
+    (root / path).write_text(text[:at] + code + text[at:])
 
 
 @slow
