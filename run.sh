@@ -102,6 +102,22 @@ get_data() { # get_data TASK: its shards, unless they are there; its scripts say
     return "$status"
 }
 
+launch() { # run torchrun; its traceback would bury what a rank has said of its end
+    exec "$python" -c '
+import sys
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import main
+sys.argv[0] = "torchrun"
+try:
+    main()
+except ChildFailedError:
+    sys.exit(1)
+except SignalException as error:
+    sys.exit(128 + error.sigval)
+' "$@"
+}
+
 if [ "${1:-}" = test ]; then
     set_up "$root/requirements.txt" "$root/tests/requirements.txt"
     cd "$root"
@@ -121,7 +137,7 @@ case ${1:-} in
     [ -e "$script" ] || fail "there is no script $1; name one below $root, such as tools/diff.py"
     exec "$python" "$script" "${@:2}"
     ;;
-torchrun) exec "$python" -m torch.distributed.run "${@:2}" ;;
+torchrun) launch "${@:2}" ;;
 esac
 gpus=$(count_gpus)
 track="" task="" wants_data=yes previous=""
@@ -151,5 +167,5 @@ if [ "$gpus" = 0 ]; then
     exec "$python" "$root/train_gpt.py" ${chosen[@]+"${chosen[@]}"} "$@"
 fi
 [ "${task:-$track}" != wikitext103 ] || gpus=1 # its 30 validation rows cannot be dealt to 4 or 8
-exec "$python" -m torch.distributed.run --standalone --nproc_per_node="$gpus" \
+launch --standalone --nproc_per_node="$gpus" \
     "$root/train_gpt.py" ${chosen[@]+"${chosen[@]}"} "$@"

@@ -57,7 +57,7 @@ def checkpoint_in(folder) -> Path:
 
 def start(flags, ranks=1, **changes) -> subprocess.Popen:
     return subprocess.Popen(
-        command(flags, ranks),
+        by_run_sh(flags) if ranks == 2 else command(flags),
         env=clean_environment(**changes),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -266,7 +266,7 @@ def test_two_ranks_agree_on_the_step_at_which_they_stop(flags, tmp_path):
     log = wait_for(tmp_path, r"step:5/400", process)
     os.killpg(process.pid, signal.SIGINT)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode != 0
+    assert process.returncode == 128 + signal.SIGINT and "Traceback" not in output, output
     assert re.search(r"^result status:aborted", log.read_text(), re.M), output
     assert checkpoint_in(tmp_path).exists()
 
@@ -367,9 +367,19 @@ def test_a_world_size_that_does_not_divide_ends_every_rank(flags):
     assert done.returncode != 0 and done.stderr.count("cannot be dealt to 3 ranks") == 1
 
 
+def by_run_sh(flags) -> list[str]:
+    """The command by which run.sh starts two ranks of the trainer."""
+    words = command(flags, ranks=2)
+    script = f'python={sys.executable}\n{run_sh_function("launch")}\nlaunch "$@"'
+    return ["bash", "-c", script, "bash", *words[words.index("--standalone") :]]
+
+
 def test_an_error_of_one_rank_is_printed_once_and_ends_all(flags):
-    done = train([*flags, "--train_files=/nowhere/*.bin"], ranks=2)
-    assert done.returncode != 0 and done.stderr.count("error: no shards match") == 1
+    words = by_run_sh([*flags, "--train_files=/nowhere/*.bin"])
+    done = subprocess.run(words, env=clean_environment(), capture_output=True, text=True)
+    said, by_torchrun = done.stderr.splitlines()
+    assert done.returncode == 1 and said.startswith("error: no shards match")
+    assert "failed (exitcode: 1) local_rank:" in by_torchrun
 
 
 def test_a_checkpoint_of_another_run_is_refused_with_the_flags_it_needs(flags, tmp_path):
