@@ -434,6 +434,17 @@ def test_a_plan_of_nonsense_is_refused(words, message):
 # ------------------------------------------------------------------------------ Runs, bad input
 
 
+def test_a_folder_whose_name_a_terminal_cannot_show_ends_no_run(flags, tmp_path, monkeypatch):
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    folder = tmp_path / "Протоколы"
+    short = ["--num_steps=2", "--val_every=2", "--save_every=1", f"--log_dir={folder}"]
+    code, err = outcome(train_gpt2, *flags, *short)
+    stdout.flush()
+    assert code == 0 and b"\ncheckpoint: " in stdout.buffer.getvalue(), err
+    assert only_log(folder)
+
+
 def test_a_run_learns_saves_and_resumes_to_the_same_digits(flags, tmp_path):
     code, err = outcome(train_gpt2, *flags, "--save_every=12")
     assert code == 0, err
