@@ -793,6 +793,7 @@ def test_run_sh_heals_its_environment(tmp_path, state, installs):
         f"set_up {tmp_path}/requirements.txt\necho $python"
     )
     assert done.stdout == f"{tmp_path}/.venv/bin/python\n", done.stderr
+    assert bool(re.search(r"^set up in \d+ s$", done.stderr, re.M)) == bool(installs)
     ran = (tmp_path / "ran").read_text().split() if (tmp_path / "ran").exists() else []
     assert " ".join(ran) == installs
 
