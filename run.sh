@@ -113,7 +113,8 @@ get_data() { # get_data TASK: its shards, unless they are there; its scripts say
 
 launch() { # run torchrun; its traceback would bury what a rank has said of its end
     exec "$python" -c '
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.run import main
