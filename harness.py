@@ -815,6 +815,7 @@ def carry_out(run: Run, make_trainer) -> None:
             "--seq_len"
         ) from None
     finally:
+        gc.unfreeze()
         with suppress(RuntimeError):  # after an error of the GPU no clock can wait for it
             log.line(run.clock.ledger(), show=run.step > 0)
         log.close(run.result(), show=run.step > 0)  # else the reason shall stand alone

@@ -7,8 +7,8 @@
 A change of a definition needs the same change of its kernel and of its backward pass; an idea is
 tried faster in plain torch, in train_gpt.py. Shapes: B sequences, T tokens, N = B * T, H heads, K
 head_dim, V vocabulary, D model_dim, M mlp_dim, J targets per token. Speed-ups over the definitions:
-not measured yet. tools/compile_kernels.py compiles every Triton kernel without a GPU and prints
-registers, spills and shared memory.
+not measured yet. tools/preflight.py compiles every kernel of a run without a GPU, and names those
+that spill or ask for too much shared memory.
 """
 
 from collections import namedtuple

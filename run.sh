@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Each of these first sets up what is missing of the project's environment.
 # ./run.sh [FLAGS]         get the track's data, train on all GPUs or on the CPU
-# ./run.sh test [...]      run the linter and the tests; further words go to pytest
+# ./run.sh test [...]      run the linter and the tests (--slow: all); further words go to pytest
 # ./run.sh FILE.py [...]   run any script of the project
 # ./run.sh torchrun [...]  run torchrun
 set -euo pipefail

@@ -55,6 +55,19 @@ TINY = dict(
 )
 
 
+def pytest_addoption(parser):
+    parser.addoption("--slow", action="store_true", help="run the tests that are marked slow too")
+
+
+def pytest_collection_modifyitems(config, items):
+    """Slow tests begin first, so that they do not end last; without --slow they are skipped."""
+    items.sort(key=lambda item: "slow" not in item.keywords)
+    if not config.getoption("--slow"):
+        for item in items:
+            if "slow" in item.keywords:
+                item.add_marker(pytest.mark.skip(reason="slow; run: ./run.sh test --slow"))
+
+
 @pytest.fixture
 def tiny_task(shards):
     return dataclasses.replace(

@@ -12,6 +12,7 @@ import torch
 from conftest import START, documents
 
 import data.shards
+import train_gpt
 from data.shards import (
     ShardError,
     absolute_glob,
@@ -192,6 +193,16 @@ def test_supply_is_counted_as_it_is_packed(tiny_hp, tiny_task, tmp_path, cap):
     check_supply(hp, task, seed=0)
     with pytest.raises(ShardError, match="holds 1000 rows .* steps need 1001"):
         check_supply(dataclasses.replace(hp, num_steps=1001), task, seed=0)
+
+
+def test_training_finds_no_documents_that_were_not_found_before(tiny_hp, tiny_task, monkeypatch):
+    """What takes 0.2 s for a large shard is done by check_supply, outside the timed part."""
+    task = dataclasses.replace(tiny_task)
+    check_supply(tiny_hp, task, seed=11)
+    monkeypatch.setattr(train_gpt, "find_documents", None)
+    monkeypatch.setattr(train_gpt, "find_rows", None)
+    batches = micro_batches(tiny_hp, task, rank(0, 1), 8, 11, 0)
+    assert sum(1 for _ in batches) == tiny_hp.num_steps
 
 
 @pytest.mark.parametrize("num_steps", [7, 10**12])

@@ -1,6 +1,7 @@
 """The trainer as its user meets it: a process, its exit code, its log and its messages."""
 
 import dataclasses
+import gc
 import hashlib
 import json
 import os
@@ -179,6 +180,19 @@ def test_warm_up_leaves_no_trace(tiny_task, tiny_hp):
         assert torch.equal(warm.update(step, batches[0]), cold.update(step, batches[1]))
     for name, tensor in cold.state().items():
         assert torch.equal(tensor, warm.state()[name]), name
+
+
+def test_the_collector_leaves_what_exists_alone_while_training(tiny_task, tiny_hp, tmp_path):
+    frozen = []
+
+    class Watched(Trainer):
+        def train(self):
+            frozen.append(gc.get_freeze_count())
+
+    told = settings(tiny_task, tiny_hp, log_dir=str(tmp_path), compile=False)
+    run = Run(told, SOURCES, Runtime(), StopRequest(), PROCESS_START)
+    carry_out(run, Watched)
+    assert frozen[0] > 100_000 and gc.get_freeze_count() == 0
 
 
 def test_two_ranks_give_the_losses_of_one(flags, tmp_path):

@@ -32,6 +32,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from triton.runtime.jit import JITFunction
 
+import ranks
 from harness import Prefetcher, Run, Runtime, Settings, compiled_graphs, warm_up
 from tools.fake_gpu import Card, mock
 
@@ -159,8 +160,7 @@ class Recorder(TorchDispatchMode):
             return outputs
         if not any(t.is_cuda for t in inputs + results):
             return outputs
-        if not has_cuda_kernel(name):
-            self.trace.problem(f"operator {name} has no CUDA kernel")
+        self.check_cuda_kernel(func)
         written = [] if results and not is_view else inputs
         flops = 0
         if func.overloadpacket in flop_registry:
@@ -175,6 +175,8 @@ class Recorder(TorchDispatchMode):
 
     def run_body(self, definition, func, args, kwargs):
         """Run a custom operator's own code, and compare its results with its fake kernel's."""
+        if any(t.is_cuda for t in tensors((args, kwargs))):
+            self.check_cuda_kernel(func)
         with recording_off(self):
             promised = tensors(func(*args, **kwargs))
         with self:
@@ -186,6 +188,10 @@ class Recorder(TorchDispatchMode):
                                    f"makes {seen[1]}")  # fmt: skip
         del promised
         return outputs
+
+    def check_cuda_kernel(self, func) -> None:
+        if not has_cuda_kernel(func):
+            self.trace.problem(f"operator {func._schema.name} has no CUDA kernel")
 
     def launch(self, name, used, flops=0, operand_bytes=0, wire=0) -> None:
         """used: the tensors that are read or written, each as often as it is."""
@@ -305,11 +311,14 @@ def cuda_kernels() -> set[str]:
     return names
 
 
-def has_cuda_kernel(name: str) -> bool:
-    namespace = name.partition("::")[0]
-    if namespace == "aten":
-        return name in cuda_kernels()
-    return namespace in ("prims", "c10d", "_c10d_functional", "inductor")
+@cache
+def has_cuda_kernel(func) -> bool:
+    if func.namespace == "aten":
+        return func._schema.name in cuda_kernels()
+    if func.namespace in ("prims", "c10d", "_c10d_functional", "inductor"):
+        return True
+    keys = ("CUDA", "CompositeExplicitAutograd", "CompositeImplicitAutograd")
+    return any(func.has_kernel_for_dispatch_key(getattr(torch._C.DispatchKey, k)) for k in keys)
 
 
 @contextmanager
@@ -400,6 +409,13 @@ def recording(recorder: Recorder):
         (convert_frame.ConvertFrameAssert, "__call__",
          lowered(convert_frame.ConvertFrameAssert.__call__)),
     ]  # fmt: skip
+    with replaced(changes, why):
+        yield
+
+
+@contextmanager
+def replaced(changes: list, why: str):
+    """Put mocks in place, [(owner, name, value)], and take them out again."""
     kept = [(owner, name, getattr(owner, name, None)) for owner, name, _ in changes]
     try:
         for owner, name, value in changes:
@@ -411,26 +427,26 @@ def recording(recorder: Recorder):
 
 
 @contextmanager
-def ranks(count: int):
-    """This process as rank 0 of so many, which exchange nothing."""
-    if count == 1:
-        yield
-        return
+def rank_0_of(count: int):
+    """This process as the first of so many ranks, which exchange nothing."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     join = dist.init_process_group
-    kept = {name: os.environ.get(name) for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-    os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": str(count)}
-    dist.init_process_group = lambda backend: join(
-        "fake", rank=0, world_size=count, store=FakeStore()
-    )
-    try:
+
+    def join_nobody(backend, **options):
+        join("fake", rank=0, world_size=count, store=FakeStore())
+
+    changes = [
+        (ranks, "RANK", 0),
+        (ranks, "WORLD_SIZE", count),
+        (ranks, "rank_store", FakeStore),
+        (Runtime, "all_of", lambda self, value: [value] * count),
+        (dist, "init_process_group", join_nobody),
+    ]
+    with replaced(changes, "the other ranks are not there"):
         yield
-    finally:
-        dist.init_process_group = join
-        for name, value in kept.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
-        dist.destroy_process_group()
+        if count > 1:
+            dist.destroy_process_group()
 
 
 def dry_run(
@@ -446,7 +462,7 @@ def dry_run(
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     with ExitStack() as stack:
-        stack.enter_context(ranks(cards))
+        stack.enter_context(rank_0_of(cards))
         recorder.run = run = DryRun(settings, Runtime(), recorder)
         stack.enter_context(recording(recorder))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))

@@ -8,6 +8,7 @@ Dynamo, AOTAutograd, Inductor and Triton then run as on that card, down to ptxas
 with or without CUDA, on Linux.
 """
 
+import ast
 import ctypes
 import hashlib
 import importlib.util
@@ -15,6 +16,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -130,10 +132,13 @@ def quiet():
         os.close(nothing)
 
 
-def install(card: Card, library: ctypes.CDLL) -> None:
-    """Make torch and Triton believe in the card; call it before torch is used."""
+def install(card: Card, library: ctypes.CDLL, interpret: bool = False) -> None:
+    """Make torch and Triton believe in the card; call it before torch is used.
+
+    interpret: Triton's interpreter runs the kernels, which are not compiled.
+    """
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a card that is here stays out of it
-    os.environ.pop("TRITON_INTERPRET", None)  # interpreted kernels are not compiled
+    os.environ["TRITON_INTERPRET"] = str(int(interpret))
     # Workers of Inductor would lack the mocks, and its caches would mix this card with a real one.
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     os.environ["TORCHINDUCTOR_FX_GRAPH_CACHE"] = os.environ["TORCHINDUCTOR_AUTOGRAD_CACHE"] = "0"
@@ -303,4 +308,20 @@ def mock_triton(torch, card: Card) -> None:
         utils=SimpleNamespace(get_device_properties=returns(limits)),
     )  # fmt: skip
     triton.runtime.driver.set_active(driver)
+    mock(
+        ast,
+        "parse",
+        one_at_a_time(ast.parse),
+        "kernels are compiled in threads, between which CPython 3.11 counts an AST's depth wrong",
+    )
     mock(triton_helpers, "set_driver_to_gpu", returns(None), "it would look for a real driver")
+
+
+def one_at_a_time(function):
+    lock = threading.RLock()
+
+    def locked(*args, **kwargs):
+        with lock:
+            return function(*args, **kwargs)
+
+    return locked

@@ -63,12 +63,13 @@ case $part in
     tests memory 230 tests/gpu/test_model_gpu.py -k memory
     for rows in 1 0; do
         check "profile_rows_$rows" 120 "$python" tools/profile_step.py --track fineweb --steps 2 \
-            --micro_batch_seqs $rows "${small[@]}" "$@"
+            --num_steps 60 --micro_batch_seqs $rows "${small[@]}" "$@"
     done
     ;;
 3)
     check benchmark 150 "$python" tools/benchmark_kernels.py "${shrink[@]}"
-    steps=(--track fineweb --num_steps 200 --val_every 100 --val_tokens 1048576 --log_dir "$out" "${small[@]}")
+    steps=(--track fineweb --num_steps 200 --max_epochs 2 --val_every 100 --val_tokens 1048576
+        --log_dir "$out" "${small[@]}")
     [ ${#shrink[@]} = 0 ] || steps+=(--num_steps 6 --val_every 3)
     check train_fp8 160 "$python" train_gpt.py "${steps[@]}" --slug fp8 "$@"
     check train_bf16 160 "$python" -c "
