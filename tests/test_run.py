@@ -402,7 +402,7 @@ def test_an_error_of_one_rank_is_printed_once_and_ends_all(flags):
     said, *by_torchrun = done.stderr.splitlines()
     assert done.returncode == 1 and said.startswith("error: no shards match"), done.stderr
     assert "failed (exitcode: 1) local_rank:" in by_torchrun[-1]
-    assert len(by_torchrun) <= 2  # the other: that it ends the slower rank
+    assert len(by_torchrun) <= 3  # it also says that it ends the slower rank
 
 
 def test_a_checkpoint_of_another_run_is_refused_with_the_flags_it_needs(flags, tmp_path):
