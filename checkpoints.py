@@ -123,11 +123,9 @@ def read_checkpoint(folder: Path, rt) -> dict:
         if not (folder / "config.json").is_file():  # but a pipe, for one, would be waited for
             raise FileNotFoundError
         facts = json.loads((folder / "config.json").read_text())
-        said, unsigned = (
-            facts.pop("sha256"),
-            {"sources": {}, **facts},
-        )  # older ones lack the sources
-        if not all(isinstance(unsigned[name], kind) for name, kind in FACTS.items()):
+        said = facts.pop("sha256")
+        complete = {"sources": {}, **facts}  # older ones lack the sources
+        if not all(isinstance(complete[name], kind) for name, kind in FACTS.items()):
             raise ValueError
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         raise RunError(
@@ -143,7 +141,7 @@ def read_checkpoint(folder: Path, rt) -> dict:
             f"{folder / wrong[0]} is missing, truncated or was changed after it was written; "
             "start from another checkpoint, or without one"
         )
-    return unsigned
+    return complete
 
 
 def check_same_run(folder: Path, saved: dict, own: dict, other_source: bool) -> None:

@@ -22,15 +22,8 @@ SCHEMA = 2  # in 1 the hash left out the result line itself
 PEAK_BF16_TFLOPS = {  # dense, from the makers' data sheets
     "A100": 312, "H100": 989, "H200": 989, "GH200": 989, "B200": 2250, "L40S": 362, "4090": 165,
 }  # fmt: skip
-OTHER_KINDS = {
-    "MIG",
-    "Laptop",
-    "NVL",
-    "PCIe",
-    "PCIE",
-    "Max",
-    "D",
-}  # have another peak than the name
+# Words in a card's name by which its peak is another than that of the one above.
+OTHER_KINDS = {"MIG", "Laptop", "NVL", "PCIe", "PCIE", "Max", "D"}
 LOGGED_VARIABLES = ("CUDA_", "NCCL_", "TORCH", "PYTORCH_", "OMP_", "GOMP_", "KMP_", "MKL_")
 
 
@@ -56,10 +49,9 @@ def write_header(log, sources: dict[str, str], source_dir: str, config: dict, de
     # A copy without .git that lies in another repository has no commit of its own.
     commit = (shell("git", "ls-files", *sources) and shell("git", "rev-parse", "HEAD")) or "none"
     changed = shell("git", "diff", "--relative", "--name-only", "HEAD", "--", *sources).split()
-    diff = (
-        shell("git", "diff", "--relative", "HEAD", "--", *changed).splitlines() if changed else []
-    )
-    diff = [] if source_dir else diff
+    diff = []
+    if changed and not source_dir:
+        diff = shell("git", "diff", "--relative", "HEAD", "--", *changed).splitlines()
     changed = ",".join(changed) or "none"
     log.section(f"git commit:{commit} changed:{changed} lines:{len(diff)}", diff)
 
@@ -90,10 +82,10 @@ def cpu_model() -> str:
     except OSError:
         return shell("sysctl", "-n", "machdep.cpu.brand_string") or platform.processor() or UNKNOWN
     facts = dict(map(str.strip, line.split(":", 1)) for line in lines if ":" in line)
+    if facts.get("model name"):
+        return facts["model name"]
     numbers = [facts[k] for k in ("CPU implementer", "CPU part", "CPU variant") if k in facts]
-    return facts.get("model name") or " ".join(
-        [platform.machine(), *numbers] if numbers else [UNKNOWN]
-    )
+    return " ".join([platform.machine(), *numbers]) if numbers else UNKNOWN
 
 
 def environment(on_gpu: bool) -> dict:

@@ -446,6 +446,9 @@ class Log:
     @contextmanager
     def waiting(self, what: str) -> Iterator[None]:
         """Say what is being done, beside a clock that moves meanwhile."""
+        if self.bar is None:
+            yield
+            return
         done = threading.Event()
 
         def keep_moving():
@@ -453,16 +456,14 @@ class Log:
                 with suppress(OSError):
                     self.bar.refresh()
 
-        if self.bar is not None:
-            self.bar.set_postfix_str(what)
-            thread = threading.Thread(target=keep_moving, daemon=True)
-            thread.start()
+        self.bar.set_postfix_str(what)
+        thread = threading.Thread(target=keep_moving, daemon=True)
+        thread.start()
         try:
             yield
         finally:
             done.set()
-            if self.bar is not None:
-                thread.join()
+            thread.join()
 
     def progress(self, step: int, text: str) -> None:
         if self.bar is None:
@@ -610,7 +611,8 @@ class Run:
         self.log.line(f"step:{step}/{num_steps} train_loss:{loss:.6f} train_time:{train_ms:.0f}ms")
         rate = self.tokens_per_second() / 1000
         self.log.progress(step, f"loss {loss:.4f}, {rate:.1f}k tokens/s, MFU {self.mfu()}")
-        start = max([math.log(self.task.vocab_size), *(loss for _, loss in self.curve[:1])])
+        first_val_loss = self.curve[0][1] if self.curve else 0.0
+        start = max(math.log(self.task.vocab_size), first_val_loss)
         self.bad_steps = self.bad_steps + 1 if loss > start + DIVERGED_NATS else 0
         if not math.isfinite(loss) or self.bad_steps > DIVERGED_STEPS:
             self.status = "diverged"
@@ -646,7 +648,7 @@ class Run:
 
     def checkpoint_is_due(self) -> bool:
         every = self.options.save_every
-        return self.status == "aborted" or bool(every) and self.step % every == 0
+        return self.status == "aborted" or (every > 0 and self.step % every == 0)
 
     def save(self, tensors: dict[str, Tensor]) -> None:
         """Write a checkpoint beside the log; a kill leaves the one before or this one, whole.
@@ -738,6 +740,7 @@ def execute(
     parse_flags. sources: what the log embeds, by path, the entry file first. started: perf_counter
     at first import.
     """
+    sys.stdout.reconfigure(errors="backslashreplace")  # a path that it cannot show ends no run
     stop = StopRequest()
     rt = run = None
     try:

@@ -25,8 +25,6 @@ from environment import cpu_model
 from flags import RunError
 
 COMPILE_ERRORS = (TorchDynamoException, InductorError)
-
-
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 SAME_REQUEST_S = 1.0  # keys bounce, and launchers pass on what their children got too
@@ -44,15 +42,16 @@ class StopRequest:
     def __init__(self):
         self.signal, self.deferred, self.since = 0, False, 0.0
         for number in STOP_SIGNALS:
-            if number != signal.SIGHUP or signal.getsignal(number) != signal.SIG_IGN:  # by nohup
+            under_nohup = number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN
+            if not under_nohup:
                 signal.signal(number, self)
 
     def __call__(self, number, frame):
-        now = time.monotonic()
-        if self.signal and now - self.since < SAME_REQUEST_S:
+        now, is_first = time.monotonic(), not self.signal
+        if not is_first and now - self.since < SAME_REQUEST_S:
             return
-        again, self.signal, self.since = self.signal, number, now
-        if again or not self.deferred:
+        self.signal, self.since = number, now
+        if not (is_first and self.deferred):
             raise KeyboardInterrupt
         if RANK == 0:
             with suppress(OSError):  # of a terminal that was closed
@@ -74,7 +73,8 @@ def rank_store() -> dist.Store | None:
 def is_first_to_say(message: str) -> bool:
     """Whether no other rank has asked this about the same message."""
     with suppress(RuntimeError):  # where the store is gone, each rank speaks for itself
-        if WORLD_SIZE > 1 and rank_store.cache_info().currsize:
+        has_store = rank_store.cache_info().currsize > 0  # else this rank never reached it
+        if WORLD_SIZE > 1 and has_store:
             return rank_store().add(f"said {hashlib.sha256(message.encode()).hexdigest()}", 1) == 1
     return True
 

@@ -52,14 +52,20 @@ set_up() { # set_up FILE...: make $python an interpreter with these requirements
         python=$found
         return
     fi
-    echo "setting up $venv (once; a GPU machine downloads some 3 GB)" >&2
-    "$python" -c '' 2>/dev/null || "$found" -m venv --clear "$venv" || # its Python may be gone
-        fail "cannot make $venv (see above); if ensurepip is missing: apt install python3-venv"
-    "$python" -m pip --version >/dev/null 2>&1 || "$python" -m ensurepip >&2 ||
-        fail "$venv has no pip (see above); delete it, and run this again"
+    echo "setting up $venv, once: pip downloads the packages (a GPU machine some 3 GB), then it" \
+        "unpacks them for a minute or more and says nothing meanwhile" >&2
+    if ! "$python" -c '' 2>/dev/null; then # there is none yet, or its Python is gone
+        "$found" -m venv --clear "$venv" ||
+            fail "cannot make $venv (see above); if ensurepip is missing: apt install python3-venv"
+    fi
+    if ! "$python" -m pip --version >/dev/null 2>&1; then
+        "$python" -m ensurepip >&2 ||
+            fail "$venv has no pip (see above); delete it, and run this again"
+    fi
     for file in "$@"; do flags+=(-r "$file"); done
     "$python" -m pip install --disable-pip-version-check "${flags[@]}" >&2 ||
         fail "pip could not install the requirements (see above); check network and disk, then run this again"
+    echo "set up in $SECONDS s" >&2
 }
 
 count_gpus() { # the largest of 1, 2, 4, 8 GPUs that are visible and that torch can use
@@ -67,12 +73,15 @@ count_gpus() { # the largest of 1, 2, 4, 8 GPUs that are visible and that torch 
     listed=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
     if [ "$listed" -gt 0 ]; then
         found=$("$python" -c 'import torch as t; print(t.cuda.is_available() * t.cuda.device_count())')
-        [ "$found" != 0 ] || [ -n "${CUDA_VISIBLE_DEVICES+set}" ] || echo "nvidia-smi lists $listed GPUs," \
-            "but torch can use none (is the driver older than torch's CUDA?): training on the CPU" >&2
+        if [ "$found" = 0 ] && [ -z "${CUDA_VISIBLE_DEVICES+set}" ]; then
+            echo "nvidia-smi lists $listed GPUs, but torch can use none (is the driver older than" \
+                "torch's CUDA?): training on the CPU" >&2
+        fi
     fi
     for n in 1 2 4 8; do [ "$n" -le "$found" ] && usable=$n; done
-    [ "$usable" = "$found" ] ||
+    if [ "$usable" != "$found" ]; then
         echo "$usable of $found GPUs are used: batches can be dealt to 1, 2, 4 or 8" >&2
+    fi
     echo "$usable"
 }
 
@@ -102,6 +111,23 @@ get_data() { # get_data TASK: its shards, unless they are there; its scripts say
     return "$status"
 }
 
+launch() { # run torchrun; its traceback would bury what a rank has said of its end
+    exec "$python" -c '
+import signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+from torch.distributed.elastic.multiprocessing.api import SignalException
+from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.run import main
+sys.argv[0] = "torchrun"
+try:
+    main()
+except ChildFailedError:
+    sys.exit(1)
+except SignalException as error:
+    sys.exit(128 + error.sigval)
+' "$@"
+}
+
 if [ "${1:-}" = test ]; then
     set_up "$root/requirements.txt" "$root/tests/requirements.txt"
     cd "$root"
@@ -121,7 +147,7 @@ case ${1:-} in
     [ -e "$script" ] || fail "there is no script $1; name one below $root, such as tools/diff.py"
     exec "$python" "$script" "${@:2}"
     ;;
-torchrun) exec "$python" -m torch.distributed.run "${@:2}" ;;
+torchrun) launch "${@:2}" ;;
 esac
 gpus=$(count_gpus)
 track="" task="" wants_data=yes previous=""
@@ -151,5 +177,5 @@ if [ "$gpus" = 0 ]; then
     exec "$python" "$root/train_gpt.py" ${chosen[@]+"${chosen[@]}"} "$@"
 fi
 [ "${task:-$track}" != wikitext103 ] || gpus=1 # its 30 validation rows cannot be dealt to 4 or 8
-exec "$python" -m torch.distributed.run --standalone --nproc_per_node="$gpus" \
+launch --standalone --nproc_per_node="$gpus" \
     "$root/train_gpt.py" ${chosen[@]+"${chosen[@]}"} "$@"

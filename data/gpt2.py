@@ -45,8 +45,7 @@ def gpt2_ranks(file: Path | None) -> dict[bytes, int]:
     except (OSError, ValueError) as error:
         raise TextError(
             f"cannot download the GPT-2 tokenizer ({type(error).__name__}); bring gpt2.tiktoken "
-            "(it is in the GitHub repository openai/whisper, folder whisper/assets) to "
-            f"{GPT2_FILE}, or name its place with --tokenizer_file"
+            f"(it is in the GitHub repository openai/whisper, folder whisper/assets) to {GPT2_FILE}"
         ) from None
 
 

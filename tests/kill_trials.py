@@ -1,11 +1,11 @@
 """Kill runs at random moments, go on from what they left, and count what came of it.
 
-    python tests/kill_trials.py [--trials 8] [--kinds plain compiled ...] [--seed 0]
+    ./run.sh tests/kill_trials.py [--trials 8] [--kinds plain compiled ...] [--seed 0]
 
 A trial starts a run that saves often, kills all of its processes by SIGKILL, starts it again in the
 same folder from the newest checkpoint, and compares every loss with those of a run that was left
-alone. Exit code 1 if a loss differs, a checkpoint is refused, or half a one is left. A trial takes
-some 15 s, of a compiled run some 60 s.
+alone. It prints a table, a row a kind, and why a trial failed. Exit code 1 if a loss differs, a
+checkpoint is refused, or half a one is left. A trial takes some 15 s, of a compiled run some 60 s.
 """
 
 import argparse
@@ -36,6 +36,8 @@ KINDS = {  # command, steps between checkpoints
     "baseline, two ranks": ([*TORCHRUN, *GPT2, EAGER], 7),
     "compiled": (SPEEDRUN, 7),
 }
+COLUMNS = ("killed", "in a save", "resumed with equal losses", "nothing saved yet, began anew",
+           ".part left", "failed", "ended before")  # fmt: skip
 
 
 def start(command: list[str], folder: Path, *flags: str) -> subprocess.Popen:
@@ -78,26 +80,37 @@ def kill(process: subprocess.Popen, folder: Path, while_saving: bool, rng: rando
     return not ended
 
 
-def trial(kind: str, whole: dict, folder: Path, rng: random.Random) -> str:
-    """Carry out one trial; return what came of it."""
+def trial(kind: str, whole: dict, folder: Path, rng: random.Random) -> dict[str, bool]:
+    """Carry out one trial; return which of the table's columns it counts in."""
     command, every = KINDS[kind]
     flags = [f"--save_every={every}"]
     if not kill(start(command, folder, *flags), folder, kind == "while saving", rng):
-        return "ended before the kill"
-    before, left = losses(folder), sorted(folder.glob("*_step*[0-9]"))
-    half = "half a save, " if list(folder.glob("*.part")) else ""
-    resume = [f"--resume={left[-1]}"] if left else []
-    if start(command, folder, *flags, *resume).wait():
-        return f"FAILED: could not go on, see {folder}/output"
+        return {"ended before": True}
+    before, saved = losses(folder), sorted(folder.glob("*_step*[0-9]"))
+    in_a_save = bool(list(folder.glob("*.part")))
+    resume = [f"--resume={saved[-1]}"] if saved else []
+    goes_on = start(command, folder, *flags, *resume).wait() == 0
     after = losses(folder)
-    if list(folder.glob("*.part")):
-        return f"FAILED: half a checkpoint stays in {folder}"
-    last = ("val", STEPS)
-    if last not in after or any(whole[key] != loss for key, loss in (before | after).items()):
-        return f"FAILED: other losses, see {folder}"
-    return (
-        f"{half}resumed with equal losses" if left else f"{half}began anew: nothing was saved yet"
-    )
+    equal = ("val", STEPS) in after and (whole | before | after) == whole
+    half_left = bool(list(folder.glob("*.part")))
+    failed = half_left or not (goes_on and equal)
+    if failed:
+        print(f"{kind}: failed, see {folder}", file=sys.stderr)
+    return {
+        "killed": True,
+        "in a save": in_a_save,
+        "resumed with equal losses": bool(saved) and goes_on and equal,
+        "nothing saved yet, began anew": not saved and goes_on and equal,
+        ".part left": half_left,
+        "failed": failed,
+    }
+
+
+def machine(folder: Path) -> str:
+    """When and where a run was made, in the words of its log."""
+    (log,) = folder.glob("*.txt")
+    facts = dict(re.findall(r"^(utc|cpu|torch): (.*)$", log.read_text(), re.M))
+    return f"{facts['utc'][:10]}, {facts['cpu']}, torch {facts['torch']}"
 
 
 def main() -> int:
@@ -106,21 +119,22 @@ def main() -> int:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS))
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     args = parser.parse_args()
-    rng, failed = random.Random(args.seed), False
+    rng, failed = random.Random(args.seed), 0
     scratch = Path(tempfile.mkdtemp(prefix="kill_trials_"))
     for kind in args.kinds:
         whole_folder = scratch / f"{kind} whole"
         if start(KINDS[kind][0], whole_folder).wait():
-            print(f"{kind}: no run at all, see {whole_folder}/output")
+            print(f"{kind}: no run at all, see {whole_folder}/output", file=sys.stderr)
             return 1
-        whole = losses(whole_folder)
-        counts = Counter(
-            trial(kind, whole, scratch / f"{kind} {number}", rng) for number in range(args.trials)
-        )
-        for what, count in sorted(counts.items()):
-            print(f"{kind}: {count} of {args.trials} {what}", flush=True)
-        failed |= any("FAILED" in what for what in counts)
-    return int(failed)
+        if kind == args.kinds[0]:
+            print(f"{machine(whole_folder)}, --seed {args.seed}\n", flush=True)
+            print(f"| kind | {' | '.join(COLUMNS)} |\n|---|{'---|' * len(COLUMNS)}", flush=True)
+        whole, counts = losses(whole_folder), Counter()
+        for number in range(args.trials):
+            counts.update(trial(kind, whole, scratch / f"{kind} {number}", rng))
+        print(f"| {kind} | {' | '.join(str(int(counts[name])) for name in COLUMNS)} |", flush=True)
+        failed += counts["failed"]
+    return int(failed > 0)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,23 @@
 """What a log says of the machine, on machines of other kinds than this one."""
 
+import os
+import re
 import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from conftest import ROOT, clean_environment
 
 import environment
+import ranks
+from data import tokenize_text
 from environment import cpu_model, mfu, write_header
 from flags import RunError
 from harness import Log, RunOptions
+from ranks import Runtime
 
 
 @pytest.mark.parametrize(
@@ -71,6 +78,46 @@ def test_the_commit_is_that_of_the_sources_or_none(monkeypatch, tmp_path, tracke
     assert ("commit:none" in git_section) == (not tracked)
     assert ("changed:train_gpt.py" in git_section) == tracked
     assert ("+after" in sections[git_section]) == tracked
+
+
+def test_a_name_that_a_terminal_cannot_show_ends_no_output(tmp_path):
+    (tmp_path / "Протокол.txt").write_text("no log")
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tools/validate.py"), str(tmp_path)],
+        env=clean_environment(PYTHONIOENCODING="cp1252"),
+        capture_output=True,
+    )
+    assert rb"\u041f\u0440" in done.stdout and not done.stderr
+
+
+def test_a_mac_tells_its_cpu(monkeypatch):
+    def no_such_file(path):
+        raise FileNotFoundError(path)  # it has no /proc
+
+    monkeypatch.setattr(Path, "read_text", no_such_file)
+    monkeypatch.setattr(environment, "shell", lambda *words: "Apple M3" * (words[0] == "sysctl"))
+    assert cpu_model() == "Apple M3"
+
+
+@pytest.mark.parametrize("platform, peak", [("darwin", 3 << 30), ("linux", 3 << 20)])
+def test_peak_memory_is_in_bytes_on_a_mac_and_in_kib_elsewhere(monkeypatch, platform, peak):
+    monkeypatch.setattr(sys, "platform", platform)
+    usage = SimpleNamespace(ru_maxrss=peak)
+    monkeypatch.setattr(ranks.resource, "getrusage", lambda who: usage)
+    assert Runtime.peak_memory_mib(SimpleNamespace(is_gpu=False)) == 3072
+
+
+def test_a_mac_cannot_say_which_cores_a_process_may_use(monkeypatch):
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.setattr(os, "cpu_count", lambda: 7)
+    monkeypatch.setattr(sys, "argv", ["tokenize_text.py", "text.txt"])
+    assert tokenize_text.parse().workers == 7
+
+
+def test_run_sh_expands_no_empty_array():
+    """With set -u that is an error in a Mac's bash 3.2; set_up's flags always hold a file."""
+    plain = re.findall(r'(?<!\+)"\$\{(\w+)\[@\]\}"', (ROOT / "run.sh").read_text())
+    assert set(plain) == {"flags"}
 
 
 def test_a_name_that_is_no_text_is_refused():

@@ -323,9 +323,9 @@ def test_learning_rate_rises_then_falls_to_its_last_fraction():
 # ------------------------------------------------------------------------------ Plan
 
 
-def plan_sizes(dtype: torch.dtype, recompute: bool):
+def plan_sizes(dtype: torch.dtype, recompute: bool, embed_rows=300):
     hp = dataclasses.replace(TRACKS["embedded"], num_layers=5, model_dim=96, mlp_dim=384,
-                             embed_rows=300, num_heads=3)  # fmt: skip
+                             embed_rows=embed_rows, num_heads=3)  # fmt: skip
     rt = SimpleNamespace(**{**vars(RT), "stream_dtype": dtype, "matmul_dtype": dtype})
     layout = Layout(checkpoint_blocks=recompute, matmul_bytes=dtype.itemsize)
     hp = dataclasses.replace(hp, checkpoint_blocks=recompute)
@@ -335,9 +335,13 @@ def plan_sizes(dtype: torch.dtype, recompute: bool):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("recompute", [False, True])
-def test_the_plan_equals_real_allocations(dtype, recompute):
-    """MemTracker is torch's own count of what every operator allocates and frees."""
-    hp, _, model, planned = plan_sizes(dtype, recompute)
+@pytest.mark.parametrize("embed_rows", [300, 8000])
+def test_the_plan_equals_real_allocations(dtype, recompute, embed_rows):
+    """MemTracker is torch's own count of what every operator allocates and frees.
+
+    With few rows the peak is in a block, with many in the head.
+    """
+    hp, _, model, planned = plan_sizes(dtype, recompute, embed_rows)
     adam, x = adamw(model, hp), torch.randint(0, 256, (4, hp.seq_len))
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
@@ -358,7 +362,7 @@ def test_the_plan_equals_real_allocations(dtype, recompute):
     assert size(p.grad for p in model.parameters()) == planned.gradients
     assert size(moments) == planned.optimizer
     peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
-    assert 0.97 * peak < planned.total < 1.08 * peak
+    assert 0.99 * peak < planned.total < 1.08 * peak
 
 
 def test_planned_flops_equal_counted_ones():
@@ -379,18 +383,37 @@ def test_more_ranks_and_offload_need_less_memory():
     assert away.weights + away.optimizer == 0 and away.host == 16 * parameters(hp) / 8
     with pytest.raises(RunError, match=r"do not fit: 8 x \d+\.\d GiB .*optimizer \d+\.\d"):
         micro_batch_rows(hp, Layout(8), 24e9, 0)
-    with pytest.raises(RunError, match=r"512 rows a step cannot be dealt to 3 ranks .*525312"):
-        micro_batch_rows(TRACKS["124M"], Layout(3), 80e9, 0)
     small = micro_batch_rows(TRACKS["124M"], Layout(), 24e9, 0)
     large = micro_batch_rows(TRACKS["124M"], Layout(), 80e9, 0)
     assert 1 <= small < large and memory(TRACKS["124M"], Layout(), large).total < 80e9
+
+
+@pytest.mark.parametrize(
+    "track, ranks, asked, rows, micro_seqs",
+    [
+        ("13B", 64, 0, 1152, 3),  # not 1,088: 17 rows a rank go one by one
+        ("13B", 64, 2, 1152, 2),
+        ("124M", 3, 0, 513, 57),
+        ("111M", 128, 0, 128, 1),
+    ],
+)
+def test_a_batch_that_cannot_be_dealt_brings_one_that_uses_the_memory(
+    track, ranks, asked, rows, micro_seqs
+):
+    hp, layout = TRACKS[track], Layout(ranks)
+    with pytest.raises(RunError) as caught:
+        micro_batch_rows(hp, layout, 80e9, asked)
+    named = int(str(caught.value).rpartition("--batch_tokens ")[2])
+    assert named == rows * hp.seq_len
+    proposed = dataclasses.replace(hp, batch_tokens=named)
+    assert micro_batch_rows(proposed, layout, 80e9, asked) == micro_seqs
 
 
 def test_plan_prints_what_is_needed_and_whether_it_fits(capsys):
     words = ["--track=13B", "--plan", "--gpus=64", "--gpu=H100", "--mfu=0.4"]
     assert outcome(train_gpt2, *words) == (0, "")
     printed = capsys.readouterr().out
-    assert "parameters: 12,853,386,240" in printed and "--batch_tokens 2228224" in printed
+    assert "parameters: 12,853,386,240" in printed and "--batch_tokens 2359296" in printed
     rate = 64 * 989e12 * 0.4 / flops_per_token(TRACKS["13B"])
     assert f"{rate:,.0f} tokens a second, {86400 * rate:.4g} a day" in printed
     assert printed.rstrip().endswith("fits: yes")
@@ -409,6 +432,17 @@ def test_a_plan_of_nonsense_is_refused(words, message):
 
 
 # ------------------------------------------------------------------------------ Runs, bad input
+
+
+def test_a_folder_whose_name_a_terminal_cannot_show_ends_no_run(flags, tmp_path, monkeypatch):
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
+    monkeypatch.setattr(sys, "stdout", stdout)
+    folder = tmp_path / "Протоколы"
+    short = ["--num_steps=2", "--val_every=2", "--save_every=1", f"--log_dir={folder}"]
+    code, err = outcome(train_gpt2, *flags, *short)
+    stdout.flush()
+    assert code == 0 and b"\ncheckpoint: " in stdout.buffer.getvalue(), err
+    assert only_log(folder)
 
 
 def test_a_run_learns_saves_and_resumes_to_the_same_digits(flags, tmp_path):

@@ -58,7 +58,7 @@ def checkpoint_in(folder) -> Path:
 
 def start(flags, ranks=1, **changes) -> subprocess.Popen:
     return subprocess.Popen(
-        command(flags, ranks),
+        by_run_sh(flags) if ranks == 2 else command(flags),
         env=clean_environment(**changes),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -280,9 +280,17 @@ def test_two_ranks_agree_on_the_step_at_which_they_stop(flags, tmp_path):
     log = wait_for(tmp_path, r"step:5/400", process)
     os.killpg(process.pid, signal.SIGINT)
     output, _ = process.communicate(timeout=60)
-    assert process.returncode != 0
+    assert process.returncode == 128 + signal.SIGINT and "Traceback" not in output, output
     assert re.search(r"^result status:aborted", log.read_text(), re.M), output
     assert checkpoint_in(tmp_path).exists()
+
+
+def test_ctrl_c_while_torchrun_is_imported_prints_nothing(flags):
+    process = start(flags, ranks=2)
+    time.sleep(0.7)
+    os.killpg(process.pid, signal.SIGINT)
+    assert process.communicate(timeout=30) == ("", None)
+    assert process.returncode == -signal.SIGINT
 
 
 def test_a_diverging_run_stops(flags, tmp_path):
@@ -381,9 +389,20 @@ def test_a_world_size_that_does_not_divide_ends_every_rank(flags):
     assert done.returncode != 0 and done.stderr.count("cannot be dealt to 3 ranks") == 1
 
 
+def by_run_sh(flags) -> list[str]:
+    """The command by which run.sh starts two ranks of the trainer."""
+    words = command(flags, ranks=2)
+    script = f'python={sys.executable}\n{run_sh_function("launch")}\nlaunch "$@"'
+    return ["bash", "-c", script, "bash", *words[words.index("--standalone") :]]
+
+
 def test_an_error_of_one_rank_is_printed_once_and_ends_all(flags):
-    done = train([*flags, "--train_files=/nowhere/*.bin"], ranks=2)
-    assert done.returncode != 0 and done.stderr.count("error: no shards match") == 1
+    words = by_run_sh([*flags, "--train_files=/nowhere/*.bin"])
+    done = subprocess.run(words, env=clean_environment(), capture_output=True, text=True)
+    said, *by_torchrun = done.stderr.splitlines()
+    assert done.returncode == 1 and said.startswith("error: no shards match"), done.stderr
+    assert "failed (exitcode: 1) local_rank:" in by_torchrun[-1]
+    assert len(by_torchrun) <= 3  # it also says that it ends the slower rank
 
 
 def test_a_checkpoint_of_another_run_is_refused_with_the_flags_it_needs(flags, tmp_path):
@@ -797,6 +816,7 @@ def test_run_sh_heals_its_environment(tmp_path, state, installs):
         f"set_up {tmp_path}/requirements.txt\necho $python"
     )
     assert done.stdout == f"{tmp_path}/.venv/bin/python\n", done.stderr
+    assert bool(re.search(r"^set up in \d+ s$", done.stderr, re.M)) == bool(installs)
     ran = (tmp_path / "ran").read_text().split() if (tmp_path / "ran").exists() else []
     assert " ".join(ran) == installs
 

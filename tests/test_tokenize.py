@@ -293,7 +293,8 @@ def test_without_network_the_tokenizer_to_bring_is_named(tmp_path):
         text=True,
     )
     assert done.returncode == 1 and done.stderr.count("\n") == 1
-    assert "gpt2.tiktoken" in done.stderr and "--tokenizer_file" in done.stderr
+    assert "bring gpt2.tiktoken " in done.stderr and f" to {ROOT}/data/gpt2.tiktoken" in done.stderr
+    assert "--tokenizer_file" not in done.stderr  # which sample.py and evals/ do not have
 
 
 # ------------------------------------------------------------------------------ Shards
