@@ -96,12 +96,12 @@ def table(head: tuple[str, ...], body: list[tuple[str, ...]]) -> Markup:
     return tag("div", tag("table", *lines), class_="wide", tabindex=0)
 
 
-def chart(label: str, **data) -> Markup:
+def chart(caption: str, **data) -> Markup:
     """An empty chart, which the template's script draws."""
     keys = "Arrow keys go from value to value."
-    drawing = tag("svg", tabindex=0, role="img", aria_label=f"{label}. {keys}")
+    drawing = tag("svg", tabindex=0, role="img", aria_label=f"{caption}. {keys}")
     box = tag("div", drawing, tag("output", class_="tip"), class_="chart", **data)
-    return tag("figure", tag("figcaption", label), box)
+    return tag("figure", tag("figcaption", caption), box)
 
 
 def folded(summary: str, *children: str) -> Markup:
@@ -206,13 +206,12 @@ def placed(c: Comparison, figure, difference, mean) -> dict:
 
 
 def ladder_section(number: int, ladder: Ladder) -> Markup:
-    slowest = max((arm.times.max() for arm in (r.arm for r in ladder.rungs) if arm.finished),
-                  default=1.0)  # fmt: skip
+    slowest = max((run.train_s for run in ladder.runs if run.finished), default=1.0)
     steps = [rung_item(number, place, ladder, slowest) for place in range(len(ladder.rungs))]
-    labels = {"loss": "Loss, nats per token; thin: each run, thick: their mean",
+    captions = {"loss": "Loss, nats per token; thin: each run, thick: their mean",
               "ms": "Milliseconds a step; the tallest hundredth may be cut"}  # fmt: skip
-    charts = [chart(label, data_chart=figure, data_ladder=number)
-              for figure, label in labels.items()]  # fmt: skip
+    charts = [chart(caption, data_chart=figure, data_ladder=number)
+              for figure, caption in captions.items()]  # fmt: skip
     parts = [comparison_section(number, place, c) for place, c in enumerate(ladder.comparisons, 1)]
     return tag("section", tag("h2", ladder.title), tag("ol", *steps, class_="ladder"),
                controls(number, ladder), tag("div", *charts, class_="charts"),
@@ -305,7 +304,13 @@ def what_changed(c: Comparison) -> list[Markup]:
 def diff_block(diff: list[str]) -> Markup:
     """A unified diff, coloured, without its two lines of file names."""
     parts = groupby(diff[2:], key=lambda line: DIFF_KINDS.get(line[:1], "span"))
-    return tag("pre", *(tag(kind, "\n".join(lines)) for kind, lines in parts), tabindex=0)
+    blocks = [tag(kind, "\n".join(map(visible, lines))) for kind, lines in parts]
+    return tag("pre", *blocks, tabindex=0)
+
+
+def visible(line: str) -> str:
+    """A line of a source with names for what could hide or reorder a part of it on a screen."""
+    return "".join(c if c.isprintable() or c == "\t" else f"\\u{ord(c):04x}" for c in line)
 
 
 def page(title: str, ladders: list[Ladder]) -> str:
