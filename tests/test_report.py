@@ -230,12 +230,13 @@ def test_every_kind_of_comparison_has_its_page(made, tmp_path):
                        for run in page.data["ladders"][0]["rungs"][1]["runs"]) == 1  # fmt: skip
 
 
-def test_curves_without_a_first_step_or_a_loss():
+def test_curves_without_a_first_step_or_a_loss(monkeypatch):
     resumed = [(step, 1000 + 10 * step, 2.0) for step in range(101, 106)]
-    assert report.thinned(resumed, 2) == [(102, 2.02, 2.0, 10.0), (104, 2.04, 2.0, 10.0),
-                                          (105, 2.05, 2.0, 10.0)]  # fmt: skip
-    assert report.thinned([], 1) == [] and report.mean_curve([]) == []
-    nothing = report.plain(report.thinned([(1, 5, float("nan"))], 1))
+    points = [(102, 2.02, 2.0, 10.0), (105, 2.05, 2.0, 10.0)]
+    monkeypatch.setattr(report, "POINTS", 2)
+    assert report.thinned(resumed) == points
+    assert report.thinned([]) == [] and report.mean_curve([]) == []
+    nothing = report.plain(report.thinned([(1, 5, float("nan"))]))
     assert nothing == [[1, 0.01, None, None]]
 
 
@@ -381,6 +382,15 @@ def lightness(browser) -> int:
     return int(re.search(r"\d+", browser.execute_script(style))[0])
 
 
+def touch_center(browser, element) -> None:
+    """A finger on the middle of an element of the window, and off again."""
+    place = "const r = arguments[0].getBoundingClientRect(); return [r.x, r.y, r.width, r.height]"
+    left, top, width, height = browser.execute_script(place, element)
+    middle = {"x": left + width / 2, "y": top + height / 2}
+    for kind, points in (("touchStart", [middle]), ("touchEnd", [])):
+        browser.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+
+
 @pytest.mark.slow
 @needs_browser
 @pytest.mark.parametrize("width, scheme", [(1280, "light"), (360, "dark")])
@@ -444,6 +454,10 @@ def test_the_page_works_by_keyboard_and_pointer(browse, made, tmp_path):
     ActionChains(browser).move_to_element(mean).perform()
     tip = browser.find_element("css selector", '[data-chart="ms"] .tip').text
     assert re.search(r"turns_1\d\d, (mean|seed \d)\nstep \d+, [\d.]+ s\n[\d.]+ ms a step", tip)
+    ActionChains(browser).move_to_element(browser.find_element("css selector", "h1")).perform()
+    assert not browser.find_elements("css selector", ".tip:not(:empty)")
+    touch_center(browser, mean)
+    assert browser.find_elements("css selector", '[data-chart="ms"] .tip:not(:empty)')
     is_still(browser)
 
 

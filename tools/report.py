@@ -31,7 +31,7 @@ from tools.runs import Run, config_changes, source_changes, source_diff
 from tools.sources import slug_of
 
 TEMPLATE = Path(__file__).with_name("report.html")
-POINTS = 120  # of each training curve; a point is the mean of the steps since the one before
+POINTS = 120  # of a training curve at most; each is the mean of the steps since the one before
 COLOURS = 8  # of attempts, in the template
 DIFF_KINDS = {"+": "ins", "-": "del", "@": "b"}
 
@@ -126,11 +126,11 @@ def plain(value):
     return value
 
 
-def thinned(curve: list[tuple[int, float, float]], every: int) -> list[tuple[float, ...]]:
-    """(step, seconds, mean loss, milliseconds a step) of each so many points of a curve."""
-    found, before = [], curve[:1]
-    for i in range(0, len(curve), every):
-        part = curve[i : i + every]
+def thinned(curve: list[tuple[int, float, float]]) -> list[tuple[float, ...]]:
+    """(step, seconds, mean loss, milliseconds a step) of at most POINTS parts of a curve."""
+    found, before, count = [], curve[:1], min(POINTS, len(curve))
+    for i in range(count):
+        part = curve[i * len(curve) // count : (i + 1) * len(curve) // count]
         (first, begin, _), (last, end, _) = *before, part[-1]
         ms = (end - begin) / (last - first) if last > first else math.nan
         loss = sum(point[2] for point in part) / len(part)
@@ -141,11 +141,10 @@ def thinned(curve: list[tuple[int, float, float]], every: int) -> list[tuple[flo
 
 def curves(place: int, arm: Arm) -> dict:
     """The curves of every run of an attempt, and their mean over those that finished."""
-    every = math.ceil(max(len(run.train_curve) for run in arm.runs) / POINTS) or 1
     runs = [
         {
             "text": f"{label(place, arm)}, seed {run.seed}{'' if run.finished else ', unfinished'}",
-            "train": thinned(run.train_curve, every),
+            "train": thinned(run.train_curve),
             "val": [(step, ms / 1000, loss) for step, ms, loss in run.val_curve],
         }
         for run in arm.runs
