@@ -108,14 +108,14 @@ def picture(group: tuple) -> Path:
     return RECORDS / track / f"progress_{name}.png"
 
 
-def read_records() -> list[Record]:
-    """Every folder below records/<track> whose name begins with a year, and that can be ranked."""
-    folders = [p.parent for p in sorted(RECORDS.glob("*/20*/logs")) if any(p.glob("*.txt"))]
+def read_records(root: Path) -> list[Record]:
+    """Every folder <track>/<date>_<Slug> below root whose name begins with a year, if it ranks."""
+    folders = [p.parent for p in sorted(root.glob("*/20*/logs")) if any(p.glob("*.txt"))]
     records = [Record(folder) for folder in folders]
     ranked = []
     for record in records:
         if obstacles := record.obstacles():
-            print(f"left out: {record.folder.relative_to(ROOT)}: {'; '.join(obstacles)}",
+            print(f"left out: {record.folder.relative_to(root.parent)}: {'; '.join(obstacles)}",
                   file=sys.stderr)  # fmt: skip
         else:
             ranked.append(record)
@@ -130,7 +130,7 @@ def main() -> int:
     old = readme.read_text()
     if BEGIN not in old or END not in old:
         raise ToolError(f"{readme} lacks the lines {BEGIN} and {END}")
-    ranked = groups(read_records())
+    ranked = groups(read_records(RECORDS))
     lines = [line for group, records in ranked.items() for line in table(group, records)]
     before, after = old.partition(BEGIN)[0], old.partition(END)[2]
     new = "\n".join([before + BEGIN, "", *lines, END]) + after

@@ -15,7 +15,7 @@ from itertools import pairwise
 from pathlib import Path
 
 from tools.cli import InvalidLog, ToolError
-from tools.sources import find_source, sha256_of
+from tools.sources import find_source, lines_of, sha256_of
 
 LINE_SECTIONS = ("config", "environment", "data", "run")  # the others are text, counted in lines
 
@@ -383,9 +383,8 @@ def source_changes(a: Run, b: Run) -> dict[str, tuple[int, int]]:
     """(lines added, lines removed) from a to b, by path of each source that differs."""
     counts = {}
     for path in sorted(a.sources.keys() | b.sources.keys()):
-        diff = source_diff(a, b, path)
-        added = sum(line.startswith("+") and not line.startswith("+++") for line in diff)
-        removed = sum(line.startswith("-") and not line.startswith("---") for line in diff)
+        lines = source_diff(a, b, path)[2:]  # without the names of the files
+        added, removed = (sum(line[0] == sign for line in lines) for sign in "+-")
         if added or removed:
             counts[path] = added, removed
     return counts
@@ -396,7 +395,7 @@ def source_diff(a: Run, b: Run, path: str) -> list[str]:
     texts = [run.sources[path].text if path in run.sources else "" for run in (a, b)]
     if texts[0] == texts[1]:
         return []
-    lines = [text.splitlines() for text in texts]
+    lines = [[line.rstrip("\n") for line in lines_of(text)] for text in texts]
     return list(difflib.unified_diff(*lines, f"A/{path}", f"B/{path}", lineterm=""))
 
 
