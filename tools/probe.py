@@ -6,10 +6,10 @@
     probe.py records/embedded/2026-11-22_Muon        a record, a try, or a log of one
     probe.py RECORD --write                          and tell it in the record's README.md
 
-It runs twice, each time in a process of its own, without torch.compile: with seed 0, and with seed 1
-and a validation shard of random tokens, which nobody predicts. In the first run a few validation rows
-are changed, and the logits compared. What a source does when it is not probed, only people can read.
---across-documents: the network means to see the earlier documents of its row; the line will say so.
+It runs twice, each time in a process of its own, without torch.compile: with seed 0, and with seed
+1 and a validation shard of random tokens, which nobody predicts. In the first run a few validation
+rows are changed, and the logits compared. What a source does when it is not probed, people read.
+--across-documents: the network means to see the earlier documents of its row; the line says so.
 
 Exit code: 0 if every probe passed, 1 if one failed, 2 if the source cannot be probed.
 """
@@ -41,12 +41,12 @@ STEPS = 4
 LOGITS_AGREE = 1e-3  # rounding in fp32; leaks change logits by more than 0.1
 LOSSES_AGREE = 1e-4  # nats per token
 SHORT_DOCUMENT = 32  # tokens; shorter ones, such as licences, may stand in both
-# (rows, their tokens, sha256 of the tokens as uint16) by track: the source's own word is no evidence.
+# By track: rows, their tokens, sha256 of these as uint16. The source's own word is no evidence.
 ROWS = {
     "embedded": [256, 1025, "83df7e5f8376b7b57bdda04992ba7a8d0560ef3be2d93563c1797441a029b99a"],
 }
 READERS = (  # who may open a validation shard, before the trainer is made
-    "harness.py:check_shards", "harness.py:__init__", "records/harness.py:check_shards",
+    "harness.py:check_shards", "harness.py:__init__", "data/batches.py:check_shards",
     "data/batches.py:validation_batches", "train_gpt.py:check_data",
     "train_gpt.py:validation_batches",
 )  # fmt: skip
@@ -232,7 +232,7 @@ def source_hash(attempt: Attempt) -> str:
 
 
 def write_line(record: Path, attempt: Attempt, count: int, across_documents: bool) -> None:
-    """Put into a record's README.md, in place of an earlier one, the line that its probes passed."""
+    """Put the line that its probes passed into a record's README.md, in place of an earlier one."""
     page = record / "README.md"
     line = (f"Probed {datetime.now(UTC):%Y-%m-%d}, source {source_hash(attempt)}: {count} probes "
             f"passed{', and it sees earlier documents of its row' * across_documents} "

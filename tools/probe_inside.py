@@ -2,8 +2,8 @@
 
     python probe_inside.py ENTRY FACTS [--FLAG VALUE of the trainer]...
 
-It stands where the trainer hands over logits, asks for those of changed rows, and writes what it saw
-to FACTS, as JSON. It imports nothing of the project but that source, and judges nothing.
+It stands where the trainer hands over logits, asks for those of changed rows, and writes what it
+saw to FACTS, as JSON. It imports nothing of the project but that source, and judges nothing.
 
 Two layouts of sources are known. In the present one the referee holds the rows, and harness.Run
 validates through a function that the trainer gives it. Until 2026-11-25 the trainer itself had rows
@@ -51,7 +51,7 @@ class Watch:
             self.seen["programs"].add((str(args[0]), self.caller()))
 
     def caller(self) -> str:
-        """FILE:FUNCTION of the source, but for the reader of shards, that is nearest to the call."""
+        """FILE:FUNCTION of the source that is nearest to the call, but for the reader of shards."""
         frame = sys._getframe(2)
         while frame:
             path, name = os.path.relpath(frame.f_code.co_filename, ROOT), frame.f_code.co_name
