@@ -143,7 +143,6 @@ def train(flags: list[str], ranks: int = 1, **changes) -> subprocess.CompletedPr
 def forked(flags: list[str]) -> subprocess.CompletedProcess:
     """`python train_gpt.py FLAGS`, in a process that is forked after the slow imports."""
     with tempfile.TemporaryDirectory() as folder:
-        arguments = (command(flags)[1:], clean_environment(), folder)
         code = fork(be_trainer, command(flags)[1:], clean_environment(), folder)
         output = (Path(folder, name).read_text() for name in ("stdout", "stderr"))
         assert code is not None, "the run took more than 180 s"

@@ -155,6 +155,15 @@ def test_the_line_in_a_record_is_replaced_and_names_its_source(tmp_path, capsys)
     assert f"source {probe.source_hash(attempt)}: 17 probes passed (" in capsys.readouterr().out
 
 
+def test_a_line_is_written_for_a_record_alone(tmp_path):
+    (tmp_path / "logs").mkdir()
+    for name in ("README.md", "train_gpt.py"):
+        (tmp_path / name).touch()
+    with pytest.raises(ToolError, match="is no record"):
+        probe.record_of(tmp_path)
+    assert probe.record_of(next((MUON / "logs").iterdir())) == MUON
+
+
 def test_the_page_of_cheats_lists_every_leak():
     page = (ROOT / "docs/cheats.md").read_text()
     assert [name for name, _, by, _ in LEAKS if f"| {name} | {by} |" not in page] == []

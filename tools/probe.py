@@ -34,7 +34,7 @@ from tools.attempts import Attempt, copy_of, require_own_flags, staged, variable
 from tools.audit import FIRST_LOSS
 from tools.cli import EXIT_FAILED, EXIT_MISUSE, ToolError, finish, flag_parser
 from tools.runs import Run, find_logs, read_log
-from tools.sources import ENTRIES, require_whole, sha256_of
+from tools.sources import ENTRIES, entry_of, require_whole, sha256_of
 
 INSIDE = Path(__file__).with_name("probe_inside.py")
 STEPS = 4
@@ -245,7 +245,8 @@ def write_line(record: Path, attempt: Attempt, count: int, across_documents: boo
 def record_of(source: Path) -> Path:
     """The folder with a README.md to which a source or a log belongs."""
     for folder in (source, *source.resolve().parents[:2]):
-        if (folder / "README.md").exists() and (folder / "logs").is_dir():
+        has_page = (folder / "README.md").exists() and (folder / "logs").is_dir()
+        if has_page and not entry_of(folder):  # a checkout has both too
             return folder
     raise ToolError(f"--write: {source} is no record with README.md and logs/")
 
