@@ -156,17 +156,22 @@ def train(flags: list[str], ranks: int = 1, **changes) -> subprocess.CompletedPr
 def forked(flags: list[str]) -> subprocess.CompletedProcess:
     """`python train_gpt.py FLAGS`, in a process that is forked after the slow imports."""
     with tempfile.TemporaryDirectory() as folder:
-        arguments = (command(flags)[1:], clean_environment(), folder)
-        process = SERVER.Process(target=be_trainer, args=arguments)
-        with pytest.MonkeyPatch.context() as patch:  # the server starts with the first process
-            patch.setenv("OMP_NUM_THREADS", "1")
-            process.start()
-        process.join(180)
-        code = process.exitcode
-        process.kill()
+        code = fork(be_trainer, command(flags)[1:], clean_environment(), folder)
         output = (Path(folder, name).read_text() for name in ("stdout", "stderr"))
         assert code is not None, "the run took more than 180 s"
         return subprocess.CompletedProcess(command(flags), code, *output)
+
+
+def fork(function, *arguments) -> int | None:
+    """Call a function in a process that is forked after the slow imports; return its exit code."""
+    process = SERVER.Process(target=function, args=arguments)
+    with pytest.MonkeyPatch.context() as patch:  # the server starts with the first process
+        patch.setenv("OMP_NUM_THREADS", "1")
+        process.start()
+    process.join(180)
+    code = process.exitcode
+    process.kill()
+    return code
 
 
 def be_trainer(argv: list[str], environment: dict[str, str], folder: str) -> None:

@@ -1,0 +1,278 @@
+#!/usr/bin/env python3
+"""Run a source for four steps, and try whether its losses can be believed.
+
+    probe.py .                                       this checkout; also a folder of sources
+    probe.py baselines/train_gpt2.py                 another trainer of a checkout
+    probe.py records/embedded/2026-11-22_Muon        a record, a try, or a log of one
+    probe.py RECORD --write                          and tell it in the record's README.md
+
+It runs twice, each time in a process of its own, without torch.compile: with seed 0, and with seed
+1 and a validation shard of random tokens, which nobody predicts. In the first run a few validation
+rows are changed, and the logits compared. What a source does when it is not probed, people read.
+--across-documents: the network means to see the earlier documents of its row; the line says so.
+
+Exit code: 0 if every probe passed, 1 if one failed, 2 if the source cannot be probed.
+"""
+
+import glob
+import json
+import math
+import re
+import subprocess
+import sys
+from collections import Counter
+from datetime import UTC, datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import NamedTuple
+
+import bootstrap  # noqa: F401
+import numpy as np
+
+from data.shards import open_shard, write_shard
+from tools.attempts import Attempt, copy_of, require_own_flags, staged, variables
+from tools.audit import FIRST_LOSS
+from tools.cli import EXIT_FAILED, EXIT_MISUSE, ToolError, finish, flag_parser
+from tools.runs import Run, find_logs, read_log
+from tools.sources import ENTRIES, entry_of, require_whole, sha256_of
+
+INSIDE = Path(__file__).with_name("probe_inside.py")
+STEPS = 4
+LOGITS_AGREE = 1e-3  # rounding in fp32; leaks change logits by more than 0.1
+LOSSES_AGREE = 1e-4  # nats per token
+SHORT_DOCUMENT = 32  # tokens; shorter ones, such as licences, may stand in both
+# By track: rows, their tokens, sha256 of these as uint16. The source's own word is no evidence.
+ROWS = {
+    "embedded": [256, 1025, "83df7e5f8376b7b57bdda04992ba7a8d0560ef3be2d93563c1797441a029b99a"],
+}
+READERS = (  # who may open a validation shard, before the trainer is made
+    "harness.py:check_shards", "harness.py:__init__", "data/batches.py:check_shards",
+    "data/batches.py:validation_batches", "train_gpt.py:check_data",
+    "train_gpt.py:validation_batches",
+)  # fmt: skip
+
+
+class Probed(NamedTuple):
+    """One run, and what was seen of it from inside."""
+
+    run: Run
+    facts: dict
+    train: list[Path]  # shards that its configuration names
+    val: list[Path]
+
+    @property
+    def uniform_loss(self) -> float:
+        return math.log(float(self.run.config["vocab_size"]))
+
+
+# ------------------------------------------------------------------------------ Running
+
+
+def attempt_of(source: Path, folder: Path, flags: list[str]) -> Attempt:
+    """What is to be probed, as replay.py would run it; source may be a trainer's file too."""
+    entry = next((e for e in ENTRIES if source.resolve().as_posix().endswith(f"/{e}")), None)
+    if entry:
+        source = source.resolve().parents[entry.count("/")]
+    attempt = copy_of(source, folder, flags, entry)
+    attempt.entry = entry or attempt.entry
+    require_whole(attempt.texts)
+    return attempt
+
+
+def run_probed(attempt: Attempt, seed: int, flags: list[str]) -> Probed:
+    """Run a source with the other half of this tool inside; ToolError if it cannot be."""
+    with staged({**attempt.texts, INSIDE.name: INSIDE.read_text()}) as scratch:
+        facts, logs = scratch / "facts.json", scratch / "logs"
+        own = {"num_steps": STEPS, "val_every": STEPS, "seed": seed, "log_dir": logs,
+               "compile": "false", "fp32": "true"}  # fmt: skip
+        own = [f"--{name}={value}" for name, value in own.items() if attempt.knows(f"{name}: ")]
+        command = [scratch / INSIDE.name, attempt.entry, facts, *attempt.flags, *own, *flags]
+        said = start([str(word) for word in command], scratch)
+        if not facts.exists() or "future" not in (seen := json.loads(facts.read_text())):
+            raise ToolError(f"{attempt.name} cannot be probed: {said}")
+        run = read_log(find_logs(logs)[0])
+        shards = (shards_of(scratch, run.config[f"{kind}_files"]) for kind in ("train", "val"))
+        return Probed(run, seen, *shards)
+
+
+def start(command: list[str], scratch: Path) -> str:
+    """Run Python with these words; return the last line of what it said."""
+    done = subprocess.run([sys.executable, *command], env=variables(scratch), text=True,
+                          capture_output=True)  # fmt: skip
+    return (done.stderr.strip() or done.stdout.strip() or "it said nothing").splitlines()[-1]
+
+
+def shards_of(scratch: Path, pattern: str) -> list[Path]:
+    return [Path(path).resolve() for path in sorted(glob.glob(str(scratch / pattern)))]
+
+
+def both_runs(attempt: Attempt) -> tuple[Probed, Probed]:
+    first = run_probed(attempt, seed=0, flags=[])
+    tokens = sum(len(open_shard(path)) for path in first.val)
+    vocab = int(first.run.config["vocab_size"])
+    with TemporaryDirectory(prefix="photofinish_random_") as folder:
+        shard = Path(folder, "random.bin")
+        write_shard(shard, np.random.default_rng().integers(vocab, size=tokens).astype(np.uint16))
+        return first, run_probed(attempt, seed=1, flags=[f"--val_files={shard}"])
+
+
+# ------------------------------------------------------------------------------ Judging
+
+
+def findings(first: Probed, second: Probed, across_documents: bool) -> list[tuple[str, str]]:
+    """(what was tried, what is wrong or empty) of every probe."""
+    facts, validations = first.facts, first.facts["validations"]
+
+    def unchanged(fact: str, words: str) -> str:
+        return "" if facts[fact] < LOGITS_AGREE else f"{words}, by up to {facts[fact]:.3g}"
+
+    def felt(fact: str, words: str) -> str:
+        return "" if facts[fact] > LOGITS_AGREE else words
+
+    return [
+        ("future tokens", unchanged("future", "a later token changes earlier logits")),
+        ("other documents", "" if across_documents else unchanged(
+            "documents", "a token of the document before changes logits (if the network means to "
+            "see it, say so: --across-documents)")),
+        ("other rows", unchanged("rows", "a row alone has other logits than among others")),
+        ("grouping of rows", unchanged("grouping", "rows in pairs have other logits")),
+        ("order of rows", unchanged("order", "rows in reverse order have other logits")),
+        ("inputs count", felt("inputs_felt", "a changed token changes no logit after it")),
+        ("weights count", felt("weights_felt", "other weights give the same logits: kept ones")),
+        ("weights stay", learning(validations)),
+        ("same loss again", other_loss(validations, "again", "judged twice it has a loss of")),
+        ("loss as reported", other_loss(validations, "reported", "it reports a loss of")),
+        ("first loss", too_low(first, 0, "trained before its first step: its first loss is")),
+        ("unknown targets", too_low(second, -1, "it knows the targets: on random tokens its loss "
+                                    "is")),
+        ("two seeds", "" if first.run.train_curve != second.run.train_curve and
+         final_weights(first) != final_weights(second) else "seeds 0 and 1 give the same run"),
+        ("validation rows", other_rows(first)),
+        ("documents", shared_documents(first)),
+        ("validation shards", openings(first) or openings(second, first.val)),
+        ("network", calls(first)),
+    ]  # fmt: skip
+
+
+def final_weights(probed: Probed) -> str:
+    return probed.facts["validations"][-1]["weights"]
+
+
+def learning(validations: list[dict]) -> str:
+    steps = [str(v["step"]) for v in validations if v["weights"] != v["weights_after"]]
+    return f"weights change in the validation of step {', '.join(steps)}" if steps else ""
+
+
+def other_loss(validations: list[dict], which: str, words: str) -> str:
+    for v in validations:
+        if not abs(v[which] - v["loss"]) < LOSSES_AGREE:
+            return f"{words} {v[which]:.4f} at step {v['step']}, its logits give {v['loss']:.4f}"
+    return ""
+
+
+def too_low(probed: Probed, place: int, words: str) -> str:
+    loss, guess = probed.facts["validations"][place]["loss"], probed.uniform_loss
+    return "" if loss > guess - FIRST_LOSS else f"{words} {loss:.4f}, a uniform guess {guess:.4f}"
+
+
+def other_rows(probed: Probed) -> str:
+    """How the validation rows differ from those of the track."""
+    track, (count, length, digest) = probed.run.config["track"], probed.facts["validated_rows"]
+    if track not in ROWS:
+        return f"no hash of the validation rows is known of the track {track}"
+    if [count, length] != ROWS[track][:2]:
+        return (f"it is judged by {count} rows of {length} tokens, the track has "
+                f"{ROWS[track][0]} of {ROWS[track][1]}")  # fmt: skip
+    same = digest == ROWS[track][2]
+    return "" if same else "the validation rows are not those of the track, or in another order"
+
+
+def documents(path: Path, start: int) -> list[int]:
+    """Hashes of a shard's documents."""
+    tokens = open_shard(path)
+    parts = np.split(tokens, np.flatnonzero(tokens == start))
+    return [hash(part.tobytes()) for part in parts if len(part) >= SHORT_DOCUMENT]
+
+
+def shared_documents(probed: Probed) -> str:
+    start = int(probed.run.config["document_start"])
+    judged = {d for path in probed.val for d in documents(path, start)}
+    both = sum(d in judged for path in probed.train for d in documents(path, start))
+    return f"{both} documents stand in training and in validation shards" if both else ""
+
+
+def openings(probed: Probed, shards: list[Path] = ()) -> str:
+    """Who opened a validation shard and is not the referee, before the trainer was made."""
+    shards = {str(path) for path in [*probed.val, *shards]}
+    others = sorted({f"{caller}{' after set-up' * is_set_up}"
+                     for path, caller, is_set_up in probed.facts["opened"]
+                     if path in shards and (is_set_up or caller not in READERS)})  # fmt: skip
+    return f"a validation shard was opened by {', '.join(others)}" if others else ""
+
+
+def calls(probed: Probed) -> str:
+    made = [f"{what} by {caller}" for what, caller in probed.facts["network"]]
+    return f"it used the network: {made[0]}" if made else ""
+
+
+# ------------------------------------------------------------------------------ Telling
+
+
+def seen(probed: Probed) -> list[str]:
+    """The files that a run opened outside of Python's own, and the programs that it started."""
+    opened = Counter((path, caller) for path, caller, _ in probed.facts["opened"])
+    programs = sorted({f"{name} by {caller}" for name, caller in probed.facts["programs"]})
+    return [f"opened    {path} by {caller}" for path, caller in sorted(opened)] + [
+        f"started   {program}" for program in programs
+    ]
+
+
+def source_hash(attempt: Attempt) -> str:
+    return sha256_of(json.dumps(sorted(attempt.texts.items())))[:12]
+
+
+def write_line(record: Path, attempt: Attempt, count: int, across_documents: bool) -> None:
+    """Put the line that its probes passed into a record's README.md, in place of an earlier one."""
+    page = record / "README.md"
+    line = (f"Probed {datetime.now(UTC):%Y-%m-%d}, source {source_hash(attempt)}: {count} probes "
+            f"passed{', and it sees earlier documents of its row' * across_documents} "
+            "(`tools/probe.py --write`).\n")  # fmt: skip
+    text = re.sub(r"\n*^Probed \d{4}-.*\n", "", page.read_text(), flags=re.M)
+    page.write_text(f"{text.rstrip()}\n\n{line}")
+    print(f"{page}: {line}", end="")
+
+
+def record_of(source: Path) -> Path:
+    """The folder with a README.md to which a source or a log belongs."""
+    for folder in (source, *source.resolve().parents[:2]):
+        has_page = (folder / "README.md").exists() and (folder / "logs").is_dir()
+        if has_page and not entry_of(folder):  # a checkout has both too
+            return folder
+    raise ToolError(f"--write: {source} is no record with README.md and logs/")
+
+
+def main() -> int:
+    parser = flag_parser(__doc__, "%(prog)s SOURCE [--write] [--FLAG VALUE of the trainer]...")
+    parser.add_argument("source", type=Path, metavar="SOURCE", help="checkout, folder or log")
+    parser.add_argument("--across-documents", action="store_true", help="see above")
+    parser.add_argument("--write", action="store_true", help="tell it in the record's README.md")
+    args, flags = parser.parse_known_args()
+    require_own_flags(flags)
+    record = record_of(args.source) if args.write else None
+    with TemporaryDirectory(prefix="photofinish_probe_") as folder:
+        attempt = attempt_of(args.source, Path(folder), flags)
+    first, second = both_runs(attempt)
+    found = findings(first, second, args.across_documents)
+    print("\n".join([*seen(first), ""]))
+    for name, fault in found:
+        print(f"{'FAILED' if fault else 'passed':9} {name}{': ' * bool(fault)}{fault}")
+    if failed := sum(bool(fault) for _, fault in found):
+        print(f"{failed} of {len(found)} probes failed")
+        return EXIT_FAILED
+    if record:
+        write_line(record, attempt, len(found), args.across_documents)
+    return 0
+
+
+if __name__ == "__main__":
+    finish(main, failed=EXIT_MISUSE)  # 1 is a probe that failed
