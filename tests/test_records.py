@@ -932,19 +932,21 @@ def test_what_cannot_race_gets_one_clear_error(words, problem, tmp_path, monkeyp
     assert len(done.stderr.splitlines()) == 1 and not list(tmp_path.iterdir())
 
 
-def test_a_run_that_fails_in_its_set_up_ends_its_pair(attempt_flags, tmp_path):
-    a, b = tmp_path / "2026-01-01_A", tmp_path / "2026-01-01_B"
-    texts = sources.source_texts(ROOT, "train_gpt.py")
-    sources.write_texts(texts, a / "source")
-    broken = "\ndef broken(self):\n    raise OSError('B is broken')\nTrainer.warm_up = broken\n"
-    before, guard, after = texts["train_gpt.py"].rpartition("\nif __name__ == ")
-    texts["train_gpt.py"] = before + broken + guard + after
-    sources.write_texts(texts, b / "source")
-    done = tool("race", "-n", 3, "--turns", 2, a, b, *attempt_flags)
-    assert done.returncode == 2 and "2026-01-01_B" in done.stderr.splitlines()[-1]
-    assert "B is broken" in done.stderr and "Traceback" not in done.stderr
-    (run,) = [runs.read_log(p) for p in runs.find_logs(a)]
-    assert run.result["status"] == "aborted" and not run.train_curve
+@pytest.mark.parametrize("broken", [0, 1])  # the order in which the two begin is drawn
+def test_a_run_that_fails_in_its_set_up_ends_its_pair(attempt_flags, tmp_path, broken):
+    folders = [tmp_path / "2026-01-01_A", tmp_path / "2026-01-01_B"]
+    for i, folder in enumerate(folders):
+        texts = sources.source_texts(ROOT, "train_gpt.py")
+        if i == broken:
+            before, guard, after = texts["train_gpt.py"].rpartition("\nif __name__ == ")
+            fault = "\ndef fail(self):\n    raise OSError('it is broken')\nTrainer.warm_up = fail\n"
+            texts["train_gpt.py"] = before + fault + guard + after
+        sources.write_texts(texts, folder / "source")
+    done = tool("race", "-n", 3, "--turns", 2, *folders, *attempt_flags)
+    assert done.returncode == 2 and folders[broken].name in done.stderr.splitlines()[-1]
+    assert "it is broken" in done.stderr and "Traceback" not in done.stderr
+    left = [runs.read_log(path) for path in tmp_path.glob("*/logs/*.txt")]
+    assert left and all(run.result["status"] == "aborted" and not run.train_curve for run in left)
 
 
 @contextmanager

@@ -238,7 +238,13 @@ def start(jobs: list[tuple[Attempt, int]], declared: int, turn_steps: int = 0) -
                 for process, *_ in running.values():
                     process.terminate()
             raise
-    return [how_it_ended(*one, before) for one in ended]
+    # Of a pair whose first run broke before the second had its turn, the first has the reason.
+    began = [one for one in ended if new_log(one[1], before)]
+    return [how_it_ended(*one, before) for one in began or ended]
+
+
+def new_log(attempt: Attempt, before: set[Path]) -> Path | None:
+    return next((path for path in attempt.log_paths if path not in before), None)
 
 
 @contextmanager
@@ -290,8 +296,7 @@ def how_it_ended(
     """What there is to tell of a run; ToolError if it left no log."""
     said = errors.strip() or output.strip() or f"it exited with {process.returncode}"
     last_words = said.splitlines()[-1]
-    log = next((path for path in attempt.log_paths if path not in before), None)
-    if not log:
+    if not (log := new_log(attempt, before)):
         raise ToolError(f"no run of {attempt.name} began: {last_words}")
     run, wall_s = read_log(log), log.stat().st_mtime - began
     return Ended(attempt, seed, run, process.returncode, output.splitlines(), last_words, wall_s)
