@@ -14,8 +14,10 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.pool import ThreadPool
 from pathlib import Path
+from threading import Event
 
 from huggingface_hub import HfApi, constants, errors, hf_hub_download
 from huggingface_hub.utils import WeakFileLock
@@ -92,11 +94,13 @@ def download(
     paths = {file: folder / file.name for file in files}
     missing = [f for f, path in paths.items() if not path.exists() or path.stat().st_size != f.size]
     staging, lock = folder / "part", folder / "part.lock"
+    ended = Event()  # from then on the client cuts the other threads' connections
 
     def fetch(file: RemoteFile, bar: tqdm) -> None:
         path = paths[file]
         try:
-            with_retries(file.name, lambda: stage(repo, file, revision, staging, check, bar))
+            work = partial(stage, repo, file, revision, staging, check, bar)
+            with_retries(file.name, work, ended)
             path.parent.mkdir(parents=True, exist_ok=True)
             os.replace(staging / file.name, path)
         except Exception as error:
@@ -118,6 +122,8 @@ def download(
             raise HubError(
                 f"another process is downloading to {folder}; wait for its end, then run this again"
             ) from None
+        finally:
+            ended.set()
     return list(paths.values())
 
 
@@ -161,14 +167,18 @@ def stage(
         os.fsync(complete.fileno())
 
 
-def with_retries(what: str, call: Callable):
-    """call(), tried again after failures that may pass. Raises what the last try raised."""
+def with_retries(what: str, call: Callable, ended: Event | None = None):
+    """call(), tried again after failures that may pass, unless all has ended meanwhile.
+
+    Raises what the last try raised.
+    """
     for wait_s in (*WAITS_S, None):
         try:
             return call()
         except Exception as error:  # the client lets the errors of its HTTP library through
             of_disk = isinstance(error, OSError) and error.errno is not None
-            if wait_s is None or of_disk or isinstance(error, ANOTHER_TRY_IS_USELESS):
+            is_useless = of_disk or isinstance(error, ANOTHER_TRY_IS_USELESS)
+            if wait_s is None or is_useless or (ended and ended.is_set()):
                 raise
             say(f"{what}: {reason(error)}; trying again in {wait_s} s")
         time.sleep(wait_s)

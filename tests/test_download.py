@@ -12,12 +12,14 @@ import termios
 import time
 from contextlib import suppress
 from pathlib import Path
+from threading import Event
 
 import numpy as np
 import pytest
 from conftest import ROOT, clean_environment
 from hub_server import COMMIT, HTML, HTML_PAGE, Fault, HubServer
 
+from data.hub import with_retries
 from data.shards import open_shard, write_shard
 
 REPO = "kjj0/fineweb10B-gpt2"
@@ -171,6 +173,17 @@ def test_signals_end_it_at_once_and_the_same_command_goes_on(hub, user, contents
     hub.faults.clear()
     assert user.run().returncode == 0 and user.has(contents)
     assert len(hub.transfers(FIRST)) == 1
+
+
+def test_what_is_cut_off_by_the_end_is_not_tried_again(capsys):
+    def cut_off():
+        raise ConnectionError("Bad file descriptor")
+
+    ended = Event()
+    ended.set()
+    with pytest.raises(ConnectionError):
+        with_retries("a shard", cut_off, ended)
+    assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("damaged", [False, True])
