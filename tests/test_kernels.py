@@ -25,6 +25,7 @@ def run(*command: str, **variables) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.slow
 @needs_triton
 def test_interpreted_kernels_equal_fp64_autograd():
     done = run("-m", "pytest", "tests/interpreted_kernels.py", TRITON_INTERPRET="1")
