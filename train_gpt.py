@@ -176,18 +176,18 @@ TRACKS = {
     ),
     "embedded": Hyperparameters(
         task="embedded",
-        num_steps=1300,
+        num_steps=800,
         batch_tokens=(2048,),
-        seq_len=128,
+        seq_len=256,
         document_cap=(0,),
-        val_every=130,
-        layers="LL",
-        num_heads=4,
-        head_dim=32,
+        val_every=160,
+        layers="SL",
+        num_heads=2,
+        head_dim=64,
         model_dim=128,
         mlp_dim=512,
         vocab_multiple=1,
-        attn_scale=0.2386,
+        attn_scale=0.12,
         softcap=30.0,
         softcap_shift=0.0,
         num_value_embeds=0,
@@ -197,13 +197,13 @@ TRACKS = {
         skip_from=-1,
         skip_to=-1,
         backout_from=-1,
-        window_tokens=(128,),
+        window_tokens=(256,),
         val_window_tokens=0,
         mtp_weight=0.0,
         muon_lr=0.02,
         muon_decay=0.0,
         embed_lr=0.02,
-        head_lr=0.004,
+        head_lr=0.008,
         tied_frac=0.0,
         bigram_lr=0.06,
         scalar_lr=0.02,
@@ -588,6 +588,12 @@ class GPT(nn.Module):
             block.mlp.up_down.data.uniform_(-bound, bound)[1].zero_()
             if block.attn is not None:
                 block.attn.qkvo.data.uniform_(-bound, bound)[3].zero_()
+                if block.attn.layer.is_long:
+                    # Where keys are those of the token before, queries start equal to them: a token
+                    # looks for its own earlier occurrences, and copying (induction heads, arXiv
+                    # 2209.11895) sets in at once, not when training happens to find it.
+                    halves = block.attn.qkvo.data.unflatten(1, (hp.num_heads, 2, -1))
+                    halves[0, :, 1] = halves[1, :, 1]
         if hp.tied_frac:  # Trainer.update keeps the two equal
             self.lm_head.data.copy_(self.embed.data.mul_(0.005))
 
