@@ -84,22 +84,24 @@ class Hyperparameters:
     mlp_dim: int = option(3072, "width of the MLP's hidden layer", 1)
     vocab_multiple: int = option(128, "embedding and head are padded to a multiple of this", 1)
     attn_scale: float = option(0.1, "factor on q.k after both are normed, in the first stage")
-    softcap: float = option(23.0, "height of the cap on logits, see kernels.Softcap", 1)
-    softcap_shift: float = option(5.0, "its shift")
+    softcap: tuple[float, float] = option((23.0, 5.0), "height and shift of the cap on logits, see "
+                                          "kernels.Softcap")  # fmt: skip
     num_value_embeds: int = option(3, "value-embedding tables n, for the first and last n layers")
     bigram_rows: int = option(251_520, "rows of the hashed table of token pairs; 0: none")
     head_gates: bool = option(True, "gate each head's output by the token")
     shift_taps: int = option(0, "earlier tokens that are mixed into each sublayer's input")
-    skip_from: int = option(3, "layer whose output is kept; -1: no skip", -1)
-    skip_to: int = option(6, "layer to whose input it is added", -1)
+    skip: tuple[int, int] = option((3, 6), "layer whose output is kept, and layer to whose input "
+                                   "it is added; -1,-1: no skip", -1)  # fmt: skip
     backout_from: int = option(7, "layer whose output is subtracted before the head; -1: none", -1)
     window_tokens: tuple[int, ...] = option((384, 896, 1408), "long attention window, token "
-                                            "itself included; short: half", 2)  # fmt: skip
+                                            "itself included", 2)  # fmt: skip
+    short_window_tokens: tuple[int, ...] = option((128, 384, 640), "short one", 2)
     val_window_tokens: int = option(2560, "long window in validation; 0: as in training")
     mtp_weight: float = option(0.5, "second target's weight, relative to the next token's 1")
     # Optimizer. The parameter groups stand in parameter_groups().
     muon_lr: float = option(0.023, "learning rate of hidden matrices")
     muon_decay: float = option(1.2, "their cautious weight decay, times the squared rate")
+    mlp_down_lr: float = option(2.0, "factor on the rate of the MLP's second matrix")
     embed_lr: float = option(0.008, "learning rate of token embeddings")
     head_lr: float = option(0.008, "learning rate of the head")
     tied_frac: float = option(0.66, "fraction of steps with head and embedding tied")
@@ -115,8 +117,8 @@ class Hyperparameters:
     cooldown_frac: float = option(0.6, "fraction of steps in which rates fall linearly")
     final_lr_frac: float = option(0.15, "fraction of each rate that is left at the end")
     extension_steps: int = option(15, "last steps, which keep the final rates")
-    momentum_warmup: int = option(300, "steps in which Muon's momentum rises")
-    momentum_cooldown: int = option(50, "last steps, in which it falls again")
+    momentum_steps: tuple[int, int] = option((300, 50), "first steps, in which Muon's momentum "
+                                             "rises, and last ones, in which it falls")  # fmt: skip
 
     def __post_init__(self):
         check_ranges(self)
@@ -136,9 +138,9 @@ class Hyperparameters:
                            "pair heads")  # fmt: skip
         if self.backout_from > last or self.num_value_embeds > last + 1:
             raise RunError("--backout_from and --num_value_embeds must stay within --layers")
-        if self.skip_from >= 0 and not self.skip_from < self.skip_to <= last:
-            raise RunError(f"--skip_from {self.skip_from} and --skip_to {self.skip_to} must rise "
-                           f"below the {last + 1} layers; no skip: --skip_from -1")  # fmt: skip
+        if self.skip[0] >= 0 and not self.skip[0] < self.skip[1] <= last:
+            raise RunError(f"--skip {as_flag(self.skip)} must rise below the {last + 1} layers; "
+                           "no skip: --skip -1,-1")  # fmt: skip
         if self.tied_frac and self.embed_lr != self.head_lr:
             raise RunError("--embed_lr and --head_lr must be equal with --tied_frac above 0")
 
@@ -162,8 +164,7 @@ TRACKS = {
         num_heads=8,
         model_dim=1024,
         mlp_dim=4096,
-        skip_from=5,
-        skip_to=11,
+        skip=(5, 11),
         backout_from=10,
         muon_lr=0.025,
     ),
@@ -188,20 +189,20 @@ TRACKS = {
         mlp_dim=512,
         vocab_multiple=1,
         attn_scale=0.2386,
-        softcap=30.0,
-        softcap_shift=0.0,
+        softcap=(30.0, 0.0),
         num_value_embeds=0,
         bigram_rows=16384,
         head_gates=False,
         shift_taps=3,
-        skip_from=-1,
-        skip_to=-1,
+        skip=(-1, -1),
         backout_from=-1,
         window_tokens=(128,),
+        short_window_tokens=(128,),
         val_window_tokens=0,
         mtp_weight=0.0,
         muon_lr=0.02,
         muon_decay=0.0,
+        mlp_down_lr=1.0,
         embed_lr=0.02,
         head_lr=0.004,
         tied_frac=0.0,
@@ -217,8 +218,7 @@ TRACKS = {
         cooldown_frac=0.5,
         final_lr_frac=0.0,
         extension_steps=0,
-        momentum_warmup=3000,
-        momentum_cooldown=0,
+        momentum_steps=(3000, 0),
     ),
 }
 
@@ -363,16 +363,16 @@ MOMENTUM_LOW, MOMENTUM_RISE = 0.85, 0.10  # Muon's momentum at both ends, and it
 
 
 def lr_scale(step: int, hp: Hyperparameters) -> float:
-    """Factor on every rate: a trapezoid over the run, times the stage's; level in the extension."""
+    """Factor on every rate: up to the stage's, then down to one end for all; level at the end."""
     rise = (step + 1) / max(hp.warmup_frac * hp.num_steps, 1)
     fall = (hp.num_steps - hp.extension_steps - step) / max(hp.cooldown_frac * hp.num_steps, 1)
-    level = hp.final_lr_frac + (1 - hp.final_lr_frac) * min(1.0, max(0.0, fall))
-    return hp.at(hp.stage_lr, step) * min(1.0, rise, level)
+    left = min(1.0, max(0.0, fall))
+    return min(1.0, rise) * (left * hp.at(hp.stage_lr, step) + (1 - left) * hp.final_lr_frac)
 
 
 def muon_momentum(step: int, hp: Hyperparameters) -> float:
-    rise = step / max(hp.momentum_warmup, 1)
-    fall = (hp.num_steps - step) / max(hp.momentum_cooldown, 1)
+    rise, fall = (max(steps, 1) for steps in hp.momentum_steps)
+    rise, fall = step / rise, (hp.num_steps - step) / fall
     return MOMENTUM_LOW + MOMENTUM_RISE * min(1.0, rise, fall)
 
 
@@ -408,18 +408,19 @@ class StepInputs(NamedTuple):
     """Per-step inputs of the network, as tensors, so that no step recompiles."""
 
     window: Tensor  # 0-D, tokens in the long window
+    short_window: Tensor  # 0-D
     frequency: Tensor  # (K/4,) radians per token, of the rotary pairs
     attn_scale: Tensor  # 0-D
     mtp_weights: Tensor  # (J,) of the target one token ahead, two ahead, ...
 
 
 def step_inputs(step: int, hp: Hyperparameters, device, training: bool = True) -> StepInputs:
-    """Validation has its own window, and does not use mtp_weights."""
-    window = hp.at(hp.window_tokens, step)
+    """Validation has its own long window, and does not use mtp_weights."""
+    window, short_window = hp.at(hp.window_tokens, step), hp.at(hp.short_window_tokens, step)
     if not training and hp.val_window_tokens:
         window = hp.val_window_tokens
     weights = mtp_weights(step, hp) if training else [1.0]
-    values = (window, *rotary_frequencies(step, hp), weights)
+    values = (window, short_window, *rotary_frequencies(step, hp), weights)
     return StepInputs(*(torch.as_tensor(v).to(device, non_blocking=True) for v in values))
 
 
@@ -573,7 +574,7 @@ class GPT(nn.Module):
         super().__init__()
         self.hp, self.rt, self.document_start = hp, rt, task.document_start
         self.layers, vocab = parse_layers(hp), padded_vocab(task, hp)
-        self.cap = Softcap(hp.softcap, hp.softcap_shift, LOGIT_SLOPE)
+        self.cap = Softcap(*hp.softcap, LOGIT_SLOPE)
         self.embed = nn.Parameter(torch.randn(vocab, hp.model_dim))
         width, count = hp.num_heads * hp.head_dim, hp.num_value_embeds
         self.value_embeds = parameter_if(count, 0.01 * torch.randn(count, vocab, width))
@@ -581,7 +582,7 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(hp, rt, layer) for layer in self.layers)
         self.lm_head = nn.Parameter(torch.zeros(vocab, hp.model_dim))
         self.smear = nn.Parameter(torch.zeros(GATE_DIM + 1))  # gate weights, then strength
-        self.skip_gate = parameter_if(hp.skip_from >= 0, torch.tensor(-1.5))
+        self.skip_gate = parameter_if(hp.skip[0] >= 0, torch.tensor(-1.5))
         self.backout = parameter_if(hp.backout_from >= 0, torch.tensor(0.0))
         bound = 3**0.5 * 0.5 * hp.model_dim**-0.5  # uniform with std 0.5 / sqrt(D)
         for block in self.blocks:
@@ -614,7 +615,7 @@ class GPT(nn.Module):
         paired_docs = docs_BT.repeat_interleave(2, dim=1) if has_pairs else docs_BT
         masks = {}
         for is_long, is_paired in sorted({(layer.is_long, layer.is_paired) for layer in attending}):
-            window = per_step.window if is_long else per_step.window // 2
+            window = per_step.window if is_long else per_step.short_window
             docs = paired_docs if is_paired else docs_BT
             masks[is_long, is_paired] = attention_mask(docs, window)
         place = torch.arange(T, device=docs_BT.device)
@@ -633,19 +634,19 @@ class GPT(nn.Module):
         values = [t[inputs_BT].type_as(x).view(B, T, hp.num_heads, hp.head_dim) for t in tables]
         skipped = backed_out = None
         for i, (layer, block) in enumerate(zip(self.layers, self.blocks, strict=True)):
-            if i == hp.skip_to and skipped is not None:
+            if i == hp.skip[1] and skipped is not None:
                 x = x + torch.sigmoid(self.skip_gate).type_as(x) * skipped
             value_BTHK = None if layer.value_embed is None else values[layer.value_embed]
             x = block(x, x0, value_BTHK, c)
-            skipped = x if i == hp.skip_from else skipped
+            skipped = x if i == hp.skip[0] else skipped
             backed_out = x if i == hp.backout_from else backed_out
         if backed_out is not None:
             x = x - self.backout.type_as(x) * backed_out
         return norm(x)
 
     def document_index(self, inputs_BT: Tensor) -> Tensor:
-        """(B, T), counts up along a row where documents begin."""
-        return (inputs_BT == self.document_start).cumsum(1)
+        """int32 (B, T), counts up along a row where documents begin."""
+        return (inputs_BT == self.document_start).cumsum(1, dtype=torch.int32)
 
     def logits(self, x: Tensor) -> Tensor:
         """Capped logits (..., V), fp32, of the normed stream (..., D)."""
@@ -709,9 +710,10 @@ def weights_to_decay(W: Tensor, U: Tensor) -> Tensor:
     return W * (U * W > 0)
 
 
-def muon_update(W, low, G, momentum, second, lr, decay, beta, dtype):
+def muon_update(W, low, G, momentum, second, factors, lr, decay, beta, dtype):
     """Update matrices W (N, rows, cols) in place with gradients G; lr, decay, beta: 0-D tensors.
 
+    factors (N, 1, 1): on each matrix's rate, and thereby on its decay.
     W is fp32, or the bf16 part of split_fp32 with low as the other. Nesterov momentum is
     orthogonalised (Muon: kellerjordan.github.io/posts/muon), then each row is divided by its
     running root mean square at unchanged norm (NorMuon, arXiv 2510.05491). second: (N, rows, 1).
@@ -722,9 +724,9 @@ def muon_update(W, low, G, momentum, second, lr, decay, beta, dtype):
     scaled = U * torch.rsqrt(second + 1e-10)
     U_norm, scaled_norm = (x.norm(dim=(-2, -1), keepdim=True) for x in (U, scaled))
     U = scaled * (U_norm / (scaled_norm + 1e-10))
-    shape_factor = max(1.0, W.size(-2) / W.size(-1)) ** 0.5
+    rates = lr * max(1.0, W.size(-2) / W.size(-1)) ** 0.5 * factors
     W_fp32 = W if low is None else join_fp32(W, low)
-    W_fp32 = W_fp32 - lr * (shape_factor * U + lr * decay * weights_to_decay(W_fp32, U))
+    W_fp32 = W_fp32 - rates * (U + lr * decay * weights_to_decay(W_fp32, U))
     if low is None:
         W.copy_(W_fp32)
     else:
@@ -742,6 +744,7 @@ class Group(NamedTuple):
     betas: tuple[float, float] | None  # of Adam; those of Muon: muon_momentum and 0.9
     decay: float  # cautious, of a weight w: decay * lr^2 * w
     every: int  # updated every n-th step, on accumulated gradients
+    factors: tuple[float, ...] = (1.0,)  # on Muon's rate, of the matrices of a parameter in turn
 
 
 class Muon:
@@ -760,6 +763,8 @@ class Muon:
         views = self.bank.split([len(p) for p in group.params])
         for p, view in zip(group.params, views, strict=True):
             p.data = view
+        factors = group.factors * (len(self.bank) // len(group.factors))
+        self.factors = torch.tensor(factors, device=self.bank.device)[:, None, None]
         self.mine = rt.my_part(len(self.bank))
         self.momentum = torch.zeros_like(self.bank, dtype=torch.float32)
         self.second = torch.zeros_like(self.momentum[..., :1])
@@ -768,7 +773,7 @@ class Muon:
         gradients = torch.cat([p.grad for p in self.group.params])[self.mine]
         if len(gradients):
             low = None if self.low is None else self.low[self.mine]
-            state = self.momentum[self.mine], self.second[self.mine]
+            state = self.momentum[self.mine], self.second[self.mine], self.factors[self.mine]
             numbers = (self.group.lr * scale, self.group.decay, momentum)
             numbers = (torch.tensor(x) for x in numbers)  # else each value would compile anew
             mine, dtype = self.bank[self.mine], self.rt.matmul_dtype
@@ -822,9 +827,9 @@ def parameter_groups(model: GPT, hp: Hyperparameters) -> dict[str, Group]:
     scalars += [p for a in attn for p in (a.value_gate, a.head_gate)]
     scalars += [model.smear, model.skip_gate, model.backout]
     tables, decay, every = hp.table_betas, hp.adam_decay, hp.adam_every
-    rows = {  # optimizer, parameters, learning rate, betas, decay, steps per update
+    rows = {  # optimizer, parameters, learning rate, betas, decay, steps per update, factors
         "attn": (Muon, qkvo, hp.muon_lr, None, hp.muon_decay, 1),
-        "mlp": (Muon, up_down, hp.muon_lr, None, hp.muon_decay, 1),
+        "mlp": (Muon, up_down, hp.muon_lr, None, hp.muon_decay, 1, (1.0, hp.mlp_down_lr)),
         "embed": (Adam, [model.embed], hp.embed_lr, hp.embed_betas, 150 * decay, every),
         "head": (Adam, [model.lm_head], hp.head_lr, hp.embed_betas, 150 * decay, every),
         "values": (Adam, [model.value_embeds], 0.6, tables, 5 * decay, every),
@@ -917,11 +922,12 @@ class Trainer:
         matrices = [model.lm_head, *groups["attn"].params, *groups["mlp"].params]
         weights = sum(p.numel() for p in matrices)
         for layer in (layer for layer in model.layers if layer.attends):
-            for window in hp.window_tokens:
-                reach = window if layer.is_long else window // 2
-                heads = 2 if layer.is_paired else 1  # half as many tokens, of both heads
-                keys += heads * mean_visible_keys(rows_BT, self.task.document_start, reach // heads)
-        return 6 * weights + 12 * hp.num_heads * hp.head_dim * keys / len(hp.window_tokens)
+            windows = hp.window_tokens if layer.is_long else hp.short_window_tokens
+            heads = 2 if layer.is_paired else 1  # half as many tokens, of both heads
+            for reach in (window // heads for window in windows):
+                seen = mean_visible_keys(rows_BT, self.task.document_start, reach)
+                keys += heads * seen / len(windows)
+        return 6 * weights + 12 * hp.num_heads * hp.head_dim * keys
 
     def update(self, step: int, batches) -> Tensor:
         """Take one optimizer step; return the mean loss of this rank's share (0-D, on device)."""

@@ -55,7 +55,7 @@ def test_muon_update_equals_its_definition_in_fp64_with_an_exact_svd():
     torch.manual_seed(1)
     W, G = torch.randn(2, 24, 12), torch.randn(2, 24, 12)
     momentum, second = torch.randn(2, 24, 12), 2 + 4 * torch.rand(2, 24, 1)
-    rate, beta = 0.1, 0.9
+    rate, beta, factors = 0.1, 0.9, torch.tensor([1.0, 2.0])[:, None, None]
     m = beta * momentum.double() + (1 - beta) * G.double()
     nesterov = (1 - beta) * G.double() + beta * m
     left, _, right = torch.linalg.svd(nesterov, full_matrices=False)
@@ -63,27 +63,44 @@ def test_muon_update_equals_its_definition_in_fp64_with_an_exact_svd():
     v = 0.9 * second.double() + 0.1 * (U**2).mean(-1, keepdim=True)
     direction = U / v.sqrt()
     direction *= U.norm(dim=(1, 2), keepdim=True) / direction.norm(dim=(1, 2), keepdim=True)
-    expected = W.double() - rate * 2**0.5 * direction
+    expected = W.double() - rate * factors * 2**0.5 * direction
     scalars = (torch.tensor(x) for x in (rate, 0.0, beta))
-    muon_update(W, None, G, momentum, second, *scalars, torch.float32)
+    muon_update(W, None, G, momentum, second, factors, *scalars, torch.float32)
     torch.testing.assert_close(second.double(), v, atol=2e-3, rtol=0)
     torch.testing.assert_close(momentum.double(), m, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(W.double(), expected, atol=0.02, rtol=0)
 
 
-def test_muon_decays_only_weights_that_the_update_shrinks():
+def test_muon_decays_only_weights_that_the_update_shrinks_as_much_as_it_moves_them():
     torch.manual_seed(2)
-    W0, G = torch.randn(2, 12, 12), torch.randn(2, 12, 12)
+    W0, G = torch.randn(2, 12, 3), torch.randn(2, 12, 3)
+    factors = torch.tensor([1.0, 3.0])[:, None, None]
     after = {}
     for decay in (0.0, 0.3):
         W, momentum, second = W0.clone(), torch.zeros_like(G), torch.zeros(2, 12, 1)
         scalars = (torch.tensor(x) for x in (0.1, decay, 0.9))
-        muon_update(W, None, G, momentum, second, *scalars, torch.float32)
+        muon_update(W, None, G, momentum, second, factors, *scalars, torch.float32)
         after[decay] = W
     shrinks = (W0 - after[0.0]) * W0 > 0
-    expected = after[0.0] - torch.where(shrinks, 0.1 * 0.1 * 0.3 * W0, 0)
+    twice = 2 * factors  # 2: the root of rows / columns
+    expected = after[0.0] - torch.where(shrinks, twice * 0.1 * 0.1 * 0.3 * W0, 0)
     torch.testing.assert_close(after[0.3], expected, atol=1e-6, rtol=1e-5)
     assert 0.3 < shrinks.float().mean() < 0.7
+
+
+def test_the_second_matrix_of_an_mlp_moves_twice_as_far_as_the_first(tiny_hp):
+    """Four times the rate of a square matrix, as in the public record; the first one twice."""
+    hp = dataclasses.replace(tiny_hp, mlp_dim=128, muon_decay=0.0, mlp_down_lr=2.0)
+    model = GPT(hp, Task(**TINY_TASK), ONE_RANK)
+    optimizers = make_optimizers(model, hp, ONE_RANK, lambda f: f)
+    up_downs = [block.mlp.up_down for block in model.blocks]
+    before = [p.detach().clone() for p in up_downs]
+    for p in up_downs:
+        p.grad = torch.randn_like(p)
+    optimizers["mlp"].step(1.0, 0.9)
+    for p, old in zip(up_downs, before, strict=True):
+        up, down = ((p - old).norm(dim=(1, 2)) / (hp.muon_lr * 32**0.5)).tolist()
+        assert up == pytest.approx(2, rel=0.15) and down / up == pytest.approx(2, rel=0.1)
 
 
 def test_muon_survives_a_zero_gradient():
@@ -115,7 +132,7 @@ def test_every_parameter_is_in_exactly_one_group(tiny_hp):
 def test_schedules_at_their_end_points(tiny_hp):
     hp = dataclasses.replace(
         tiny_hp, num_steps=1000, warmup_frac=0.1, cooldown_frac=0.4, final_lr_frac=0.1,
-        momentum_warmup=300, momentum_cooldown=50,
+        momentum_steps=(300, 50),
     )  # fmt: skip
     assert lr_scale(0, hp) == pytest.approx(0.01)
     assert lr_scale(100, hp) == lr_scale(600, hp) == 1.0
@@ -126,8 +143,9 @@ def test_schedules_at_their_end_points(tiny_hp):
     found = [muon_momentum(step, hp) for step in (0, 150, 300, 950, 975)]
     assert found == pytest.approx([0.85, 0.90, 0.95, 0.95, 0.90])
     later = dataclasses.replace(hp, extension_steps=50, stage_lr=(1.0, 2.0))
-    assert lr_scale(950, later) == lr_scale(999, later) == pytest.approx(0.2)
+    assert lr_scale(950, later) == lr_scale(999, later) == pytest.approx(0.1)  # of every stage
     assert lr_scale(499, later) == 1.0 and lr_scale(500, later) == 2.0
+    assert lr_scale(750, later) == pytest.approx((2.0 + 0.1) / 2)
 
 
 def test_splitting_keeps_every_bit_of_fp32():

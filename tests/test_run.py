@@ -346,7 +346,7 @@ BAD_FLAGS = [
     ("--window_tokens=16,many", r"invalid list_of_numbers value"),
     ("--embed_betas=0.5", r"--embed_betas: '0.5' is not 2 numbers"),
     ("--tied_frac=0.5", r"--embed_lr and --head_lr must be equal"),
-    ("--skip_to=4", r"no skip: --skip_from -1"),
+    ("--skip=1,4", r"no skip: --skip -1,-1"),
     ("--backout_from=4", r"--backout_from"),
     ("--seed=-1", r"--seed -1 is out of range"),
     ("--seed=99999999999999999999999", r"--seed 9+ is out of range"),
@@ -721,7 +721,7 @@ def test_machines_with_other_shards_are_refused(tiny_task, tiny_hp, tmp_path, ot
 
 @pytest.mark.parametrize("layers", ["-L-", "-LL-"])
 def test_a_parameter_that_nothing_uses_is_named(tiny_task, tiny_hp, layers):
-    changes = dict(layers=layers, num_value_embeds=1, skip_from=-1, backout_from=-1)
+    changes = dict(layers=layers, num_value_embeds=1, skip=(-1, -1), backout_from=-1)
     unused = trainer(tiny_task, dataclasses.replace(tiny_hp, **changes))
     with pytest.raises(RunError, match="the loss does not depend on value_embeds"):
         warm_up(unused.run, unused)

@@ -36,10 +36,15 @@ def test_slow_frequencies_stretch_with_the_window():
             assert at.frequency[i].item() == pytest.approx(f, rel=1e-5)
 
 
-def test_validation_sees_its_own_window_with_the_frequencies_of_the_step():
+def test_validation_widens_the_long_window_alone_with_the_frequencies_of_the_step():
     hp = TRACKS["fineweb"]
+    found = {step: [(int(at.window), int(at.short_window)) for at in
+                    (step_inputs(step, hp, "cpu", training) for training in (True, False))]
+             for step in (0, 499, 500, 999, 1000, 1499)}  # fmt: skip
+    first, second, third = ([(long, short), (2560, short)]
+                            for long, short in ((384, 128), (896, 384), (1408, 640)))  # fmt: skip
+    assert list(found.values()) == [first, first, second, second, third, third]
     during, after = (step_inputs(1499, hp, "cpu", training) for training in (True, False))
-    assert (during.window, after.window) == (1408, 2560)
     assert torch.equal(during.frequency, after.frequency) and after.mtp_weights.tolist() == [1]
 
 

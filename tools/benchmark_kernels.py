@@ -115,7 +115,7 @@ def main() -> int:
     N = own.rows * T
     mlp(rt, N, hp.model_dim, hp.mlp_dim)
     head(rt, N, hp.model_dim, V)
-    for window in (129, 192, 448, 704):
+    for window in (128, 384, 640):
         attention(rt, own.rows, T, hp.num_heads, hp.head_dim, window)
     table_update(rt, table, hp.model_dim)
     return 0
