@@ -84,18 +84,17 @@ class Hyperparameters:
     mlp_dim: int = option(3072, "width of the MLP's hidden layer", 1)
     vocab_multiple: int = option(128, "embedding and head are padded to a multiple of this", 1)
     attn_scale: float = option(0.1, "factor on q.k after both are normed, in the first stage")
-    softcap: tuple[float, float] = option((23.0, 5.0), "height and shift of the cap on logits, see "
-                                          "kernels.Softcap")  # fmt: skip
-    num_value_embeds: int = option(3, "value-embedding tables n, for the first and last n layers")
+    softcap: tuple[float, float] = option((23.0, 5.0), "height and shift, see kernels.Softcap")
+    value_layers: tuple[int, ...] = option((1, 2, 8, 9, 10), "with a value table; -1: none", -1)
     bigram_rows: int = option(251_520, "rows of the hashed table of token pairs; 0: none")
+    mix_init: tuple[float, ...] = option((1.1, 0.0, 0.1), "first weights of stream, embedding and "
+                                         "pair in a layer; of two: pairs are embedded")  # fmt: skip
     head_gates: bool = option(True, "gate each head's output by the token")
     shift_taps: int = option(0, "earlier tokens that are mixed into each sublayer's input")
-    skip: tuple[int, int] = option((3, 6), "layer whose output is kept, and layer to whose input "
-                                   "it is added; -1,-1: no skip", -1)  # fmt: skip
+    skip: tuple[int, int] = option((3, 6), "layers from and to which one skips; -1,-1: none", -1)
     backout_from: int = option(7, "layer whose output is subtracted before the head; -1: none", -1)
-    window_tokens: tuple[int, ...] = option((384, 896, 1408), "long attention window, token "
-                                            "itself included", 2)  # fmt: skip
-    short_window_tokens: tuple[int, ...] = option((128, 384, 640), "short one", 2)
+    window_tokens: tuple[int, ...] = option((384, 896, 1408), "long window, with the token", 2)
+    short_window_tokens: tuple[int, ...] = option((128, 384, 640), "short window", 2)
     val_window_tokens: int = option(2560, "long window in validation; 0: as in training")
     mtp_weight: float = option(0.5, "second target's weight, relative to the next token's 1")
     # Optimizer. The parameter groups stand in parameter_groups().
@@ -105,8 +104,8 @@ class Hyperparameters:
     embed_lr: float = option(0.008, "learning rate of token embeddings")
     head_lr: float = option(0.008, "learning rate of the head")
     tied_frac: float = option(0.66, "fraction of steps with head and embedding tied")
-    bigram_lr: float = option(0.012, "learning rate of the table of token pairs")
-    scalar_lr: float = option(0.04, "learning rate of gates and scalars")
+    bigram_lr: float = option(0.6, "learning rate of the table of token pairs")
+    scalar_lr: float = option(0.04, "learning rate of scalars; of gates a fifth")
     embed_betas: tuple[float, float] = option((0.5, 0.95), "Adam's betas of embedding and head")
     table_betas: tuple[float, float] = option((0.75, 0.95), "Adam's betas of the other tables")
     scalar_betas: tuple[float, float] = option((0.9, 0.99), "Adam's betas of gates and scalars")
@@ -117,8 +116,7 @@ class Hyperparameters:
     cooldown_frac: float = option(0.6, "fraction of steps in which rates fall linearly")
     final_lr_frac: float = option(0.15, "fraction of each rate that is left at the end")
     extension_steps: int = option(15, "last steps, which keep the final rates")
-    momentum_steps: tuple[int, int] = option((300, 50), "first steps, in which Muon's momentum "
-                                             "rises, and last ones, in which it falls")  # fmt: skip
+    momentum_steps: tuple[int, int] = option((300, 50), "first of rising, last of falling momentum")
 
     def __post_init__(self):
         check_ranges(self)
@@ -136,8 +134,10 @@ class Hyperparameters:
         if self.num_heads % 2 and letters & set("sl"):
             raise RunError(f"--num_heads {self.num_heads} is odd, so --layers {self.layers} cannot "
                            "pair heads")  # fmt: skip
-        if self.backout_from > last or self.num_value_embeds > last + 1:
-            raise RunError("--backout_from and --num_value_embeds must stay within --layers")
+        if max(self.backout_from, *self.value_layers) > last:
+            raise RunError("--backout_from and --value_layers must stay within --layers")
+        if len(self.mix_init) not in (2, 3):
+            raise RunError(f"--mix_init {as_flag(self.mix_init)} must be two or three numbers")
         if self.skip[0] >= 0 and not self.skip[0] < self.skip[1] <= last:
             raise RunError(f"--skip {as_flag(self.skip)} must rise below the {last + 1} layers; "
                            "no skip: --skip -1,-1")  # fmt: skip
@@ -166,6 +166,7 @@ TRACKS = {
         mlp_dim=4096,
         skip=(5, 11),
         backout_from=10,
+        value_layers=(1, 2, 13, 14, 15),
         muon_lr=0.025,
     ),
     "wikitext103": Hyperparameters(
@@ -190,8 +191,9 @@ TRACKS = {
         vocab_multiple=1,
         attn_scale=0.2386,
         softcap=(30.0, 0.0),
-        num_value_embeds=0,
+        value_layers=(-1,),
         bigram_rows=16384,
+        mix_init=(1.0, 0.0),
         head_gates=False,
         shift_taps=3,
         skip=(-1, -1),
@@ -233,12 +235,9 @@ class Layer(NamedTuple):
 
 
 def parse_layers(hp: Hyperparameters) -> list[Layer]:
-    layers, first_late = [], len(hp.layers) - hp.num_value_embeds
-    for i, letter in enumerate(hp.layers):
-        late = i - first_late if i >= first_late else None
-        table = i if i < hp.num_value_embeds else late
-        layers.append(Layer(letter != "-", letter in "lL", letter in "ls", table))
-    return layers
+    tables = {layer: table for table, layer in enumerate(hp.value_layers)}
+    return [Layer(letter != "-", letter in "lL", letter in "ls", tables.get(i))
+            for i, letter in enumerate(hp.layers)]  # fmt: skip
 
 
 def padded_vocab(task: Task, hp: Hyperparameters) -> int:
@@ -285,12 +284,14 @@ def shard_pieces(path: Path, hp: Hyperparameters, document_start: int):
     return tokens, *find_rows(tokens, document_start, hp.seq_len)
 
 
-def shuffled_pieces(hp: Hyperparameters, task: Task, seed: int) -> Iterator[Piece]:
-    """Documents, or whole rows where they have no cap: shard by shard, shuffled in each."""
+def ordered_pieces(hp: Hyperparameters, task: Task, seed: int) -> Iterator[Piece]:
+    """Documents as they come; or where they have no cap whole rows, shuffled in each shard."""
     for epoch in range(hp.max_epochs):
         for index, path in enumerate(task_shards(task.train_files)):
             tokens, starts, lengths = shard_pieces(path, hp, task.document_start)
-            order = np.random.default_rng((seed, epoch, index)).permutation(len(starts))
+            order = np.arange(len(starts))
+            if not max(hp.document_cap):
+                np.random.default_rng((seed, epoch, index)).shuffle(order)
             yield from zip(repeat(tokens), starts[order], lengths[order], strict=False)
 
 
@@ -319,7 +320,7 @@ def micro_batches(hp: Hyperparameters, task: Task, rt: Runtime, micro_seqs, seed
     The rows of a step are dealt to accumulation x ranks equal micro-batches, so that its global
     batch is the same for any number of ranks.
     """
-    pieces = shuffled_pieces(hp, task, seed)
+    pieces = ordered_pieces(hp, task, seed)
     for s in range(hp.num_steps):
         cap, count = hp.at(hp.document_cap, s), hp.at(hp.batch_tokens, s) // hp.seq_len
         step_rows = [pack_row(pieces, hp.seq_len, cap) for _ in range(count)]
@@ -345,7 +346,7 @@ def check_supply(hp: Hyperparameters, task: Task, seed: int) -> None:
     held = hp.max_epochs * tokens // hp.seq_len
     if held >= needed:  # else there is no need to count them
         held = 0
-        for *_, length in shuffled_pieces(hp, task, seed):
+        for *_, length in ordered_pieces(hp, task, seed):
             room -= min(length, cap or length)
             if room <= 0:
                 held, room = held + 1, hp.seq_len
@@ -430,7 +431,7 @@ def step_inputs(step: int, hp: Hyperparameters, device, training: bool = True) -
 # targets per token, S earlier tokens, N = B * T. The residual stream x is (B, T, D).
 
 
-GATE_DIM = 12  # leading dimensions of the stream that gates read
+GATE_DIM = 12  # dimensions that gates read, the leading ones of the stream
 LOGIT_SLOPE = 7.5
 LOGIT_CHUNK_TOKENS = 4096  # tokens whose fp32 logits are in memory at a time in validation
 
@@ -494,8 +495,9 @@ class Attention(nn.Module):
         B, T, _ = x.shape
         qkv, o = self.qkvo.split([3, 1])
         q, k, v = linear(x, qkv.flatten(0, 1), self.dtype).view(B, T, 3, self.heads, -1).unbind(2)
-        if value_BTHK is not None:  # arXiv 2410.17897, gated
-            v = v + gate(x, self.value_gate) * value_BTHK
+        if value_BTHK is not None:  # arXiv 2410.17897, gated by half the token, half the row
+            both = [t[..., : GATE_DIM // 2] for t in (x, value_BTHK[:, :, 0])]
+            v = v + gate(torch.cat(both, dim=-1), self.value_gate) * value_BTHK
         q, k = norm(q) * c.attn_scale.type_as(q), norm(k)
         if self.layer.is_long:
             # The half of a key that is not rotated is the one of the token before: a query can then
@@ -543,18 +545,21 @@ def mix_earlier_tokens(x: Tensor, taps_SD: Tensor, same_doc_SBT1: Tensor) -> Ten
 
 
 class Block(nn.Module):
-    """Attention and MLP on the residual stream, into which the embedding x0 is mixed again."""
+    """Attention and MLP on the residual stream, into which what it began with is mixed again."""
 
     def __init__(self, hp: Hyperparameters, rt: Runtime, layer: Layer):
         super().__init__()
         self.attn = Attention(hp, rt, layer) if layer.attends else None
         self.mlp = MLP(hp, rt.matmul_dtype)
-        self.mix = nn.Parameter(torch.tensor([1.0, 0.0]))  # weights of x and x0
+        self.mix = nn.Parameter(torch.tensor(hp.mix_init))
         self.taps = parameter_if(hp.shift_taps, torch.zeros(2, hp.shift_taps, hp.model_dim))
 
-    def forward(self, x: Tensor, x0: Tensor, value_BTHK: Tensor | None, c: Context) -> Tensor:
+    def forward(self, x: Tensor, first: list[Tensor], value_BTHK, c: Context) -> Tensor:
+        """first: the embedding, and the pair's row where it is mixed in by layer."""
         mix = self.mix.type_as(x)
-        x = mix[0] * x + mix[1] * x0
+        x = mix[0] * x
+        for weight, added in zip(mix[1:], first, strict=False):
+            x = x + weight * added
         if self.attn is not None:
             x = x + self.attn(self.sublayer_input(x, 0, c), value_BTHK, c)
         return x + self.mlp(self.sublayer_input(x, 1, c))
@@ -576,14 +581,15 @@ class GPT(nn.Module):
         self.layers, vocab = parse_layers(hp), padded_vocab(task, hp)
         self.cap = Softcap(*hp.softcap, LOGIT_SLOPE)
         self.embed = nn.Parameter(torch.randn(vocab, hp.model_dim))
-        width, count = hp.num_heads * hp.head_dim, hp.num_value_embeds
+        width = hp.num_heads * hp.head_dim
+        count = sum(layer.value_embed is not None for layer in self.layers)
         self.value_embeds = parameter_if(count, 0.01 * torch.randn(count, vocab, width))
         self.bigram = parameter_if(hp.bigram_rows, torch.zeros(hp.bigram_rows, hp.model_dim))
         self.blocks = nn.ModuleList(Block(hp, rt, layer) for layer in self.layers)
         self.lm_head = nn.Parameter(torch.zeros(vocab, hp.model_dim))
         self.smear = nn.Parameter(torch.zeros(GATE_DIM + 1))  # gate weights, then strength
         self.skip_gate = parameter_if(hp.skip[0] >= 0, torch.tensor(-1.5))
-        self.backout = parameter_if(hp.backout_from >= 0, torch.tensor(0.0))
+        self.backout = parameter_if(hp.backout_from >= 0, torch.tensor(0.5))
         bound = 3**0.5 * 0.5 * hp.model_dim**-0.5  # uniform with std 0.5 / sqrt(D)
         for block in self.blocks:
             block.mlp.up_down.data.uniform_(-bound, bound)[1].zero_()
@@ -592,21 +598,24 @@ class GPT(nn.Module):
         if hp.tied_frac:  # Trainer.update keeps the two equal
             self.lm_head.data.copy_(self.embed.data.mul_(0.005))
 
-    def embed_tokens(self, inputs_BT: Tensor, same_doc_BT1: Tensor) -> Tensor:
-        """Embedding plus hashed pair (arXiv 1709.03933), smeared with the token before.
+    def embed_tokens(self, inputs_BT: Tensor, same_doc_BT1: Tensor) -> list[Tensor]:
+        """What every layer mixes in: the embedding, smeared with the token before, and the pair.
 
-        same_doc: 1 where the token before lies in the same document; else that token is ignored.
+        Where layers have no weight for the pair, the embedding holds it. same_doc: 1 where the
+        token before lies in the same document; else that token is ignored.
         """
-        x = self.embed[inputs_BT].to(self.rt.stream_dtype)
-        if self.hp.bigram_rows:
+        x, pairs = self.embed[inputs_BT].to(self.rt.stream_dtype), []
+        if self.hp.bigram_rows:  # arXiv 1709.03933
             in_document = same_doc_BT1[..., 0] > 0
             before_BT = torch.where(in_document, inputs_BT.roll(1, 1), self.document_start)
             row_BT = ((36313 * inputs_BT) ^ (27191 * before_BT)) % self.hp.bigram_rows
-            x = x + self.bigram[row_BT].type_as(x)
+            pairs = [self.bigram[row_BT].type_as(x)]
+        if len(self.hp.mix_init) == 2:
+            x, pairs = sum(pairs, x), []
         x = norm(x)
         weights, strength = self.smear.type_as(x).split([GATE_DIM, 1])
         share_BT1 = strength * torch.sigmoid(x[..., :GATE_DIM] @ weights)[..., None]
-        return norm(x + share_BT1 * same_doc_BT1 * x.roll(1, 1))
+        return [norm(x + share_BT1 * same_doc_BT1 * x.roll(1, 1)), *pairs]
 
     def context(self, docs_BT: Tensor, per_step: StepInputs) -> Context:
         hp, T = self.hp, docs_BT.size(1)
@@ -629,15 +638,16 @@ class GPT(nn.Module):
         """The normed stream (B, T, D) that the head reads."""
         hp, (B, T) = self.hp, inputs_BT.shape
         c = self.context(self.document_index(inputs_BT), per_step)
-        x = x0 = self.embed_tokens(inputs_BT, c.same_doc_SBT1[0])
-        tables = () if self.value_embeds is None else self.value_embeds.unbind()
-        values = [t[inputs_BT].type_as(x).view(B, T, hp.num_heads, hp.head_dim) for t in tables]
+        x, *_ = first = self.embed_tokens(inputs_BT, c.same_doc_SBT1[0])
+        if self.value_embeds is not None:  # one gradient of the whole parameter, not one a table
+            rows = self.value_embeds[:, inputs_BT].type_as(x)
+            values = rows.view(-1, B, T, hp.num_heads, hp.head_dim).unbind()
         skipped = backed_out = None
         for i, (layer, block) in enumerate(zip(self.layers, self.blocks, strict=True)):
             if i == hp.skip[1] and skipped is not None:
                 x = x + torch.sigmoid(self.skip_gate).type_as(x) * skipped
             value_BTHK = None if layer.value_embed is None else values[layer.value_embed]
-            x = block(x, x0, value_BTHK, c)
+            x = block(x, first, value_BTHK, c)
             skipped = x if i == hp.skip[0] else skipped
             backed_out = x if i == hp.backout_from else backed_out
         if backed_out is not None:
@@ -824,7 +834,7 @@ def parameter_groups(model: GPT, hp: Hyperparameters) -> dict[str, Group]:
     attn = [block.attn for block in model.blocks if block.attn is not None]
     qkvo, up_down = [a.qkvo for a in attn], [block.mlp.up_down for block in model.blocks]
     scalars = [p for block in model.blocks for p in (block.mix, block.taps)]
-    scalars += [p for a in attn for p in (a.value_gate, a.head_gate)]
+    gates = [p for a in attn for p in (a.value_gate, a.head_gate)]
     scalars += [model.smear, model.skip_gate, model.backout]
     tables, decay, every = hp.table_betas, hp.adam_decay, hp.adam_every
     rows = {  # optimizer, parameters, learning rate, betas, decay, steps per update, factors
@@ -834,6 +844,7 @@ def parameter_groups(model: GPT, hp: Hyperparameters) -> dict[str, Group]:
         "head": (Adam, [model.lm_head], hp.head_lr, hp.embed_betas, 150 * decay, every),
         "values": (Adam, [model.value_embeds], 0.6, tables, 5 * decay, every),
         "bigram": (Adam, [model.bigram], hp.bigram_lr, tables, 5 * decay, every),
+        "gates": (Adam, gates, hp.scalar_lr / 5, hp.scalar_betas, 0.0, every),
         "scalars": (Adam, scalars, hp.scalar_lr, hp.scalar_betas, 0.0, every),
     }
     groups = {}
@@ -856,7 +867,7 @@ def make_optimizers(model: GPT, hp: Hyperparameters, rt: Runtime, compile_fn: Ca
 
 def memory_estimate(hp: Hyperparameters, vocab: int, rows: int) -> float:
     """Peak bytes on a GPU with so many rows per forward pass; fitted to tools/preflight.py."""
-    width, tables = hp.num_heads * hp.head_dim, 2 + hp.num_value_embeds
+    width, tables = hp.num_heads * hp.head_dim, 2 + sum(i >= 0 for i in hp.value_layers)
     matrices = len(hp.layers) * hp.model_dim * (4 * width + 2 * hp.mlp_dim)
     weights = 12 * matrices + 16 * (tables * vocab + hp.bigram_rows) * hp.model_dim
     tokens = rows * hp.seq_len
@@ -915,7 +926,7 @@ class Trainer:
         Keys are counted in the first step's rows, as the mean over the stages' windows.
         """
         hp, model, keys = self.hp, self.model, 0.0
-        pieces = shuffled_pieces(hp, self.task, self.run.options.seed)
+        pieces = ordered_pieces(hp, self.task, self.run.options.seed)
         packed = pack_row(pieces, self.micro_seqs * hp.seq_len, hp.document_cap[0])
         rows_BT = row_tokens(packed, ahead=0).reshape(-1, hp.seq_len)
         groups = parameter_groups(model, hp)

@@ -30,6 +30,7 @@ from train_gpt import (
     find_rows,
     memory_estimate,
     micro_batches,
+    ordered_pieces,
     padded_vocab,
 )
 
@@ -126,6 +127,24 @@ def rows_of(hp, task, world_size, micro_seqs, seed=0, first_step=0):
                 rows += [row.numpy().tobytes() for row in inputs]
         steps.append(rows)
     return steps
+
+
+@pytest.mark.parametrize("cap", [0, 300])
+def test_documents_keep_the_order_of_the_stream_and_rows_are_shuffled_by_the_seed(
+    tiny_hp, tiny_task, shards, cap
+):
+    hp = dataclasses.replace(tiny_hp, document_cap=(cap,), max_epochs=2)
+    stream = np.concatenate([open_shard(p)[:-1] for p in sorted(shards.glob("train_*.bin"))])
+    drawn = [[t[s : s + n].tobytes() for t, s, n in ordered_pieces(hp, tiny_task, seed)]
+             for seed in (0, 1)]  # fmt: skip
+    first, second = drawn
+    half = len(first) // 2
+    if cap:
+        assert b"".join(first[:half]) == stream.tobytes()
+        assert first == second and first[:half] == first[half:]
+    else:
+        assert first != second and first[:half] != first[half:]
+        assert sorted(first) == sorted(second) and sorted(first[:half]) == sorted(first[half:])
 
 
 def test_loader_drops_and_repeats_nothing_over_ranks_and_shards(tiny_hp, tiny_task, shards):

@@ -10,6 +10,7 @@ from conftest import ROOT, TINY_TASK, clean_environment
 from harness import Task
 from train_gpt import (
     GPT,
+    TRACKS,
     Adam,
     Group,
     Muon,
@@ -19,6 +20,7 @@ from train_gpt import (
     muon_momentum,
     muon_update,
     orthogonalize,
+    parameter_groups,
     split_fp32,
     step_inputs,
 )
@@ -127,6 +129,27 @@ def test_every_parameter_is_in_exactly_one_group(tiny_hp):
     model.forgotten = torch.nn.Parameter(torch.zeros(3))
     with pytest.raises(AssertionError, match="group"):
         make_optimizers(model, tiny_hp, ONE_RANK, lambda f: f)
+
+
+def test_rates_and_decays_of_fineweb_are_the_public_records():
+    """Learning rate, cautious decay of weight 1 at rate factor 1, and factors of each group."""
+    hp = dataclasses.replace(TRACKS["fineweb"], model_dim=16, mlp_dim=64, bigram_rows=8, head_dim=4)
+    groups = parameter_groups(GPT(hp, Task(**TINY_TASK), ONE_RANK), hp)
+    found = {n: (g.lr, g.decay * g.lr**2, g.factors, g.every) for n, g in groups.items()}
+    expected = {
+        "attn": (0.023, 0.023**2 * 1.2, (1.0,), 1),
+        "mlp": (0.023, 0.023**2 * 1.2, (1.0, 2.0), 1),
+        "embed": (0.008, 0.008**2 * 0.75, (1.0,), 2),
+        "head": (0.008, 0.008**2 * 0.75, (1.0,), 2),
+        "values": (0.6, 0.6**2 * 0.025, (1.0,), 2),
+        "bigram": (0.6, 0.6**2 * 0.025, (1.0,), 2),
+        "gates": (0.008, 0.0, (1.0,), 2),
+        "scalars": (0.04, 0.0, (1.0,), 2),
+    }
+    assert found.keys() == expected.keys()
+    for name, (*numbers, factors, every) in expected.items():
+        assert found[name][:2] == pytest.approx(numbers), name
+        assert found[name][2:] == (factors, every), name
 
 
 def test_schedules_at_their_end_points(tiny_hp):

@@ -721,7 +721,7 @@ def test_machines_with_other_shards_are_refused(tiny_task, tiny_hp, tmp_path, ot
 
 @pytest.mark.parametrize("layers", ["-L-", "-LL-"])
 def test_a_parameter_that_nothing_uses_is_named(tiny_task, tiny_hp, layers):
-    changes = dict(layers=layers, num_value_embeds=1, skip=(-1, -1), backout_from=-1)
+    changes = dict(layers=layers, value_layers=(0,), skip=(-1, -1), backout_from=-1)
     unused = trainer(tiny_task, dataclasses.replace(tiny_hp, **changes))
     with pytest.raises(RunError, match="the loss does not depend on value_embeds"):
         warm_up(unused.run, unused)

@@ -4,12 +4,13 @@ import dataclasses
 import math
 from itertools import islice
 
+import numpy as np
 import pytest
 import torch
 from conftest import settings
 
 from harness import Run, Runtime
-from train_gpt import PROCESS_START, SOURCES, TRACKS, Trainer, step_inputs
+from train_gpt import PROCESS_START, SOURCES, TRACKS, Trainer, lr_scale, muon_momentum, step_inputs
 
 
 def trainer(hp, task) -> Trainer:
@@ -46,6 +47,18 @@ def test_validation_widens_the_long_window_alone_with_the_frequencies_of_the_ste
     assert list(found.values()) == [first, first, second, second, third, third]
     during, after = (step_inputs(1499, hp, "cpu", training) for training in (True, False))
     assert torch.equal(during.frequency, after.frequency) and after.mtp_weights.tolist() == [1]
+
+
+def test_every_step_of_fineweb_has_the_rate_and_momentum_of_the_public_record():
+    """1,500 steps of which the last 15 are level: three stages, a fall from 39%, one end."""
+    hp = TRACKS["fineweb"]
+    steps = np.arange(1500)
+    peak = np.array([1.0, 1.52, 1.73])[steps // 500]
+    done = np.clip((steps - 585) / 900, 0, 1)
+    rates = peak * (1 - done) + 0.15 * done
+    momentum = np.interp(steps, [0, 300, 1450, 1500], [0.85, 0.95, 0.95, 0.85])
+    np.testing.assert_allclose([lr_scale(s, hp) for s in steps], rates, rtol=1e-9)
+    np.testing.assert_allclose([muon_momentum(s, hp) for s in steps], momentum, rtol=1e-9)
 
 
 def test_further_targets_fade_by_two_thirds_of_the_run():
