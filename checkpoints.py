@@ -13,7 +13,7 @@ import json
 import shlex
 import shutil
 import warnings
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -142,6 +142,16 @@ def read_checkpoint(folder: Path, rt) -> dict:
             "start from another checkpoint, or without one"
         )
     return complete
+
+
+def saved_dtype(folder: str) -> str:
+    """What the run of a checkpoint multiplied in: float32 or bfloat16; empty if none says so."""
+    path = Path(folder, "config.json")
+    with suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
+        if folder and path.is_file():
+            said = json.loads(path.read_text())["arithmetic"]["matmul_dtype"]
+            return {"torch.float32": "float32", "torch.bfloat16": "bfloat16"}[said]
+    return ""
 
 
 def check_same_run(folder: Path, saved: dict, own: dict, other_source: bool) -> None:

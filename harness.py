@@ -53,6 +53,7 @@ from checkpoints import (
     delete_parts,
     fill,
     read_checkpoint,
+    saved_dtype,
     sha256_of,
     write_checkpoint,
 )
@@ -242,12 +243,15 @@ class RunOptions:
     rank_timeout_s: int = option(600, "seconds that ranks wait for one that does not answer", 1)
     source_dir: str = option("", "folder that keeps the source once for many logs", hidden=True)
     declared_runs: int = option(0, "runs that this attempt was declared to have", hidden=True)
+    cpu_dtype: str = option("", "float32 or bfloat16 on a CPU; empty: measured", hidden=True)
     turn_steps: int = option(0, "steps between turns with the pair's other run", hidden=True)
 
     def __post_init__(self):
         check_ranges(self)
         if not re.fullmatch(r"[\w.+-]{1,80}", self.slug):
             raise RunError(f"--slug {self.slug!r} is no part of a file's name; give a word")
+        if self.cpu_dtype not in ("", "float32", "bfloat16"):
+            raise RunError(f"--cpu_dtype {self.cpu_dtype!r} is neither float32 nor bfloat16")
 
 
 class Settings(NamedTuple):
@@ -553,6 +557,12 @@ class Run:
             "config": self.config(),
         }  # fmt: skip
 
+    def choose_arithmetic(self) -> None:
+        """As the flags say, or the checkpoint that is resumed; else by a measurement."""
+        options = self.options
+        told = "float32" if options.fp32 else options.cpu_dtype or saved_dtype(options.resume)
+        self.rt.choose_arithmetic(told)
+
     def header(self) -> None:
         """Write everything that stands above the data: sources, config, environment, git state."""
         rt, overrides = self.rt, " ".join(self.overrides) or "none"
@@ -560,7 +570,8 @@ class Run:
         for part in (self.task, self.hp, self.options):
             config |= dataclasses.asdict(part)
         device = {"device": rt.device_name, "world_size": rt.world_size,
-                  "matmul_dtype": rt.matmul_dtype, "stream_dtype": rt.stream_dtype}  # fmt: skip
+                  "matmul_dtype": rt.matmul_dtype, "stream_dtype": rt.stream_dtype,
+                  "bf16_gain": rt.bf16_gain}  # fmt: skip
         write_header(self.log, self.sources, self.options.source_dir, config, device)
 
     def compiler(self) -> Callable:
@@ -788,6 +799,7 @@ def carry_out(run: Run, make_trainer) -> None:
     rt, log = run.rt, run.log
     rt.on_main(log.open)
     try:
+        run.choose_arithmetic()
         rt.on_main(run.header)
         checkpoint = run.checkpoint_to_resume()
         log.section("data", run.check_data(checkpoint))

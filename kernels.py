@@ -1,6 +1,6 @@
 """Attention, the head's loss and the MLP: each by its definition, and on a GPU by a kernel.
 
-    attend            FlexAttention by blocks; its definition is SDPA with the mask of may_attend
+    attend            FlexAttention by blocks; on a CPU softmax by chunks, with the same may_attend
     head_loss         a Triton kernel by chunks; its definition is softcapped_loss
     relu_squared_mlp  a Triton kernel for up and ReLU squared; its definition is its last two lines
 
@@ -140,13 +140,6 @@ def mean_visible_keys(rows_BT: np.ndarray, document_start: int, window: int) -> 
     return float((index - opened + 1).clip(max=window).mean())
 
 
-def dense_mask(docs_BT: Tensor, window: Tensor) -> Tensor:
-    """Boolean (B, 1, T, T) mask of may_attend."""
-    index = torch.arange(docs_BT.size(1), device=docs_BT.device)
-    docs_q, docs_k = docs_BT[:, None, :, None], docs_BT[:, None, None, :]
-    return may_attend(index[:, None], index[None, :], docs_q, docs_k, window)
-
-
 @torch.library.custom_op("photofinish::block_lists", mutates_args=())
 def block_lists(chosen: Tensor) -> tuple[Tensor, Tensor]:
     """(B, rows, columns) bool to counts (B, 1, rows) and column indices, chosen ones first.
@@ -193,8 +186,36 @@ def block_mask(docs_BT: Tensor, window: Tensor) -> BlockMask:
     )
 
 
-def attention_mask(docs_BT: Tensor, window: Tensor) -> BlockMask | Tensor:
-    return block_mask(docs_BT, window) if docs_BT.is_cuda else dense_mask(docs_BT, window)
+def with_chunks_before(x_BHTK: Tensor, count: int) -> Tensor:
+    """(B, H, T / C, (count + 1) C, K): each chunk of C tokens behind the count chunks before it."""
+    T = x_BHTK.size(2)
+    C = BLOCK if T % BLOCK == 0 else T
+    padded = F.pad(x_BHTK, (0, 0, count * C, 0)).unflatten(2, (count + T // C, C))
+    return torch.cat([padded[:, :, i : i + T // C] for i in range(count + 1)], dim=3)
+
+
+def chunk_mask(docs_BT: Tensor, window: Tensor, longest: int) -> Tensor:
+    """The mask of may_attend by chunks of C queries, bool (B, 1, T / C, C, (n + 1) C).
+
+    A window of at most `longest` reaches n chunks back; what lies further is never computed.
+    """
+    T = docs_BT.size(1)
+    C = BLOCK if T % BLOCK == 0 else T
+    n = min(-(-(longest - 1) // C), T // C - 1)
+    # int32, of which twice as many fit into a vector register; 0 is no document, but padding.
+    docs_BnC = 1 + docs_BT.int().unflatten(1, (T // C, C))
+    docs_k = with_chunks_before(1 + docs_BT.int()[:, None, :, None], n)[:, 0, ..., 0]
+    q_index = torch.arange(n * C, (n + 1) * C, dtype=torch.int32, device=docs_BT.device)[:, None]
+    k_index = torch.arange((n + 1) * C, dtype=torch.int32, device=docs_BT.device)
+    seen = may_attend(q_index, k_index, docs_BnC[..., None], docs_k[:, :, None], window.int())
+    return seen[:, None]
+
+
+def attention_mask(docs_BT: Tensor, window: Tensor, longest: int) -> BlockMask | Tensor:
+    """What attend takes. window: 0-D, so that no window compiles anew; longest: its maximum."""
+    if docs_BT.is_cuda:
+        return block_mask(docs_BT, window)
+    return chunk_mask(docs_BT, window, longest)
 
 
 def flex_options(shared_memory_bytes: int) -> dict | None:
@@ -203,11 +224,15 @@ def flex_options(shared_memory_bytes: int) -> dict | None:
 
 
 def attend(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, mask, kernel_options=None) -> Tensor:
-    """Softmax attention (B, H, T, K) of scaled q: FlexAttention for a BlockMask, else SDPA."""
+    """Softmax attention (B, H, T, K) of scaled q: FlexAttention for a BlockMask, else by chunks."""
     if isinstance(mask, BlockMask):
         return flex_attention(q_BHTK, k_BHTK, v_BHTK, block_mask=mask, scale=1.0,
                               kernel_options=kernel_options)  # fmt: skip
-    return F.scaled_dot_product_attention(q_BHTK, k_BHTK, v_BHTK, attn_mask=mask, scale=1.0)
+    n, C = mask.size(-1) // mask.size(-2) - 1, mask.size(-2)
+    k, v = with_chunks_before(k_BHTK, n), with_chunks_before(v_BHTK, n)
+    scores = (q_BHTK.unflatten(2, (-1, C)) @ k.mT).masked_fill(~mask, -torch.inf)
+    y = scores.softmax(-1, dtype=torch.float32).type_as(v) @ v
+    return y.flatten(2, 3)
 
 
 # ------------------------------------------------------------------------------ Head and loss

@@ -31,6 +31,8 @@ SAME_REQUEST_S = 1.0  # keys bounce, and launchers pass on what their children g
 STOPPING = b"\nstopping after this step; press again to abort without a checkpoint\n"
 ANSWER_S = 3  # a rank that works tells the others so within this time
 STORE_S = 300  # seconds that ranks wait for each other to start
+GEMMS = ((2048, 128, 512), (512, 768, 3072))  # rows, in, out: of the smallest track, and a large
+BF16_GAIN = 1.2  # a CPU that multiplies all of them so much faster in bf16 does so in a run
 
 
 class StopRequest:
@@ -79,12 +81,28 @@ def is_first_to_say(message: str) -> bool:
     return True
 
 
+def bf16_gain() -> float:
+    """How many times as fast this CPU multiplies in bf16 as in fp32, where it gains least."""
+    gains = []
+    for rows, inputs, outputs in GEMMS:
+        seconds = {torch.float32: math.inf, torch.bfloat16: math.inf}
+        for dtype in [*seconds] * 4:  # in turns, and the fastest counts: others use the CPU too
+            x, W = torch.ones(rows, inputs, dtype=dtype), torch.ones(outputs, inputs, dtype=dtype)
+            start = time.perf_counter()
+            x @ W.T
+            seconds[dtype] = min(seconds[dtype], time.perf_counter() - start)
+        gains.append(seconds[torch.float32] / seconds[torch.bfloat16])
+        if gains[-1] < BF16_GAIN:  # where bf16 is emulated, the large ones take seconds
+            break
+    return min(gains)
+
+
 class Runtime:
     """This process's device, its place among the ranks, and every exchange with the others.
 
-    The one place that asks what hardware there is. Matrices are multiplied in bf16 on GPUs and on
-    CPUs with AMX, in fp32 on other CPUs, where bf16 is emulated and slow. Collectives return at
-    once on one process.
+    The one place that asks what hardware there is. Matrices are multiplied in bf16 on GPUs, and on
+    a CPU as choose_arithmetic finds; in fp32 before it is asked. Collectives return at once on one
+    process.
     """
 
     def __init__(self, fp32: bool = False, runs_per_device: int = 1, rank_timeout_s: int = 600):
@@ -101,9 +119,8 @@ class Runtime:
             # Otherwise threads add the gradients of an embedding in an order that varies.
             torch.use_deterministic_algorithms(True)
             torch.utils.deterministic.fill_uninitialized_memory = False
-        fast_bf16 = self.is_gpu or torch.cpu._is_amx_tile_supported()
-        self.matmul_dtype = torch.bfloat16 if fast_bf16 and not fp32 else torch.float32
-        self.stream_dtype = torch.bfloat16 if self.is_gpu and not fp32 else torch.float32
+        self.matmul_dtype = torch.bfloat16 if self.is_gpu and not fp32 else torch.float32
+        self.stream_dtype, self.bf16_gain = self.matmul_dtype, "not measured"
         self.has_fp8 = self.is_gpu and not fp32 and torch.cuda.get_device_capability() >= (9, 0)
         self.steps_in_flight = 1 if self.is_gpu else 0  # started before the last loss is read
         if self.world_size > 1:
@@ -128,6 +145,18 @@ class Runtime:
                 f"{self.device_name} has no bf16 arithmetic, which needs compute capability 8.0; "
                 "train on the CPU: CUDA_VISIBLE_DEVICES= ./run.sh"
             )
+
+    def choose_arithmetic(self, told: str):
+        """Choose what a CPU multiplies matrices in: as told ("float32", "bfloat16"), or measured.
+
+        Rank 0 measures for all. A GPU keeps what it has.
+        """
+        if self.is_gpu:
+            return
+        if not told:
+            gain = self.on_main(bf16_gain)
+            told, self.bf16_gain = "bfloat16" if gain > BF16_GAIN else "float32", f"{gain:.2f}"
+        self.matmul_dtype = getattr(torch, told)
 
     def synchronize(self):
         if self.is_gpu:

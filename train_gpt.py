@@ -509,8 +509,8 @@ class Attention(nn.Module):
         q, k = rotate(q, c.cos, c.sin), rotate(k, c.cos, c.sin)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
         mask = c.masks[self.layer.is_long, self.layer.is_paired]
-        y_BHTK = attend(q, k, v, mask, self.kernel_options)
-        y_BTHK = y_BHTK.transpose(1, 2).reshape(B, T, self.heads, -1)  # also splits paired heads
+        y_BHTK = attend(*(t.to(self.dtype) for t in (q, k, v)), mask, self.kernel_options)
+        y_BTHK = y_BHTK.type_as(x).transpose(1, 2).reshape(B, T, self.heads, -1)  # unpairs heads
         if self.head_gate is not None:
             y_BTHK = gate(x, self.head_gate) * y_BTHK
         return linear(y_BTHK.flatten(2), o[0].T, self.dtype)
@@ -622,11 +622,11 @@ class GPT(nn.Module):
         attending = [layer for layer in self.layers if layer.attends]
         has_pairs = any(layer.is_paired for layer in attending)
         paired_docs = docs_BT.repeat_interleave(2, dim=1) if has_pairs else docs_BT
-        masks = {}
+        longest, masks = max(*hp.window_tokens, hp.val_window_tokens), {}
         for is_long, is_paired in sorted({(layer.is_long, layer.is_paired) for layer in attending}):
             window = per_step.window if is_long else per_step.short_window
             docs = paired_docs if is_paired else docs_BT
-            masks[is_long, is_paired] = attention_mask(docs, window)
+            masks[is_long, is_paired] = attention_mask(docs, window, longest // (2 - is_long))
         place = torch.arange(T, device=docs_BT.device)
         same_doc = [(docs_BT == docs_BT.roll(j, 1)) & (place >= j)
                     for j in range(1, 1 + max(1, hp.shift_taps))]  # fmt: skip

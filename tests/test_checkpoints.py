@@ -13,13 +13,16 @@ import pytest
 import torch
 from conftest import TINY, TINY_TASK, settings
 
+import ranks
 from checkpoints import (
     check_same_run,
     delete_checkpoint,
     delete_parts,
     facts_sha256,
     read_checkpoint,
+    saved_dtype,
     write_checkpoint,
+    write_facts,
 )
 from data.shards import ShardError, file_sha256
 from flags import RunError
@@ -229,6 +232,29 @@ def test_a_checkpoint_of_other_arithmetic_is_refused(saved, name):
     own["arithmetic"] = {**own["arithmetic"], name: "torch.float8"}
     with pytest.raises(RunError, match=f"computed with {name} .*--fp32"):
         check_same_run(folder, read_checkpoint(folder, RT), own, other_source=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_run_that_goes_on_multiplies_as_before_without_measuring(saved, monkeypatch, dtype):
+    first, rt = saved[0], Runtime()
+    monkeypatch.setattr(ranks, "bf16_gain", lambda: 0.0 if dtype == torch.bfloat16 else 9.0)
+    facts = read_checkpoint(first.folder, RT)
+    facts["arithmetic"] = {**facts["arithmetic"], "matmul_dtype": str(dtype)}
+    folder = shutil.copytree(first.folder, first.folder.with_name(str(dtype)))
+    write_facts(folder, facts)
+    chosen = first.run.options
+    task, hp = first.run.task, first.run.hp
+    own = settings(task, hp, seed=0, log_dir=chosen.log_dir, resume=str(folder))
+    run = Run(own, SOURCES, rt, None, PROCESS_START)
+    run.choose_arithmetic()
+    assert rt.matmul_dtype == dtype and run.checkpoint_to_resume()["step"] == 6
+
+
+def test_what_is_no_checkpoint_tells_no_arithmetic(tmp_path):
+    os.mkfifo(tmp_path / "config.json")  # would be waited for
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/config.json").write_text('{"arithmetic": {"matmul_dtype": "torch.int8"}}')
+    assert [saved_dtype(str(f)) for f in ("", tmp_path, tmp_path / "other")] == ["", "", ""]
 
 
 CONFIGS = [

@@ -9,6 +9,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import torch
 from conftest import ROOT, clean_environment
 
 import environment
@@ -134,3 +135,36 @@ def test_the_clock_moves_while_a_run_compiles(tmp_path):
     with log.waiting("compiling"):
         time.sleep(1.2)
     assert drawn == ["compiling", "clock", "clock"]
+
+
+@pytest.mark.parametrize(
+    "gain, told, dtype",
+    [
+        (1.1, "", torch.float32),
+        (1.3, "", torch.bfloat16),
+        (1.1, "bfloat16", torch.bfloat16),
+        (1.3, "float32", torch.float32),
+    ],
+)
+def test_a_cpu_multiplies_in_bf16_where_that_is_clearly_faster_or_as_told(
+    monkeypatch, gain, told, dtype
+):
+    monkeypatch.setattr(ranks, "bf16_gain", lambda: gain)
+    rt = Runtime()
+    rt.choose_arithmetic(told)
+    assert rt.matmul_dtype == dtype and rt.stream_dtype == torch.float32
+    assert rt.bf16_gain == ("not measured" if told else f"{gain:.2f}")
+
+
+def test_a_cpu_that_emulates_bf16_is_not_asked_for_large_products(monkeypatch):
+    """Products of bf16 count as ten times as slow, by a clock of our own."""
+    sizes, clock = [], [0.0]
+
+    def multiply(x, W):
+        sizes.append(x.size(1))
+        clock[0] += 10.0 if x.dtype == torch.bfloat16 else 1.0
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", multiply)
+    monkeypatch.setattr(ranks.time, "perf_counter", lambda: clock[0])
+    assert ranks.bf16_gain() == pytest.approx(0.1)
+    assert set(sizes) == {128}

@@ -16,7 +16,7 @@ from torch.nn.attention.flex_attention import flex_attention
 import kernels
 import train_gpt
 from harness import TASKS, Task, compiled_graphs
-from kernels import attend, block_lists, block_mask, dense_mask
+from kernels import attend, block_lists, block_mask, chunk_mask
 from train_gpt import (
     GPT,
     TRACKS,
@@ -81,12 +81,28 @@ def docs_of(inputs_BT):
     return (inputs_BT == START).cumsum(1)
 
 
-@pytest.mark.parametrize("window", [1, 2, 31, 64, 500])
-def test_dense_mask_equals_brute_force_at_window_edges(window):
-    inputs = tokens(2, 96)
-    assert torch.equal(
-        dense_mask(docs_of(inputs), torch.tensor(window)), brute_force_mask(inputs, window)
-    )
+@pytest.mark.parametrize("length", [96, 128, 512])
+@pytest.mark.parametrize("window", [1, 2, 31, 64, 127, 128, 129, 130, 257, 500])
+def test_attention_by_chunks_equals_sdpa_with_a_brute_force_mask(window, length):
+    torch.manual_seed(window)
+    inputs = tokens(2, length, seed=window)
+    inputs[1, 5:] = 5  # a long document
+    q, k, v = (torch.randn(2, 2, length, 16, requires_grad=True) for _ in range(3))
+    mask = chunk_mask(docs_of(inputs), torch.tensor(window), longest=window)
+    brute = brute_force_mask(inputs, window)
+    by_mask = F.scaled_dot_product_attention(q, k, v, attn_mask=brute, scale=0.3)
+    expected = by_mask, *torch.autograd.grad(by_mask.square().sum(), (q, k, v))
+    y = attend(0.3 * q, k, v, mask)
+    found = y, *torch.autograd.grad(y.square().sum(), (q, k, v))
+    torch.testing.assert_close(found, expected, atol=2e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "window, keys", [(1, 128), (128, 256), (129, 256), (130, 384), (9999, 1024)]
+)
+def test_chunks_hold_no_key_that_the_longest_window_cannot_reach(window, keys):
+    docs = torch.zeros(1, 1024, dtype=torch.int64)
+    assert chunk_mask(docs, torch.tensor(5), longest=window).shape == (1, 1, 8, 128, keys)
 
 
 @pytest.mark.parametrize("window", [1, 100, 128, 129, 255, 256, 257, 400, 512])
@@ -219,7 +235,7 @@ def test_one_compiled_graph_with_flex_attention_serves_every_window(tiny_hp, mon
     windows = [through(hp, w) for w in (16, 100, 256)]
     with torch.no_grad():
         expected = [logits_of(model, inputs, window) for window in windows]
-        monkeypatch.setattr(train_gpt, "attention_mask", block_mask)
+        monkeypatch.setattr(train_gpt, "attention_mask", lambda *args: block_mask(*args[:2]))
         compiled = torch.compile(
             partial(logits_of, model), fullgraph=True, dynamic=False, backend="aot_eager"
         )
@@ -236,7 +252,7 @@ def test_paired_heads_see_each_other_in_turns(tiny_hp):
     T, K, window = 12, 16, 7
     q, k, v = (torch.randn(1, T, 2, K, dtype=torch.float64) for _ in range(3))
     docs = torch.tensor([[0] * 5 + [1] * 7])
-    mask = dense_mask(docs.repeat_interleave(2, dim=1), torch.tensor(window))
+    mask = chunk_mask(docs.repeat_interleave(2, dim=1), torch.tensor(window), longest=window)
     paired = [pair_heads(x).transpose(1, 2) for x in (q, k, v)]
     found = attend(*paired, mask).transpose(1, 2).reshape(1, T, 2, K)
     for t in range(T):
@@ -250,7 +266,7 @@ def test_paired_heads_see_each_other_in_turns(tiny_hp):
             scores = torch.stack([q[0, t, head] @ k[0, s, other] for s, other in seen])
             values = torch.stack([v[0, s, other] for s, other in seen])
             expected = scores.softmax(0) @ values
-            torch.testing.assert_close(found[0, t, head], expected)
+            torch.testing.assert_close(found[0, t, head], expected, atol=1e-6, rtol=1e-6)
 
 
 def test_further_targets_count_within_the_row_and_the_document(tiny_hp):
@@ -363,7 +379,7 @@ def test_additions_change_nothing_at_their_start(tiny_hp, setting):
 
 def test_the_gpu_path_traces_forward_and_backward_as_one_graph(monkeypatch):
     """Blocks, kernels and bf16 banks of the fineweb track, on tensors that hold no data."""
-    monkeypatch.setattr(train_gpt, "attention_mask", block_mask)
+    monkeypatch.setattr(train_gpt, "attention_mask", lambda *args: block_mask(*args[:2]))
     monkeypatch.setattr(kernels, "use_kernels", lambda x: True)
     monkeypatch.setattr(flex, "_validate_device", lambda *tensors: None)  # bars a CPU's backward
     hp = dataclasses.replace(

@@ -498,6 +498,11 @@ def test_what_makes_times_incomparable():
 
     assert verdict(80, 76, change=environment(host="other")) == ("NOT COMPARABLE", 3)
     assert verdict(80, 76, change=environment(threads="4")) == ("NOT COMPARABLE", 3)
+    dtypes = iter("fffbb")  # one arm may multiply in bf16, where all its runs do
+    assert verdict(80, 76, change=lambda r: r.environment.update(matmul_dtype=next(dtypes)))[1] == 3
+    assert verdict(80, 76, change=environment(matmul_dtype="b")) == ("FASTER", 0)
+    elsewhere = environment(matmul_dtype="b", host="other")
+    assert verdict(80, 76, change=elsewhere) == ("NOT COMPARABLE", 3)
     assert verdict(80, 76, change=environment(device="GPU")) == ("NOT COMPARABLE", 3)
     assert verdict(80, 76, change=lambda r: r.data.append("data_sha256: f (x)"))[1] == 3
     assert verdict(80, 76, change=lambda r: r.config.update(target_val_loss="2"))[1] == 3
@@ -708,6 +713,24 @@ def test_every_kind_of_import_is_followed(tmp_path):
 
 def test_every_module_that_the_trainer_imports_is_in_its_log(log):
     assert set(sources.project_files(ROOT, "train_gpt.py")) == set(runs.read_log(log).sources)
+
+
+@pytest.mark.parametrize("ran, told", [("float32", "float32"), ("", "bfloat16")])
+def test_all_runs_of_a_race_multiply_as_its_first_did_or_as_is_faster_here(
+    tmp_path, monkeypatch, ran, told
+):
+    """Both arms whose source can be told so; an older one is not."""
+    arms = [attempts.Attempt(name, tmp_path / name, {"harness.py": text}, [])
+            for name, text in (("A", "cpu_dtype"), ("B", "cpu_dtype"), ("Old", ""))]  # fmt: skip
+    logged = runs.Run(Path("one.txt"), environment={"matmul_dtype": f"torch.{ran}"})
+    monkeypatch.setattr(attempts, "read_log", lambda path: logged)
+    if ran:
+        arms[1].logs.mkdir(parents=True)
+        (arms[1].logs / "one.txt").touch()
+    measured = subprocess.CompletedProcess([], 0, "torch.bfloat16\n")
+    monkeypatch.setattr(attempts.subprocess, "run", lambda *args, **settings: measured)
+    attempts.settle_dtype(arms)
+    assert [arm.cpu_dtype for arm in arms] == [told, told, ""]
 
 
 @pytest.mark.parametrize("path", ["", STAND_IN, ROOT])

@@ -26,7 +26,7 @@ from tools.runs import Run, find_logs, flag_pairs, read_log
 from tools.sources import ENTRIES, ROOT, entry_of, kept_texts, source_texts
 
 SINGLE_RUN_FLAGS = {"--seed", "--slug", "--log_dir", "--source_dir", "--declared_runs", "--resume",
-                    "--turn_steps"}  # fmt: skip
+                    "--turn_steps", "--cpu_dtype"}  # fmt: skip
 UNLOGGED_S = 1.0  # that a process takes before its first import
 LAUNCHER_S = 10.0  # the same of torchrun and its ranks
 
@@ -50,6 +50,7 @@ class Attempt:
         self.source, self.logs = self.folder / "source", self.folder / "logs"
         self.entry = next((entry for entry in ENTRIES if entry in self.texts), None)
         self.is_new = False  # frozen by this process
+        self.cpu_dtype = ""  # what its runs are told to multiply in; empty: each one measures
 
     @property
     def log_paths(self) -> list[Path]:
@@ -141,6 +142,21 @@ def settle_flags(attempts: list[Attempt]) -> None:
                 raise ToolError(f"the runs of {attempt.name} have other flags of the trainer: "
                                 f"{' '.join(had) or 'none'}; leave yours out to go on, or name a "
                                 "new folder")  # fmt: skip
+
+
+def settle_dtype(attempts: list[Attempt]) -> None:
+    """Let all runs multiply alike: as those that ran did, or as is faster on this host."""
+    younger = [attempt for attempt in attempts if attempt.knows("cpu_dtype")]
+    paths = [path for attempt in younger for path in attempt.log_paths]
+    found = read_log(paths[0]).environment["matmul_dtype"] if paths else ""
+    if younger and not found:
+        code = (
+            "import ranks; rt = ranks.Runtime(); rt.choose_arithmetic(''); print(rt.matmul_dtype)"
+        )
+        found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, text=True,
+                               stdout=subprocess.PIPE).stdout.strip()  # fmt: skip
+    for attempt in younger:
+        attempt.cpu_dtype = found.removeprefix("torch.")
 
 
 def check_turns(attempts: list[Attempt], turn_steps: int) -> None:
@@ -270,7 +286,8 @@ def begin(
         command += [f"--nproc_per_node={attempt.processes}"]
     command += [str(scratch / attempt.entry), *attempt.flags, f"--seed={seed}"]
     command += [f"--slug={sources.slug_of(attempt.name)}", f"--log_dir={attempt.logs}"]
-    younger = {"source_dir": attempt.source, "declared_runs": declared, "turn_steps": turn_steps}
+    younger = {"source_dir": attempt.source, "declared_runs": declared, "turn_steps": turn_steps,
+               "cpu_dtype": attempt.cpu_dtype}  # fmt: skip
     command += [f"--{flag}={value}" for flag, value in younger.items() if attempt.knows(flag)]
     return subprocess.Popen(command, env=variables(scratch), text=True, stdin=stdin,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip

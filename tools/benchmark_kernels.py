@@ -89,7 +89,7 @@ def attention(rt: Runtime, B: int, T: int, H: int, K: int, window: int) -> None:
 
     @torch.compile(dynamic=False)
     def masked(q, k, v, at):
-        return attend(q, k, v, attention_mask(docs, at), options)
+        return attend(q, k, v, attention_mask(docs, at, 2560), options)
 
     widths = {f"window_{w}": torch.tensor(w, device=rt.device) for w in (window, 2560)}
     compare(f"attention {B} x {T} x {H} x {K}", rt,

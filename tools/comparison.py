@@ -259,9 +259,10 @@ def what_forbids_comparing(a: Arm, b: Arm, trust: bool) -> list[str]:
         reasons.append(f"different tasks, {name} {x} and {y}")
     if a.target != b.target and not (math.isnan(a.target) and math.isnan(b.target)):
         reasons.append(f"different targets, {a.target} and {b.target}")
-    classes = [{r.machine_class for r in arm.runs} for arm in (a, b)]
+    # One source may multiply in bf16 where an older one did not: a race on one host may tell.
+    classes = [{(r.machine, r.turn_steps) for r in arm.runs} for arm in (a, b)]
     if classes[0] != classes[1]:
-        names = [" and ".join(sorted(c)) for c in classes]
+        names = [" and ".join(sorted({r.machine_class for r in arm.runs})) for arm in (a, b)]
         reasons.append(f"different classes, {names[0]} and {names[1]}")
     elif not trust:
         hosts = {r.host for arm in (a, b) for r in arm.runs}

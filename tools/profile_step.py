@@ -118,6 +118,7 @@ def main() -> None:
                            f"twice fit into each stage of {shortest} steps")  # fmt: skip
         rt = Runtime(settings.options.fp32)
         run = Run(settings, SOURCES, rt, StopRequest(), PROCESS_START)
+        run.choose_arithmetic()
         trainer = Trainer(run)
         warm_up(run, trainer)
         if trainer.loss is trainer.model:

@@ -30,6 +30,7 @@ from tools.attempts import (
     interleaved,
     order_seed,
     require_own_flags,
+    settle_dtype,
     settle_flags,
     takes_runs,
 )
@@ -84,6 +85,8 @@ def line_up(args, flags: list[str], out: Path) -> list[Attempt]:
         raise ToolError("--out: every attempt here keeps its own runs; leave it out")
     check_turns(attempts, args.turns)
     settle_flags(attempts)
+    if args.n:
+        settle_dtype(attempts)
     for attempt in attempts:
         attempt.freeze()
     return attempts

@@ -21,6 +21,8 @@ CAUSES = ("torch", "cpu", "device", "matmul_dtype", "threads")  # of losses that
 def run_again(log: Path, folder: Path, flags: list[str]) -> tuple[Run, Run]:
     """(the run of a log, the new run of its source)."""
     old, attempt = read_log(log), copy_of(log, folder, flags)
+    if attempt.knows("cpu_dtype"):
+        attempt.cpu_dtype = old.environment["matmul_dtype"].removeprefix("torch.")
     attempt.freeze()
     (ended,) = start([(attempt, int(old.seed))], declared=0)
     if not ended.run.finished:

@@ -127,14 +127,18 @@ class Run:
 
     @property
     def machine_class(self) -> str:
-        """The class within which times may be ranked: device, count, arithmetic, turns."""
+        """The class within which times may be ranked: machine, arithmetic, turns."""
+        turns = f", in turns of {self.turn_steps} steps" if self.turn_steps else ""
+        return f"{self.machine}, {self.environment.get('matmul_dtype', 'unknown')}{turns}"
+
+    @property
+    def machine(self) -> str:
+        """Device and count."""
         env = self.environment
         count = f"{env.get('world_size', '?')}x "
         if "gpu0" not in env:
             count = f"{env.get('threads', '?')} threads of "
-        turns = f", in turns of {self.turn_steps} steps" if self.turn_steps else ""
-        device, dtype = env.get("device", "unknown"), env.get("matmul_dtype", "unknown")
-        return f"{count}{device}, {dtype}{turns}"
+        return f"{count}{env.get('device', 'unknown')}"
 
     @property
     def task(self) -> dict[str, str]:
@@ -399,7 +403,7 @@ def source_diff(a: Run, b: Run, path: str) -> list[str]:
     return list(difflib.unified_diff(*lines, f"A/{path}", f"B/{path}", lineterm=""))
 
 
-RUN_BOUND = ("schema", "utc", "argv", "run", "seed", "slug", "log_dir", "source_dir",
+RUN_BOUND = ("schema", "utc", "argv", "run", "seed", "slug", "log_dir", "source_dir", "cpu_dtype",
              "declared_runs", "save_every", "resume", "other_source", "rank_timeout_s",
              "overrides")  # fmt: skip
 
@@ -414,7 +418,7 @@ def task_changes(a: Run, b: Run) -> dict[str, tuple[str, str]]:
 
 
 def environment_changes(a: Run, b: Run) -> dict[str, tuple[str, str]]:
-    return changes(a.environment, b.environment, ("load_average",))
+    return changes(a.environment, b.environment, ("load_average", "bf16_gain"))
 
 
 def changes(a: dict[str, str], b: dict[str, str], but_for) -> dict[str, tuple[str, str]]:

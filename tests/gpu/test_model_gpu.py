@@ -10,7 +10,7 @@ from conftest import settings
 
 from data.shards import write_shard
 from harness import TASKS, Run, Runtime, StopRequest, compiled_graphs, warm_up
-from kernels import block_mask, dense_mask, flex_attention, flex_options
+from kernels import block_mask, flex_attention, flex_options, may_attend
 from train_gpt import (
     PROCESS_START,
     SOURCES,
@@ -35,6 +35,9 @@ def test_flex_attention_equals_sdpa_in_fp64_forward_and_backward(window, seed):
     docs = (torch.rand(2, T, device="cuda") < 0.004).cumsum(1)
     q, k, v, dy = torch.randn(4, 2, 3, T, 128, device="cuda", dtype=torch.bfloat16)
     q, at = 0.1 * F.rms_norm(q, (128,)), torch.tensor(window, device="cuda")
+    index = torch.arange(T, device="cuda")
+    by_doc = docs[:, None, :, None], docs[:, None, None]
+    mask = may_attend(index[:, None], index, *by_doc, window)
     found, expected = [], []
 
     @torch.compile(dynamic=False, fullgraph=True)
@@ -47,7 +50,7 @@ def test_flex_attention_equals_sdpa_in_fp64_forward_and_backward(window, seed):
         if dtype == torch.bfloat16:
             y = compiled(*inputs, docs, at)
         else:
-            y = F.scaled_dot_product_attention(*inputs, attn_mask=dense_mask(docs, at), scale=1.0)
+            y = F.scaled_dot_product_attention(*inputs, attn_mask=mask, scale=1.0)
         y.backward(dy.to(dtype))
         results += [y.detach(), *(t.grad for t in inputs)]
     for a, b in zip(found, expected, strict=True):
