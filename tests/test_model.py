@@ -353,7 +353,7 @@ def test_fineweb_begins_as_the_public_record():
     tables = [i for i, layer in enumerate(model.layers) if layer.value_embed is not None]
     assert tables == [1, 2, 8, 9, 10] and len(model.value_embeds) == 5
     assert model.value_embeds.std().item() == pytest.approx(0.01, rel=0.05)
-    assert model.backout.item() == 0.5 and model.skip_gate.item() == -1.5
+    assert model.backout.item() == 0.5 and model.skip.item() == -1.5
     assert not model.bigram.any() and not model.smear.any()
     assert torch.equal(model.embed, model.lm_head)
     assert model.embed.std().item() == pytest.approx(0.005, rel=0.05)
@@ -392,6 +392,7 @@ def test_the_gpu_path_traces_forward_and_backward_as_one_graph(monkeypatch):
         shared_memory_bytes=0,
         has_fp8=True,
         my_part=lambda count: slice(0, count),
+        start_average_of_parts=lambda bank: lambda: bank,
         gather_parts=lambda bank: None,
     )
     with FakeTensorMode():
@@ -408,4 +409,5 @@ def test_the_gpu_path_traces_forward_and_backward_as_one_graph(monkeypatch):
             wanted = torch.bfloat16 if "qkvo" in name or "up_down" in name else torch.float32
             assert p.dtype == p.grad.dtype == wanted, name
         for group in groups.values():
-            group.step(1.0, 0.9)
+            group.reduce()
+            group.step(1.0, 0.9, 1)
