@@ -70,8 +70,7 @@ class Hyperparameters:
     num_steps: int = option(1500, "optimizer steps", 1)
     batch_tokens: tuple[int, ...] = option((131_072, 262_144, 393_216), "tokens per step", 1)
     seq_len: int = option(16384, "tokens per training row, into which documents are packed", 2)
-    document_cap: tuple[int, ...] = option((896, 2048, 2048), "longest document, tokens; 0: "
-                                           "no cap, rows are cut from the stream")  # fmt: skip
+    document_cap: tuple[int, ...] = option((896, 2048, 2048), "longest document; 0: cut rows")
     max_epochs: int = option(1, "passes over the training shards that are allowed", 1)
     val_every: int = option(125, "steps between validations", 1)
     # Model.
@@ -173,18 +172,18 @@ TRACKS = {
     ),
     "embedded": Hyperparameters(
         task="embedded",
-        num_steps=1300,
+        num_steps=800,
         batch_tokens=(2048,),
-        seq_len=128,
+        seq_len=256,
         document_cap=(0,),
-        val_every=130,
-        layers="LL",
-        num_heads=4,
-        head_dim=32,
+        val_every=160,
+        layers="SL",
+        num_heads=2,
+        head_dim=64,
         model_dim=128,
         mlp_dim=512,
         vocab_multiple=1,
-        attn_scale=0.2386,
+        attn_scale=0.12,
         softcap=(30.0, 0.0),
         value_layers=(-1,),
         bigram_rows=16384,
@@ -193,7 +192,7 @@ TRACKS = {
         shift_taps=3,
         skip=(-1, -1),
         backout_from=-1,
-        window_tokens=(128,),
+        window_tokens=(256,),
         short_window_tokens=(128,),
         val_window_tokens=0,
         mtp_weight=0.0,
@@ -201,7 +200,7 @@ TRACKS = {
         muon_decay=0.0,
         mlp_down_lr=1.0,
         embed_lr=0.02,
-        head_lr=0.004,
+        head_lr=0.008,
         tied_frac=0.0,
         bigram_lr=0.06,
         scalar_lr=0.02,
@@ -585,6 +584,11 @@ class GPT(nn.Module):
             block.mlp.up_down.data.uniform_(-bound, bound)[1].zero_()
             if block.attn is not None:
                 block.attn.qkvo.data.uniform_(-bound, bound)[3].zero_()
+                if block.attn.layer.is_long:
+                    # Keys here are those of the token before, and queries start equal: a token
+                    # seeks its like, and copying (arXiv 2209.11895) sets in at once.
+                    halves = block.attn.qkvo.data.unflatten(1, (hp.num_heads, 2, -1))
+                    halves[0, :, 1] = halves[1, :, 1]
         if hp.tied_frac:  # Trainer.update keeps the two equal
             self.lm_head.data.copy_(self.embed.data.mul_(0.005))
 
@@ -853,9 +857,9 @@ def memory_estimate(hp: Hyperparameters, vocab: int, rows: int) -> float:
     width, tables = hp.num_heads * hp.head_dim, 2 + sum(i >= 0 for i in hp.value_layers)
     matrices = len(hp.layers) * hp.model_dim * (4 * width + 2 * hp.mlp_dim)
     weights = 12 * matrices + 16 * (tables * vocab + hp.bigram_rows) * hp.model_dim
-    tokens = rows * hp.seq_len
+    tokens, update = rows * hp.seq_len, 4 * hp.bigram_rows * hp.model_dim  # of one table, later
     kept = 2 * len(hp.layers) * (13 * hp.model_dim + hp.mlp_dim) * tokens  # for the backward pass
-    return weights + kept + 4 * min(tokens, HEAD_CHUNK_TOKENS) * vocab
+    return weights + max(kept + 4 * min(tokens, HEAD_CHUNK_TOKENS) * vocab, update)
 
 
 def choose_micro_batches(hp: Hyperparameters, vocab: int, rt: Runtime, asked: int) -> list[int]:
