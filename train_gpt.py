@@ -52,6 +52,7 @@ from kernels import (
 )
 
 HERE = Path(__file__).resolve()
+HEAD_LR = 0.008  # learning rate of the head
 SOURCES = {  # what a log embeds
     path: (HERE.parent / path).read_text() for path in (HERE.name, "kernels.py", *REFEREE_FILES)
 }
@@ -99,7 +100,7 @@ class Hyperparameters:
     muon_decay: float = option(1.2, "their cautious weight decay, times the squared rate")
     mlp_down_lr: float = option(2.0, "factor on the rate of the MLP's second matrix")
     embed_lr: float = option(0.008, "learning rate of token embeddings")
-    head_lr: float = option(0.008, "learning rate of the head")
+    adam_eps: float = option(1e-15, "beside the root; a rare row's gradient of a mean is 1e-9")
     tied_frac: float = option(0.66, "fraction of steps with head and embedding tied")
     bigram_lr: float = option(0.6, "learning rate of the table of token pairs")
     scalar_lr: float = option(0.04, "learning rate of scalars; of gates a fifth")
@@ -135,8 +136,8 @@ class Hyperparameters:
             raise RunError("--backout_from and --value_layers must stay within --layers")
         if self.skip[0] >= 0 and not self.skip[0] < self.skip[1] <= last:
             raise RunError(f"--skip {as_flag(self.skip)} must rise in --layers; none: --skip -1,-1")
-        if self.tied_frac and self.embed_lr != self.head_lr:
-            raise RunError("--embed_lr and --head_lr must be equal with --tied_frac above 0")
+        if self.tied_frac and self.embed_lr != HEAD_LR:
+            raise RunError(f"--embed_lr must be the head's, {HEAD_LR}, with --tied_frac above 0")
 
     def stage(self, values: tuple, step: int) -> int:
         """Index of the value that holds in this step: each holds for an equal share of steps."""
@@ -200,7 +201,7 @@ TRACKS = {
         muon_decay=0.0,
         mlp_down_lr=1.0,
         embed_lr=0.02,
-        head_lr=0.008,
+        adam_eps=1e-10,
         tied_frac=0.0,
         bigram_lr=0.06,
         scalar_lr=0.02,
@@ -686,9 +687,6 @@ POLAR_EXPRESS = (  # arXiv 2505.16932: the best quintic for each Newton-Schulz s
 )
 
 
-ADAM_EPS = 1e-15  # below the gradient of a row that one of 400,000 tokens uses
-
-
 def orthogonalize(G: Tensor, dtype: torch.dtype) -> Tensor:
     """The orthogonal factor of each matrix in G (N, rows, cols): singular values become about 1."""
     X, is_tall = G.to(dtype), G.size(-2) > G.size(-1)
@@ -742,12 +740,12 @@ def muon_update(G, lr, decay, beta, factors, dtype, W, momentum, second, low=Non
         low.view(torch.int16).copy_(new_low)
 
 
-def adam_update(G, lr, decay, count, beta1, beta2, W, mean, square):
+def adam_update(G, lr, decay, count, beta1, beta2, eps, W, mean, square):
     """Update numbers W (N,) in place by Adam (arXiv 1412.6980); lr, decay, count: 0-D tensors."""
     mean.lerp_(G.float(), 1 - beta1)
     square.lerp_(G.float() ** 2, 1 - beta2)
     root = (square / (1 - beta2**count)).sqrt()
-    W.sub_(lr * (mean / (1 - beta1**count)) / (root + ADAM_EPS))
+    W.sub_(lr * (mean / (1 - beta1**count)) / (root + eps))
     W.sub_(lr * lr * decay * weights_to_decay(W, mean))
 
 
@@ -769,7 +767,7 @@ class Optimizer:
     Matrices are bf16 where the stream is; then state holds the lower 16 bits of their fp32.
     """
 
-    def __init__(self, group: Group, rt: Runtime, compile_fn: Callable):
+    def __init__(self, group: Group, rt: Runtime, compile_fn: Callable, adam_eps: float = 1e-15):
         self.group, self.rt, is_adam = group, rt, group.betas is not None
         self.update = compile_fn(adam_update if is_adam else muon_update)
         self.item = () if is_adam else group.params[0].shape[1:]
@@ -783,7 +781,7 @@ class Optimizer:
         sizes = [p.numel() // math.prod(self.item) for p in group.params]
         for p, view in zip(group.params, bank.split(sizes), strict=True):
             p.data = view.view(p.shape)
-        self.fixed = group.betas
+        self.fixed = (*group.betas, adam_eps) if is_adam else ()
         if not is_adam:
             factors = group.factors * (len(bank) // len(group.factors))
             factors_N11 = torch.tensor(factors, device=bank.device)[:, None, None]
@@ -832,7 +830,7 @@ def parameter_groups(model: GPT, hp: Hyperparameters) -> dict[str, Group]:
         "attn": (named("qkvo"), hp.muon_lr, None, hp.muon_decay, 1),
         "mlp": (named("up_down"), hp.muon_lr, None, hp.muon_decay, 1, (1.0, hp.mlp_down_lr)),
         "embed": (named("embed"), hp.embed_lr, hp.embed_betas, 150 * decay, every),
-        "head": (named("lm_head"), hp.head_lr, hp.embed_betas, 150 * decay, every),
+        "head": (named("lm_head"), HEAD_LR, hp.embed_betas, 150 * decay, every),
         "values": (named("value_embeds"), 0.6, tables, 5 * decay, every),
         "bigram": (named("bigram"), hp.bigram_lr, tables, 5 * decay, every),
         "gates": (named("_gate"), hp.scalar_lr / 5, hp.scalar_betas, 0.0, every),
@@ -846,7 +844,7 @@ def make_optimizers(model: GPT, hp: Hyperparameters, rt: Runtime, compile_fn: Ca
     groups = parameter_groups(model, hp)
     grouped = sorted(id(p) for group in groups.values() for p in group.params)
     assert grouped == sorted(map(id, model.parameters())), "a parameter is not in just one group"
-    return {name: Optimizer(group, rt, compile_fn) for name, group in groups.items()}
+    return {name: Optimizer(group, rt, compile_fn, hp.adam_eps) for name, group in groups.items()}
 
 
 # ------------------------------------------------------------------------------ Train

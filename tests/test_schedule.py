@@ -10,7 +10,16 @@ import torch
 from conftest import settings
 
 from harness import Run, Runtime
-from train_gpt import PROCESS_START, SOURCES, TRACKS, Trainer, lr_scale, muon_momentum, step_inputs
+from train_gpt import (
+    HEAD_LR,
+    PROCESS_START,
+    SOURCES,
+    TRACKS,
+    Trainer,
+    lr_scale,
+    muon_momentum,
+    step_inputs,
+)
 
 
 def trainer(hp, task) -> Trainer:
@@ -75,7 +84,7 @@ def test_further_targets_fade_by_two_thirds_of_the_run():
 
 
 def test_the_head_is_the_embedding_until_they_part(tiny_hp, tiny_task):
-    hp = dataclasses.replace(tiny_hp, tied_frac=0.5, num_steps=8, head_lr=tiny_hp.embed_lr)
+    hp = dataclasses.replace(tiny_hp, tied_frac=0.5, num_steps=8, embed_lr=HEAD_LR)
     run = trainer(hp, tiny_task)
     batches = run.batches(0)
     for step in range(8):
@@ -88,7 +97,7 @@ def test_the_head_is_the_embedding_until_they_part(tiny_hp, tiny_task):
 @pytest.mark.parametrize("tied_frac", [0.0, 0.5])
 def test_a_waiting_gradient_is_the_sum_over_steps_and_tied_matrices(tiny_hp, tiny_task, tied_frac):
     """Two steps of which Adam takes the second, against one step by hand with all gradients."""
-    tiny_hp = dataclasses.replace(tiny_hp, tied_frac=tied_frac, head_lr=tiny_hp.embed_lr)
+    tiny_hp = dataclasses.replace(tiny_hp, tied_frac=tied_frac, embed_lr=HEAD_LR)
     run, moved_by = trainer(tiny_hp, tiny_task), []
     reduce = run.optimizers["embed"].reduce
     run.optimizers["embed"].reduce = lambda: moved_by.append(embed.grad) or reduce()
