@@ -85,7 +85,7 @@ class Task:
     vocab_size: int = option(50257, "token ids in the shards are below it", 2)
     document_start: int = option(50256, "token that opens every document")
     val_tokens: int = option(10_485_760, "validation targets", 1)
-    val_seq_len: int = option(16384, "tokens per validation row", 2)
+    val_seq_len: int = option(131_072, "tokens per validation row", 2)
     val_spread: bool = option(False, "spread validation rows evenly instead of taking the first")
     target_val_loss: float = option(3.28, "nats per token")
 

@@ -10,6 +10,7 @@ import signal
 import sys
 import sysconfig
 import time
+from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cache
@@ -265,18 +266,43 @@ class Runtime:
         part = math.ceil(count / self.world_size)
         return slice(min(self.rank * part, count), min((self.rank + 1) * part, count))
 
+    def padded(self, bank: Tensor) -> Tensor:
+        """bank (N, ...) with rows of zeros, so that it divides into equal parts."""
+        missing = -len(bank) % self.world_size
+        return torch.cat([bank, bank.new_zeros(missing, *bank.shape[1:])]) if missing else bank
+
+    def start_average_of_parts(self, bank: Tensor) -> Callable[[], Tensor]:
+        """Start to average bank (N, ...) over the ranks, in stream_dtype.
+
+        Return a function that waits for the items of my_part(N).
+        """
+        if self.world_size == 1:
+            return lambda: bank
+        mine, whole = self.my_part(len(bank)), self.padded(bank.to(self.stream_dtype)).contiguous()
+        part = whole.new_zeros(len(whole) // self.world_size, *whole.shape[1:])
+        if self.is_alone:  # what is compiled then gets the same dtype as later
+            return lambda: part[: mine.stop - mine.start]
+        with self.collective():
+            work = dist.reduce_scatter_single(part, whole, async_op=True)
+
+        def wait() -> Tensor:
+            with self.collective():
+                work.wait()
+            return part[: mine.stop - mine.start].div_(self.world_size)
+
+        return wait
+
     def gather_parts(self, bank: Tensor):
         """Fill bank (N, ...) on every rank with what each rank holds in its my_part(N)."""
         if self.is_alone:
             return
-        part = math.ceil(len(bank) / self.world_size)
-        mine = bank.new_zeros(part, *bank.shape[1:])
-        own = bank[self.my_part(len(bank))]
-        mine[: len(own)] = own
-        gathered = bank.new_empty(part * self.world_size, *bank.shape[1:])
+        whole = self.padded(bank)
+        part = len(whole) // self.world_size
+        mine = whole[self.rank * part :][:part].clone()
         with self.collective():
-            dist.all_gather(list(gathered.split(part)), mine)
-        bank.copy_(gathered[: len(bank)])
+            dist.all_gather_single(whole, mine)
+        if whole is not bank:
+            bank.copy_(whole[: len(bank)])
 
     def close(self):
         """Leave the group of ranks; a rank that exits without it may abort in gloo's threads."""

@@ -52,6 +52,7 @@ from kernels import (
 )
 
 HERE = Path(__file__).resolve()
+HEAD_LR = 0.008  # learning rate of the head
 SOURCES = {  # what a log embeds
     path: (HERE.parent / path).read_text() for path in (HERE.name, "kernels.py", *REFEREE_FILES)
 }
@@ -68,43 +69,41 @@ class Hyperparameters:
     # Each is option(default, help, least value).
     # Budget. Of several values, each holds for an equal share of the steps (a stage).
     num_steps: int = option(1500, "optimizer steps", 1)
-    batch_tokens: tuple[int, ...] = option((131_072, 262_144, 393_216), "tokens per step, all "
-                                           "ranks", 1)  # fmt: skip
+    batch_tokens: tuple[int, ...] = option((131_072, 262_144, 393_216), "tokens per step", 1)
     seq_len: int = option(16384, "tokens per training row, into which documents are packed", 2)
-    document_cap: tuple[int, ...] = option((896, 2048, 2048), "longest document, tokens; 0: "
-                                           "no cap, rows are cut from the stream")  # fmt: skip
+    document_cap: tuple[int, ...] = option((896, 2048, 2048), "longest document; 0: cut rows")
     max_epochs: int = option(1, "passes over the training shards that are allowed", 1)
     val_every: int = option(125, "steps between validations", 1)
     # Model.
-    layers: str = option("sSsLSs-SSsL", "one letter per layer: S short, L long window; lowercase: "
-                         "heads in pairs; -: no attention")  # fmt: skip
+    layers: str = option("sSsLSs-SSsL", "S short, L long; lowercase: paired heads; -: no attention")
     num_heads: int = option(6, "attention heads per layer", 1)
     head_dim: int = option(128, "width of a head, divisible by 4", 4)
     model_dim: int = option(768, "width of the residual stream", 16)
     mlp_dim: int = option(3072, "width of the MLP's hidden layer", 1)
     vocab_multiple: int = option(128, "embedding and head are padded to a multiple of this", 1)
     attn_scale: float = option(0.1, "factor on q.k after both are normed, in the first stage")
-    softcap: float = option(23.0, "height of the cap on logits, see kernels.Softcap", 1)
-    softcap_shift: float = option(5.0, "its shift")
-    num_value_embeds: int = option(3, "value-embedding tables n, for the first and last n layers")
+    softcap: tuple[float, float] = option((23.0, 5.0), "height and shift, see kernels.Softcap")
+    value_layers: tuple[int, ...] = option((1, 2, 8, 9, 10), "with a value table; -1: none", -1)
     bigram_rows: int = option(251_520, "rows of the hashed table of token pairs; 0: none")
+    mix_init: tuple[float, ...] = option((1.1, 0.0, 0.1), "first weights of stream, embedding and "
+                                         "pair in a layer; of two: pairs are embedded")  # fmt: skip
     head_gates: bool = option(True, "gate each head's output by the token")
     shift_taps: int = option(0, "earlier tokens that are mixed into each sublayer's input")
-    skip_from: int = option(3, "layer whose output is kept; -1: no skip", -1)
-    skip_to: int = option(6, "layer to whose input it is added", -1)
+    skip: tuple[int, int] = option((3, 6), "layers from and to which one skips; -1,-1: none", -1)
     backout_from: int = option(7, "layer whose output is subtracted before the head; -1: none", -1)
-    window_tokens: tuple[int, ...] = option((384, 896, 1408), "long attention window, token "
-                                            "itself included; short: half", 2)  # fmt: skip
+    window_tokens: tuple[int, ...] = option((384, 896, 1408), "long window, with the token", 2)
+    short_window_tokens: tuple[int, ...] = option((128, 384, 640), "short window", 2)
     val_window_tokens: int = option(2560, "long window in validation; 0: as in training")
     mtp_weight: float = option(0.5, "second target's weight, relative to the next token's 1")
     # Optimizer. The parameter groups stand in parameter_groups().
     muon_lr: float = option(0.023, "learning rate of hidden matrices")
     muon_decay: float = option(1.2, "their cautious weight decay, times the squared rate")
+    mlp_down_lr: float = option(2.0, "factor on the rate of the MLP's second matrix")
     embed_lr: float = option(0.008, "learning rate of token embeddings")
-    head_lr: float = option(0.008, "learning rate of the head")
+    adam_eps: float = option(1e-15, "beside the root; a rare row's gradient of a mean is 1e-9")
     tied_frac: float = option(0.66, "fraction of steps with head and embedding tied")
-    bigram_lr: float = option(0.012, "learning rate of the table of token pairs")
-    scalar_lr: float = option(0.04, "learning rate of gates and scalars")
+    bigram_lr: float = option(0.6, "learning rate of the table of token pairs")
+    scalar_lr: float = option(0.04, "learning rate of scalars; of gates a fifth")
     embed_betas: tuple[float, float] = option((0.5, 0.95), "Adam's betas of embedding and head")
     table_betas: tuple[float, float] = option((0.75, 0.95), "Adam's betas of the other tables")
     scalar_betas: tuple[float, float] = option((0.9, 0.99), "Adam's betas of gates and scalars")
@@ -115,8 +114,7 @@ class Hyperparameters:
     cooldown_frac: float = option(0.6, "fraction of steps in which rates fall linearly")
     final_lr_frac: float = option(0.15, "fraction of each rate that is left at the end")
     extension_steps: int = option(15, "last steps, which keep the final rates")
-    momentum_warmup: int = option(300, "steps in which Muon's momentum rises")
-    momentum_cooldown: int = option(50, "last steps, in which it falls again")
+    momentum_steps: tuple[int, int] = option((300, 50), "first of rising, last of falling momentum")
 
     def __post_init__(self):
         check_ranges(self)
@@ -134,13 +132,12 @@ class Hyperparameters:
         if self.num_heads % 2 and letters & set("sl"):
             raise RunError(f"--num_heads {self.num_heads} is odd, so --layers {self.layers} cannot "
                            "pair heads")  # fmt: skip
-        if self.backout_from > last or self.num_value_embeds > last + 1:
-            raise RunError("--backout_from and --num_value_embeds must stay within --layers")
-        if self.skip_from >= 0 and not self.skip_from < self.skip_to <= last:
-            raise RunError(f"--skip_from {self.skip_from} and --skip_to {self.skip_to} must rise "
-                           f"below the {last + 1} layers; no skip: --skip_from -1")  # fmt: skip
-        if self.tied_frac and self.embed_lr != self.head_lr:
-            raise RunError("--embed_lr and --head_lr must be equal with --tied_frac above 0")
+        if max(self.backout_from, *self.value_layers) > last:
+            raise RunError("--backout_from and --value_layers must stay within --layers")
+        if self.skip[0] >= 0 and not self.skip[0] < self.skip[1] <= last:
+            raise RunError(f"--skip {as_flag(self.skip)} must rise in --layers; none: --skip -1,-1")
+        if self.tied_frac and self.embed_lr != HEAD_LR:
+            raise RunError(f"--embed_lr must be the head's, {HEAD_LR}, with --tied_frac above 0")
 
     def stage(self, values: tuple, step: int) -> int:
         """Index of the value that holds in this step: each holds for an equal share of steps."""
@@ -162,9 +159,9 @@ TRACKS = {
         num_heads=8,
         model_dim=1024,
         mlp_dim=4096,
-        skip_from=5,
-        skip_to=11,
+        skip=(5, 11),
         backout_from=10,
+        value_layers=(1, 2, 13, 14, 15),
         muon_lr=0.025,
     ),
     "wikitext103": Hyperparameters(
@@ -188,22 +185,23 @@ TRACKS = {
         mlp_dim=512,
         vocab_multiple=1,
         attn_scale=0.12,
-        softcap=30.0,
-        softcap_shift=0.0,
-        num_value_embeds=0,
+        softcap=(30.0, 0.0),
+        value_layers=(-1,),
         bigram_rows=16384,
+        mix_init=(1.0, 0.0),
         head_gates=False,
         shift_taps=3,
-        skip_from=-1,
-        skip_to=-1,
+        skip=(-1, -1),
         backout_from=-1,
         window_tokens=(256,),
+        short_window_tokens=(128,),
         val_window_tokens=0,
         mtp_weight=0.0,
         muon_lr=0.02,
         muon_decay=0.0,
+        mlp_down_lr=1.0,
         embed_lr=0.02,
-        head_lr=0.008,
+        adam_eps=1e-10,
         tied_frac=0.0,
         bigram_lr=0.06,
         scalar_lr=0.02,
@@ -217,8 +215,7 @@ TRACKS = {
         cooldown_frac=0.5,
         final_lr_frac=0.0,
         extension_steps=0,
-        momentum_warmup=3000,
-        momentum_cooldown=0,
+        momentum_steps=(3000, 0),
     ),
 }
 
@@ -233,12 +230,9 @@ class Layer(NamedTuple):
 
 
 def parse_layers(hp: Hyperparameters) -> list[Layer]:
-    layers, first_late = [], len(hp.layers) - hp.num_value_embeds
-    for i, letter in enumerate(hp.layers):
-        late = i - first_late if i >= first_late else None
-        table = i if i < hp.num_value_embeds else late
-        layers.append(Layer(letter != "-", letter in "lL", letter in "ls", table))
-    return layers
+    tables = {layer: table for table, layer in enumerate(hp.value_layers)}
+    return [Layer(letter != "-", letter in "lL", letter in "ls", tables.get(i))
+            for i, letter in enumerate(hp.layers)]  # fmt: skip
 
 
 def padded_vocab(task: Task, hp: Hyperparameters) -> int:
@@ -285,12 +279,13 @@ def shard_pieces(path: Path, hp: Hyperparameters, document_start: int):
     return tokens, *find_rows(tokens, document_start, hp.seq_len)
 
 
-def shuffled_pieces(hp: Hyperparameters, task: Task, seed: int) -> Iterator[Piece]:
-    """Documents, or whole rows where they have no cap: shard by shard, shuffled in each."""
+def ordered_pieces(hp: Hyperparameters, task: Task, seed: int) -> Iterator[Piece]:
+    """Documents as they come; or where they have no cap whole rows, shuffled in each shard."""
     for epoch in range(hp.max_epochs):
         for index, path in enumerate(task_shards(task.train_files)):
             tokens, starts, lengths = shard_pieces(path, hp, task.document_start)
-            order = np.random.default_rng((seed, epoch, index)).permutation(len(starts))
+            rng = np.random.default_rng((seed, epoch, index))
+            order = slice(None) if max(hp.document_cap) else rng.permutation(len(starts))
             yield from zip(repeat(tokens), starts[order], lengths[order], strict=False)
 
 
@@ -314,29 +309,27 @@ def row_tokens(row: list[Piece], ahead: int) -> np.ndarray:
 
 
 def micro_batches(hp: Hyperparameters, task: Task, rt: Runtime, micro_seqs, seed: int, step: int):
-    """Yield this rank's (inputs, targets), int64 (micro_seqs, seq_len) each, from this step on.
+    """Yield this rank's (inputs, targets), int64 (rows, seq_len) each, from this step on.
 
-    The rows of a step are dealt to accumulation x ranks equal micro-batches, so that its global
-    batch is the same for any number of ranks.
+    micro_seqs: rows, by stage. The rows of a step are dealt to accumulation x ranks equal
+    micro-batches, so that its global batch is the same for any number of ranks.
     """
-    pieces = shuffled_pieces(hp, task, seed)
+    pieces = ordered_pieces(hp, task, seed)
     for s in range(hp.num_steps):
         cap, count = hp.at(hp.document_cap, s), hp.at(hp.batch_tokens, s) // hp.seq_len
         step_rows = [pack_row(pieces, hp.seq_len, cap) for _ in range(count)]
         if s < step:
             continue
-        for first in range(rt.rank * micro_seqs, count, rt.world_size * micro_seqs):
-            chosen = step_rows[first : first + micro_seqs]
+        rows = hp.at(micro_seqs, s)
+        for first in range(rt.rank * rows, count, rt.world_size * rows):
+            chosen = step_rows[first : first + rows]
             inputs = np.stack([row_tokens(row, ahead=0) for row in chosen])
             targets = np.stack([row_tokens(row, ahead=1) for row in chosen])
             yield torch.from_numpy(inputs), torch.from_numpy(targets)
 
 
 def check_supply(hp: Hyperparameters, task: Task, seed: int) -> None:
-    """ShardError unless the training shards hold every row of every step, packed as they will be.
-
-    Of several caps the shortest counts, which makes the fewest rows.
-    """
+    """ShardError unless the shards hold every row of every step, were all at the shortest cap."""
     stages, cap, room = len(hp.batch_tokens), min(hp.document_cap), hp.seq_len
     firsts = [-(-i * hp.num_steps // stages) for i in range(stages + 1)]  # step of each stage
     steps = [end - first for first, end in pairwise(firsts)]
@@ -345,7 +338,7 @@ def check_supply(hp: Hyperparameters, task: Task, seed: int) -> None:
     held = hp.max_epochs * tokens // hp.seq_len
     if held >= needed:  # else there is no need to count them
         held = 0
-        for *_, length in shuffled_pieces(hp, task, seed):
+        for *_, length in ordered_pieces(hp, task, seed):
             room -= min(length, cap or length)
             if room <= 0:
                 held, room = held + 1, hp.seq_len
@@ -363,16 +356,16 @@ MOMENTUM_LOW, MOMENTUM_RISE = 0.85, 0.10  # Muon's momentum at both ends, and it
 
 
 def lr_scale(step: int, hp: Hyperparameters) -> float:
-    """Factor on every rate: a trapezoid over the run, times the stage's; level in the extension."""
+    """Factor on every rate: up to the stage's, then down to one end for all; level at the end."""
     rise = (step + 1) / max(hp.warmup_frac * hp.num_steps, 1)
     fall = (hp.num_steps - hp.extension_steps - step) / max(hp.cooldown_frac * hp.num_steps, 1)
-    level = hp.final_lr_frac + (1 - hp.final_lr_frac) * min(1.0, max(0.0, fall))
-    return hp.at(hp.stage_lr, step) * min(1.0, rise, level)
+    left = min(1.0, max(0.0, fall))
+    return min(1.0, rise) * (left * hp.at(hp.stage_lr, step) + (1 - left) * hp.final_lr_frac)
 
 
 def muon_momentum(step: int, hp: Hyperparameters) -> float:
-    rise = step / max(hp.momentum_warmup, 1)
-    fall = (hp.num_steps - step) / max(hp.momentum_cooldown, 1)
+    rise, fall = (max(steps, 1) for steps in hp.momentum_steps)
+    rise, fall = step / rise, (hp.num_steps - step) / fall
     return MOMENTUM_LOW + MOMENTUM_RISE * min(1.0, rise, fall)
 
 
@@ -383,9 +376,8 @@ def mtp_weights(step: int, hp: Hyperparameters) -> list[float]:
     """
     if not hp.mtp_weight:
         return [1.0]
-    thirds = 3 * step / hp.num_steps
-    second = hp.mtp_weight * min(1.0, max(0.0, 2 - thirds))
-    third = hp.mtp_weight / 2 * min(1.0, max(0.0, 1 - thirds))
+    second, third = (min(1.0, max(0.0, ends - 3 * step / hp.num_steps)) for ends in (2, 1))
+    second, third = hp.mtp_weight * second, hp.mtp_weight / 2 * third
     return [weight / (1 + second + third) for weight in (1.0, second, third)]
 
 
@@ -408,18 +400,19 @@ class StepInputs(NamedTuple):
     """Per-step inputs of the network, as tensors, so that no step recompiles."""
 
     window: Tensor  # 0-D, tokens in the long window
+    short_window: Tensor  # 0-D
     frequency: Tensor  # (K/4,) radians per token, of the rotary pairs
     attn_scale: Tensor  # 0-D
     mtp_weights: Tensor  # (J,) of the target one token ahead, two ahead, ...
 
 
 def step_inputs(step: int, hp: Hyperparameters, device, training: bool = True) -> StepInputs:
-    """Validation has its own window, and does not use mtp_weights."""
-    window = hp.at(hp.window_tokens, step)
+    """Validation has its own long window, and does not use mtp_weights."""
+    window, short_window = hp.at(hp.window_tokens, step), hp.at(hp.short_window_tokens, step)
     if not training and hp.val_window_tokens:
         window = hp.val_window_tokens
     weights = mtp_weights(step, hp) if training else [1.0]
-    values = (window, *rotary_frequencies(step, hp), weights)
+    values = (window, short_window, *rotary_frequencies(step, hp), weights)
     return StepInputs(*(torch.as_tensor(v).to(device, non_blocking=True) for v in values))
 
 
@@ -429,7 +422,7 @@ def step_inputs(step: int, hp: Hyperparameters, device, training: bool = True) -
 # targets per token, S earlier tokens, N = B * T. The residual stream x is (B, T, D).
 
 
-GATE_DIM = 12  # leading dimensions of the stream that gates read
+GATE_DIM = 12  # dimensions that gates read, the leading ones of the stream
 LOGIT_SLOPE = 7.5
 LOGIT_CHUNK_TOKENS = 4096  # tokens whose fp32 logits are in memory at a time in validation
 
@@ -493,8 +486,9 @@ class Attention(nn.Module):
         B, T, _ = x.shape
         qkv, o = self.qkvo.split([3, 1])
         q, k, v = linear(x, qkv.flatten(0, 1), self.dtype).view(B, T, 3, self.heads, -1).unbind(2)
-        if value_BTHK is not None:  # arXiv 2410.17897, gated
-            v = v + gate(x, self.value_gate) * value_BTHK
+        if value_BTHK is not None:  # arXiv 2410.17897, gated by half the token, half the row
+            both = [t[..., : GATE_DIM // 2] for t in (x, value_BTHK[:, :, 0])]
+            v = v + gate(torch.cat(both, dim=-1), self.value_gate) * value_BTHK
         q, k = norm(q) * c.attn_scale.type_as(q), norm(k)
         if self.layer.is_long:
             # The half of a key that is not rotated is the one of the token before: a query can then
@@ -542,18 +536,21 @@ def mix_earlier_tokens(x: Tensor, taps_SD: Tensor, same_doc_SBT1: Tensor) -> Ten
 
 
 class Block(nn.Module):
-    """Attention and MLP on the residual stream, into which the embedding x0 is mixed again."""
+    """Attention and MLP on the residual stream, into which what it began with is mixed again."""
 
     def __init__(self, hp: Hyperparameters, rt: Runtime, layer: Layer):
         super().__init__()
         self.attn = Attention(hp, rt, layer) if layer.attends else None
         self.mlp = MLP(hp, rt.matmul_dtype)
-        self.mix = nn.Parameter(torch.tensor([1.0, 0.0]))  # weights of x and x0
+        self.mix = nn.Parameter(torch.tensor(hp.mix_init))
         self.taps = parameter_if(hp.shift_taps, torch.zeros(2, hp.shift_taps, hp.model_dim))
 
-    def forward(self, x: Tensor, x0: Tensor, value_BTHK: Tensor | None, c: Context) -> Tensor:
+    def forward(self, x: Tensor, first: list[Tensor], value_BTHK, c: Context) -> Tensor:
+        """first: the embedding, and the pair's row where it is mixed in by layer."""
         mix = self.mix.type_as(x)
-        x = mix[0] * x + mix[1] * x0
+        x = mix[0] * x
+        for weight, added in zip(mix[1:], first, strict=False):
+            x = x + weight * added
         if self.attn is not None:
             x = x + self.attn(self.sublayer_input(x, 0, c), value_BTHK, c)
         return x + self.mlp(self.sublayer_input(x, 1, c))
@@ -573,56 +570,58 @@ class GPT(nn.Module):
         super().__init__()
         self.hp, self.rt, self.document_start = hp, rt, task.document_start
         self.layers, vocab = parse_layers(hp), padded_vocab(task, hp)
-        self.cap = Softcap(hp.softcap, hp.softcap_shift, LOGIT_SLOPE)
+        self.cap = Softcap(*hp.softcap, LOGIT_SLOPE)
         self.embed = nn.Parameter(torch.randn(vocab, hp.model_dim))
-        width, count = hp.num_heads * hp.head_dim, hp.num_value_embeds
-        self.value_embeds = parameter_if(count, 0.01 * torch.randn(count, vocab, width))
+        tables, width = sum(i >= 0 for i in hp.value_layers), hp.num_heads * hp.head_dim
+        self.value_embeds = parameter_if(tables, 0.01 * torch.randn(tables, vocab, width))
         self.bigram = parameter_if(hp.bigram_rows, torch.zeros(hp.bigram_rows, hp.model_dim))
         self.blocks = nn.ModuleList(Block(hp, rt, layer) for layer in self.layers)
         self.lm_head = nn.Parameter(torch.zeros(vocab, hp.model_dim))
         self.smear = nn.Parameter(torch.zeros(GATE_DIM + 1))  # gate weights, then strength
-        self.skip_gate = parameter_if(hp.skip_from >= 0, torch.tensor(-1.5))
-        self.backout = parameter_if(hp.backout_from >= 0, torch.tensor(0.0))
+        self.skip = parameter_if(hp.skip[0] >= 0, torch.tensor(-1.5))
+        self.backout = parameter_if(hp.backout_from >= 0, torch.tensor(0.5))
         bound = 3**0.5 * 0.5 * hp.model_dim**-0.5  # uniform with std 0.5 / sqrt(D)
         for block in self.blocks:
             block.mlp.up_down.data.uniform_(-bound, bound)[1].zero_()
             if block.attn is not None:
                 block.attn.qkvo.data.uniform_(-bound, bound)[3].zero_()
                 if block.attn.layer.is_long:
-                    # Where keys are those of the token before, queries start equal to them: a token
-                    # looks for its own earlier occurrences, and copying (induction heads, arXiv
-                    # 2209.11895) sets in at once, not when training happens to find it.
+                    # Keys here are those of the token before, and queries start equal: a token
+                    # seeks its like, and copying (arXiv 2209.11895) sets in at once.
                     halves = block.attn.qkvo.data.unflatten(1, (hp.num_heads, 2, -1))
                     halves[0, :, 1] = halves[1, :, 1]
         if hp.tied_frac:  # Trainer.update keeps the two equal
             self.lm_head.data.copy_(self.embed.data.mul_(0.005))
 
-    def embed_tokens(self, inputs_BT: Tensor, same_doc_BT1: Tensor) -> Tensor:
-        """Embedding plus hashed pair (arXiv 1709.03933), smeared with the token before.
+    def embed_tokens(self, inputs_BT: Tensor, same_doc_BT1: Tensor) -> list[Tensor]:
+        """What every layer mixes in: the embedding, smeared with the token before, and the pair.
 
-        same_doc: 1 where the token before lies in the same document; else that token is ignored.
+        Where layers have no weight for the pair, the embedding holds it. same_doc: 1 where the
+        token before lies in the same document; else that token is ignored.
         """
-        x = self.embed[inputs_BT].to(self.rt.stream_dtype)
-        if self.hp.bigram_rows:
+        x, pairs = self.embed[inputs_BT].to(self.rt.stream_dtype), []
+        if self.hp.bigram_rows:  # arXiv 1709.03933
             in_document = same_doc_BT1[..., 0] > 0
             before_BT = torch.where(in_document, inputs_BT.roll(1, 1), self.document_start)
             row_BT = ((36313 * inputs_BT) ^ (27191 * before_BT)) % self.hp.bigram_rows
-            x = x + self.bigram[row_BT].type_as(x)
+            pairs = [self.bigram[row_BT].type_as(x)]
+        if len(self.hp.mix_init) == 2:
+            x, pairs = sum(pairs, x), []
         x = norm(x)
         weights, strength = self.smear.type_as(x).split([GATE_DIM, 1])
         share_BT1 = strength * torch.sigmoid(x[..., :GATE_DIM] @ weights)[..., None]
-        return norm(x + share_BT1 * same_doc_BT1 * x.roll(1, 1))
+        return [norm(x + share_BT1 * same_doc_BT1 * x.roll(1, 1)), *pairs]
 
     def context(self, docs_BT: Tensor, per_step: StepInputs) -> Context:
         hp, T = self.hp, docs_BT.size(1)
-        attending = [layer for layer in self.layers if layer.attends]
-        has_pairs = any(layer.is_paired for layer in attending)
+        kinds = {(layer.is_long, layer.is_paired) for layer in self.layers if layer.attends}
+        has_pairs = any(is_paired for _, is_paired in kinds)
         paired_docs = docs_BT.repeat_interleave(2, dim=1) if has_pairs else docs_BT
-        longest, masks = max(*hp.window_tokens, hp.val_window_tokens), {}
-        for is_long, is_paired in sorted({(layer.is_long, layer.is_paired) for layer in attending}):
-            window = per_step.window if is_long else per_step.window // 2
-            docs = paired_docs if is_paired else docs_BT
-            masks[is_long, is_paired] = attention_mask(docs, window, longest // (2 - is_long))
+        windows = per_step.short_window, per_step.window
+        longest = max(hp.short_window_tokens), max(*hp.window_tokens, hp.val_window_tokens)
+        masks = {(is_long, is_paired): attention_mask(paired_docs if is_paired else docs_BT,
+                                                      windows[is_long], longest[is_long])
+                 for is_long, is_paired in sorted(kinds)}  # fmt: skip
         place = torch.arange(T, device=docs_BT.device)
         same_doc = [(docs_BT == docs_BT.roll(j, 1)) & (place >= j)
                     for j in range(1, 1 + max(1, hp.shift_taps))]  # fmt: skip
@@ -634,24 +633,25 @@ class GPT(nn.Module):
         """The normed stream (B, T, D) that the head reads."""
         hp, (B, T) = self.hp, inputs_BT.shape
         c = self.context(self.document_index(inputs_BT), per_step)
-        x = x0 = self.embed_tokens(inputs_BT, c.same_doc_SBT1[0])
-        tables = () if self.value_embeds is None else self.value_embeds.unbind()
-        values = [t[inputs_BT].type_as(x).view(B, T, hp.num_heads, hp.head_dim) for t in tables]
+        x, *_ = first = self.embed_tokens(inputs_BT, c.same_doc_SBT1[0])
+        if self.value_embeds is not None:  # one gradient of the whole parameter, not one a table
+            rows = self.value_embeds[:, inputs_BT].type_as(x)
+            values = rows.view(-1, B, T, hp.num_heads, hp.head_dim).unbind()
         skipped = backed_out = None
         for i, (layer, block) in enumerate(zip(self.layers, self.blocks, strict=True)):
-            if i == hp.skip_to and skipped is not None:
-                x = x + torch.sigmoid(self.skip_gate).type_as(x) * skipped
+            if i == hp.skip[1] and skipped is not None:
+                x = x + torch.sigmoid(self.skip).type_as(x) * skipped
             value_BTHK = None if layer.value_embed is None else values[layer.value_embed]
-            x = block(x, x0, value_BTHK, c)
-            skipped = x if i == hp.skip_from else skipped
+            x = block(x, first, value_BTHK, c)
+            skipped = x if i == hp.skip[0] else skipped
             backed_out = x if i == hp.backout_from else backed_out
         if backed_out is not None:
             x = x - self.backout.type_as(x) * backed_out
         return norm(x)
 
     def document_index(self, inputs_BT: Tensor) -> Tensor:
-        """(B, T), counts up along a row where documents begin."""
-        return (inputs_BT == self.document_start).cumsum(1)
+        """int32 (B, T), counts up along a row where documents begin."""
+        return (inputs_BT == self.document_start).cumsum(1, dtype=torch.int32)
 
     def logits(self, x: Tensor) -> Tensor:
         """Capped logits (..., V), fp32, of the normed stream (..., D)."""
@@ -715,12 +715,13 @@ def weights_to_decay(W: Tensor, U: Tensor) -> Tensor:
     return W * (U * W > 0)
 
 
-def muon_update(W, low, G, momentum, second, lr, decay, beta, dtype):
+def muon_update(G, lr, decay, beta, factors, dtype, W, momentum, second, low=None):
     """Update matrices W (N, rows, cols) in place with gradients G; lr, decay, beta: 0-D tensors.
 
-    W is fp32, or the bf16 part of split_fp32 with low as the other. Nesterov momentum is
+    W is fp32, or the bf16 part of split_fp32 with low, as bf16, the other. Nesterov momentum is
     orthogonalised (Muon: kellerjordan.github.io/posts/muon), then each row is divided by its
     running root mean square at unchanged norm (NorMuon, arXiv 2510.05491). second: (N, rows, 1).
+    factors (N, 1, 1): on each matrix's rate, and thereby on its decay.
     """
     momentum.add_((1 - beta) * (G.float() - momentum))
     U = orthogonalize(G + beta * (momentum - G), dtype)
@@ -728,120 +729,114 @@ def muon_update(W, low, G, momentum, second, lr, decay, beta, dtype):
     scaled = U * torch.rsqrt(second + 1e-10)
     U_norm, scaled_norm = (x.norm(dim=(-2, -1), keepdim=True) for x in (U, scaled))
     U = scaled * (U_norm / (scaled_norm + 1e-10))
-    shape_factor = max(1.0, W.size(-2) / W.size(-1)) ** 0.5
-    W_fp32 = W if low is None else join_fp32(W, low)
-    W_fp32 = W_fp32 - lr * (shape_factor * U + lr * decay * weights_to_decay(W_fp32, U))
+    rates = lr * max(1.0, W.size(-2) / W.size(-1)) ** 0.5 * factors
+    W_fp32 = W if low is None else join_fp32(W, low.view(torch.int16))
+    W_fp32 = W_fp32 - rates * (U + lr * decay * weights_to_decay(W_fp32, U))
     if low is None:
         W.copy_(W_fp32)
     else:
         new_high, new_low = split_fp32(W_fp32)
         W.copy_(new_high)
-        low.copy_(new_low)
+        low.view(torch.int16).copy_(new_low)
+
+
+def adam_update(G, lr, decay, count, beta1, beta2, eps, W, mean, square):
+    """Update numbers W (N,) in place by Adam (arXiv 1412.6980); lr, decay, count: 0-D tensors."""
+    mean.lerp_(G.float(), 1 - beta1)
+    square.lerp_(G.float() ** 2, 1 - beta2)
+    root = (square / (1 - beta2**count)).sqrt()
+    W.sub_(lr * (mean / (1 - beta1**count)) / (root + eps))
+    W.sub_(lr * lr * decay * weights_to_decay(W, mean))
 
 
 class Group(NamedTuple):
     """Parameters that are updated alike. The learning rate is scaled by lr_scale."""
 
-    optimizer: type
     params: list[nn.Parameter]
     lr: float
-    betas: tuple[float, float] | None  # of Adam; those of Muon: muon_momentum and 0.9
+    betas: tuple[float, float] | None  # of Adam; None: Muon, with muon_momentum and 0.9
     decay: float  # cautious, of a weight w: decay * lr^2 * w
     every: int  # updated every n-th step, on accumulated gradients
+    factors: tuple[float, ...] = (1.0,)  # on Muon's rate, of the matrices of a parameter in turn
 
 
-class Muon:
-    """Matrices of one shape, as views of one bank (N, rows, cols) that is updated as one batch.
+class Optimizer:
+    """Muon of matrices, or Adam of single numbers: items of a bank (N, ...), views of which are the
+    parameters. Each rank updates its part of them, and all parts are gathered.
 
-    Each rank updates its part of the bank, then all parts are gathered. Where the stream is bf16 so
-    is the bank, and low holds the lower 16 bits of its fp32 weights.
+    Matrices are bf16 where the stream is; then state holds the lower 16 bits of their fp32.
     """
 
-    def __init__(self, group: Group, rt: Runtime, compile_fn: Callable):
-        self.group, self.rt, self.low = group, rt, None
-        self.update = compile_fn(muon_update)
-        self.bank = torch.cat([p.data for p in group.params]).float()
-        if rt.stream_dtype == torch.bfloat16:
-            self.bank, self.low = split_fp32(self.bank)
-        views = self.bank.split([len(p) for p in group.params])
-        for p, view in zip(group.params, views, strict=True):
-            p.data = view
-        self.mine = rt.my_part(len(self.bank))
-        self.momentum = torch.zeros_like(self.bank, dtype=torch.float32)
-        self.second = torch.zeros_like(self.momentum[..., :1])
+    def __init__(self, group: Group, rt: Runtime, compile_fn: Callable, adam_eps: float = 1e-15):
+        self.group, self.rt, is_adam = group, rt, group.betas is not None
+        self.update = compile_fn(adam_update if is_adam else muon_update)
+        self.item = () if is_adam else group.params[0].shape[1:]
+        bank = torch.cat([p.data.view(-1, *self.item) for p in group.params]).float()
+        self.state = {"first": torch.zeros_like(bank)}
+        self.state["second"] = torch.zeros_like(bank if is_adam else bank[..., :1])
+        if rt.stream_dtype == torch.bfloat16 and not is_adam:
+            bank, low = split_fp32(bank)
+            self.state["low"] = low.view(torch.bfloat16)  # for collectives know no int16
+        self.bank, self.mine = bank, rt.my_part(len(bank))
+        sizes = [p.numel() // math.prod(self.item) for p in group.params]
+        for p, view in zip(group.params, bank.split(sizes), strict=True):
+            p.data = view.view(p.shape)
+        self.fixed = (*group.betas, adam_eps) if is_adam else ()
+        if not is_adam:
+            factors = group.factors * (len(bank) // len(group.factors))
+            factors_N11 = torch.tensor(factors, device=bank.device)[:, None, None]
+            self.fixed = factors_N11[self.mine], rt.matmul_dtype
 
-    def step(self, scale: float, momentum: float):
-        gradients = torch.cat([p.grad for p in self.group.params])[self.mine]
-        if len(gradients):
-            low = None if self.low is None else self.low[self.mine]
-            state = self.momentum[self.mine], self.second[self.mine]
-            numbers = (self.group.lr * scale, self.group.decay, momentum)
-            numbers = (torch.tensor(x) for x in numbers)  # else each value would compile anew
-            mine, dtype = self.bank[self.mine], self.rt.matmul_dtype
-            self.update(mine, low, gradients, *state, *numbers, dtype)
+    def reduce(self):
+        """Take the gradients, and start to average them; step waits for those of its part."""
+        gradients = [p.grad.reshape(-1, *self.item) for p in self.group.params]
+        whole = torch.cat(gradients) if len(gradients) > 1 else gradients[0]
+        self.received = self.rt.start_average_of_parts(whole)
+        for p in self.group.params:
+            p.grad = None
+
+    @torch.no_grad()
+    def step(self, scale: float, momentum: float, count: int):
+        """count: updates so far, with this one."""
+        if len(gradients := self.received()):
+            third = momentum if self.group.betas is None else float(count)
+            # Tensors, or each value would compile anew.
+            numbers = map(torch.tensor, (self.group.lr * scale, self.group.decay, third))
+            mine = (tensor[self.mine] for tensor in (self.bank, *self.state.values()))
+            self.update(gradients, *numbers, *self.fixed, *mine)
         self.rt.gather_parts(self.bank)
 
     def gather_state(self) -> dict[str, Tensor]:
-        """The state, whole on every rank. A collective: every rank calls it."""
-        tensors = {"momentum": self.momentum, "second": self.second}
-        if self.low is not None:  # as bf16, for collectives know no int16
-            tensors["low"] = self.low.view(torch.bfloat16)
-        for tensor in tensors.values():
+        """State and waiting gradients, whole on every rank. A collective: every rank calls it."""
+        tensors = dict(self.state)
+        for tensor in self.state.values():
             self.rt.gather_parts(tensor)
-        return tensors
-
-
-class Adam:
-    """torch's fused Adam (arXiv 1412.6980), then cautious decay; every rank updates everything."""
-
-    def __init__(self, group: Group, rt: Runtime, compile_fn: Callable):
-        self.group, self.rt, self.weights_to_decay = group, rt, compile_fn(weights_to_decay)
-        self.adam = torch.optim.Adam(group.params, group.lr, group.betas, 1e-10, fused=True)
-
-    @torch.no_grad()
-    def step(self, scale: float, momentum: float):
-        lr = self.group.lr * scale
-        self.adam.param_groups[0]["lr"] = lr
-        self.adam.step()
-        if self.group.decay:
-            for p in self.group.params:
-                update = self.adam.state[p]["exp_avg"]
-                p.sub_(self.weights_to_decay(p, update), alpha=lr * lr * self.group.decay)
-
-    def gather_state(self) -> dict[str, Tensor]:
-        """Moments, step counts, and accumulated gradients. A collective: every rank calls it."""
-        tensors = {}
-        for i, p in enumerate(self.group.params):
-            tensors |= {f"{name}{i}": t for name, t in self.adam.state[p].items()}
-            if self.group.every > 1:
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-                self.rt.average([p.grad])
-                tensors[f"grad{i}"] = p.grad
+        for i, p in enumerate(self.group.params if self.group.every > 1 else ()):
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            self.rt.average([p.grad])
+            tensors[f"grad{i}"] = p.grad
         return tensors
 
 
 def parameter_groups(model: GPT, hp: Hyperparameters) -> dict[str, Group]:
     """The one table of parameter groups; a group without parameters is left out."""
-    attn = [block.attn for block in model.blocks if block.attn is not None]
-    qkvo, up_down = [a.qkvo for a in attn], [block.mlp.up_down for block in model.blocks]
-    scalars = [p for block in model.blocks for p in (block.mix, block.taps)]
-    scalars += [p for a in attn for p in (a.value_gate, a.head_gate)]
-    scalars += [model.smear, model.skip_gate, model.backout]
+
+    def named(*ends: str) -> list[nn.Parameter]:
+        return [p for name, p in model.named_parameters() if name.endswith(ends)]
+
+    scalars = named("mix", "taps", "smear", "skip", "backout")
     tables, decay, every = hp.table_betas, hp.adam_decay, hp.adam_every
-    rows = {  # optimizer, parameters, learning rate, betas, decay, steps per update
-        "attn": (Muon, qkvo, hp.muon_lr, None, hp.muon_decay, 1),
-        "mlp": (Muon, up_down, hp.muon_lr, None, hp.muon_decay, 1),
-        "embed": (Adam, [model.embed], hp.embed_lr, hp.embed_betas, 150 * decay, every),
-        "head": (Adam, [model.lm_head], hp.head_lr, hp.embed_betas, 150 * decay, every),
-        "values": (Adam, [model.value_embeds], 0.6, tables, 5 * decay, every),
-        "bigram": (Adam, [model.bigram], hp.bigram_lr, tables, 5 * decay, every),
-        "scalars": (Adam, scalars, hp.scalar_lr, hp.scalar_betas, 0.0, every),
+    rows = {  # parameters, learning rate, betas of Adam, decay, steps per update, factors
+        "attn": (named("qkvo"), hp.muon_lr, None, hp.muon_decay, 1),
+        "mlp": (named("up_down"), hp.muon_lr, None, hp.muon_decay, 1, (1.0, hp.mlp_down_lr)),
+        "embed": (named("embed"), hp.embed_lr, hp.embed_betas, 150 * decay, every),
+        "head": (named("lm_head"), HEAD_LR, hp.embed_betas, 150 * decay, every),
+        "values": (named("value_embeds"), 0.6, tables, 5 * decay, every),
+        "bigram": (named("bigram"), hp.bigram_lr, tables, 5 * decay, every),
+        "gates": (named("_gate"), hp.scalar_lr / 5, hp.scalar_betas, 0.0, every),
+        "scalars": (scalars, hp.scalar_lr, hp.scalar_betas, 0.0, every),
     }
-    groups = {}
-    for name, (optimizer, params, *settings) in rows.items():
-        if present := [p for p in params if p is not None]:
-            groups[name] = Group(optimizer, present, *settings)
-    return groups
+    return {name: Group(*row) for name, row in rows.items() if row[0]}
 
 
 def make_optimizers(model: GPT, hp: Hyperparameters, rt: Runtime, compile_fn: Callable) -> dict:
@@ -849,7 +844,7 @@ def make_optimizers(model: GPT, hp: Hyperparameters, rt: Runtime, compile_fn: Ca
     groups = parameter_groups(model, hp)
     grouped = sorted(id(p) for group in groups.values() for p in group.params)
     assert grouped == sorted(map(id, model.parameters())), "a parameter is not in just one group"
-    return {name: group.optimizer(group, rt, compile_fn) for name, group in groups.items()}
+    return {name: Optimizer(group, rt, compile_fn, hp.adam_eps) for name, group in groups.items()}
 
 
 # ------------------------------------------------------------------------------ Train
@@ -857,27 +852,28 @@ def make_optimizers(model: GPT, hp: Hyperparameters, rt: Runtime, compile_fn: Ca
 
 def memory_estimate(hp: Hyperparameters, vocab: int, rows: int) -> float:
     """Peak bytes on a GPU with so many rows per forward pass; fitted to tools/preflight.py."""
-    width, tables = hp.num_heads * hp.head_dim, 2 + hp.num_value_embeds
+    width, tables = hp.num_heads * hp.head_dim, 2 + sum(i >= 0 for i in hp.value_layers)
     matrices = len(hp.layers) * hp.model_dim * (4 * width + 2 * hp.mlp_dim)
     weights = 12 * matrices + 16 * (tables * vocab + hp.bigram_rows) * hp.model_dim
-    tokens = rows * hp.seq_len
+    tokens, update = rows * hp.seq_len, 4 * hp.bigram_rows * hp.model_dim  # of one table, later
     kept = 2 * len(hp.layers) * (13 * hp.model_dim + hp.mlp_dim) * tokens  # for the backward pass
-    update = 4 * hp.bigram_rows * hp.model_dim  # one table's, after the backward pass
     return weights + max(kept + 4 * min(tokens, HEAD_CHUNK_TOKENS) * vocab, update)
 
 
-def choose_micro_batch(hp: Hyperparameters, vocab: int, rt: Runtime, asked: int) -> int:
-    """Rows per forward pass: what was asked for, or the most that divides and fits in memory."""
-    rows = math.gcd(*hp.batch_tokens) // hp.seq_len
-    share = rows // rt.world_size
-    if rows % rt.world_size or (asked and share % asked):
-        raise RunError(
-            f"{rows} rows per step cannot be dealt to {rt.world_size} ranks in equal forward "
-            f"passes of {asked or 1}; change --nproc_per_node or --micro_batch_seqs"
-        )
-    divisors = [n for n in range(1, share + 1) if share % n == 0]
-    fitting = [n for n in divisors if memory_estimate(hp, vocab, n) < 0.9 * rt.memory_bytes]
-    return asked or max(fitting, default=1)
+def choose_micro_batches(hp: Hyperparameters, vocab: int, rt: Runtime, asked: int) -> list[int]:
+    """Rows per forward pass of each stage: those asked for, or the most that divide and fit."""
+    chosen = []
+    for rows in (tokens // hp.seq_len for tokens in hp.batch_tokens):
+        share = rows // rt.world_size
+        if rows % rt.world_size or (asked and share % asked):
+            raise RunError(
+                f"{rows} rows per step cannot be dealt to {rt.world_size} ranks in equal forward "
+                f"passes of {asked or 1}; change --nproc_per_node or --micro_batch_seqs"
+            )
+        divisors = [n for n in range(1, share + 1) if share % n == 0]
+        fitting = [n for n in divisors if memory_estimate(hp, vocab, n) < 0.9 * rt.memory_bytes]
+        chosen.append(asked or max(fitting, default=1))
+    return chosen
 
 
 class Trainer:
@@ -889,14 +885,15 @@ class Trainer:
         if rt.is_gpu and (hp.seq_len % BLOCK or task.val_seq_len % BLOCK):
             raise RunError(f"--seq_len and --val_seq_len must divide by {BLOCK} on a GPU")
         check_supply(hp, task, run.options.seed)
-        self.micro_seqs = choose_micro_batch(hp, vocab, rt, run.options.micro_batch_seqs)
-        val_rows = self.micro_seqs * hp.seq_len // task.val_seq_len
+        self.micro_seqs = choose_micro_batches(hp, vocab, rt, run.options.micro_batch_seqs)
+        run.micro_batch_seqs = max(self.micro_seqs)
+        val_rows = run.micro_batch_seqs * hp.seq_len // task.val_seq_len
         self.val_batch_rows = run.validation.batch_rows(val_rows)
         torch.manual_seed(run.options.seed)
         with rt.device:
             self.model = GPT(hp, task, rt)
-        run.micro_batch_seqs, run.flops_per_token = self.micro_seqs, self.flops_per_token()
-        run.log.line(f"micro_batch_seqs: {self.micro_seqs} of {hp.seq_len} tokens")
+        run.flops_per_token = self.flops_per_token()
+        run.log.line(f"micro_batch_seqs: {as_flag(self.micro_seqs)} of {hp.seq_len} tokens")
         run.log.line(f"parameters: {sum(p.numel() for p in self.model.parameters())}")
 
     def compile(self, compile_fn: Callable):
@@ -911,47 +908,45 @@ class Trainer:
         return micro_batches(self.hp, self.task, self.rt, self.micro_seqs, seed, step)
 
     def flops_per_token(self) -> float:
-        """Forward and backward: 6 per weight, 12 per visible key and head width.
-
-        Keys are counted in the first step's rows, as the mean over the stages' windows.
-        """
+        """Forward and backward: 6 per weight, 12 per head width and key seen in the first rows."""
         hp, model, keys = self.hp, self.model, 0.0
-        pieces = shuffled_pieces(hp, self.task, self.run.options.seed)
-        packed = pack_row(pieces, self.micro_seqs * hp.seq_len, hp.document_cap[0])
+        pieces = ordered_pieces(hp, self.task, self.run.options.seed)
+        packed = pack_row(pieces, self.micro_seqs[0] * hp.seq_len, hp.document_cap[0])
         rows_BT = row_tokens(packed, ahead=0).reshape(-1, hp.seq_len)
         groups = parameter_groups(model, hp)
-        matrices = [model.lm_head, *groups["attn"].params, *groups["mlp"].params]
-        weights = sum(p.numel() for p in matrices)
+        matrices = ("head", "attn", "mlp")
+        weights = sum(p.numel() for name in matrices for p in groups[name].params)
         for layer in (layer for layer in model.layers if layer.attends):
-            for window in hp.window_tokens:
-                reach = window if layer.is_long else window // 2
-                heads = 2 if layer.is_paired else 1  # half as many tokens, of both heads
-                keys += heads * mean_visible_keys(rows_BT, self.task.document_start, reach // heads)
-        return 6 * weights + 12 * hp.num_heads * hp.head_dim * keys / len(hp.window_tokens)
+            windows = hp.window_tokens if layer.is_long else hp.short_window_tokens
+            heads = 2 if layer.is_paired else 1  # half as many tokens, of both heads
+            for window in windows:
+                seen = mean_visible_keys(rows_BT, self.task.document_start, window // heads)
+                keys += heads * seen / len(windows)
+        return 6 * weights + 12 * hp.num_heads * hp.head_dim * keys
 
     def update(self, step: int, batches) -> Tensor:
         """Take one optimizer step; return the mean loss of this rank's share (0-D, on device)."""
         hp, rt, model = self.hp, self.rt, self.model
         total, per_step = torch.zeros((), device=rt.device), step_inputs(step, hp, rt.device)
-        count = hp.at(hp.batch_tokens, step) // (hp.seq_len * rt.world_size * self.micro_seqs)
+        pass_tokens = hp.at(self.micro_seqs, step) * hp.seq_len * rt.world_size
+        count = hp.at(hp.batch_tokens, step) // pass_tokens
         for _ in range(count):
             inputs_BT, targets_BT = next(batches)
             loss = self.loss(inputs_BT, targets_BT, per_step) / count
             loss.backward()
             total += loss.detach()
         due = [o for o in self.optimizers.values() if (step + 1) % o.group.every == 0]
-        params = [p for optimizer in due for p in optimizer.group.params]
-        if any(p.grad is None for p in params):
+        if any(p.grad is None for optimizer in due for p in optimizer.group.params):
             unused = ", ".join(n for n, p in model.named_parameters() if p.grad is None)
             raise RunError(f"the loss does not depend on {unused}; leave it out of the network")
-        rt.average([p.grad for p in params])
         if step < hp.tied_frac * hp.num_steps and self.optimizers["embed"] in due:
             # Tied: both get the sum of their gradients, which keeps equal matrices equal.
             model.embed.grad = model.lm_head.grad = model.embed.grad + model.lm_head.grad
+        for optimizer in due:  # Muon first: the tables travel while matrices are orthogonalised
+            optimizer.reduce()
         for optimizer in due:
-            optimizer.step(lr_scale(step, hp), muon_momentum(step, hp))
-        for p in params:
-            p.grad = None
+            count = (step + 1) // optimizer.group.every
+            optimizer.step(lr_scale(step, hp), muon_momentum(step, hp), count)
         return total
 
     def predict(self, step: int, inputs_BT: Tensor) -> Iterator[Tensor]:
@@ -969,15 +964,17 @@ class Trainer:
 
     def warm_up(self):
         """Run every graph on dummy tokens, Adam's update too; the referee restores the state."""
-        zeros = partial(torch.zeros, dtype=torch.int64, device=self.rt.device)
-        # Two tensors: one in both places would be compiled as a special case.
-        dummies = [zeros(self.micro_seqs, self.hp.seq_len) for _ in range(2)]
+        hp, zeros = self.hp, partial(torch.zeros, dtype=torch.int64, device=self.rt.device)
         self.model.zero_grad(set_to_none=True)
-        for step in (0, self.hp.adam_every - 1):  # Adam is due in the second
-            self.update(step, repeat(dummies))
-            with torch.no_grad():
-                for _ in self.predict(0, zeros(self.val_batch_rows, self.task.val_seq_len)):
-                    pass
+        for i in {rows: i for i, rows in enumerate(self.micro_seqs)}.values():
+            # Two tensors: one in both places would be compiled as a special case.
+            dummies = [zeros(self.micro_seqs[i], hp.seq_len) for _ in range(2)]
+            first = -(-i * hp.num_steps // len(self.micro_seqs))  # step of the stage
+            for step in (first, first - first % hp.adam_every + hp.adam_every - 1):  # Adam is due
+                self.update(step, repeat(dummies))
+        with torch.no_grad():
+            for _ in self.predict(0, zeros(self.val_batch_rows, self.task.val_seq_len)):
+                pass
 
     def train(self):
         """Take the steps that are left."""
@@ -997,9 +994,5 @@ class Trainer:
 # ------------------------------------------------------------------------------ Main
 
 
-def main() -> int:
-    return execute(Trainer, TRACKS, "fineweb", SOURCES, PROCESS_START)
-
-
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(execute(Trainer, TRACKS, "fineweb", SOURCES, PROCESS_START))

@@ -37,10 +37,9 @@ HP = dataclasses.replace(
     head_dim=16,
     model_dim=32,
     mlp_dim=64,
-    num_value_embeds=1,
+    value_layers=(0, 3),
     bigram_rows=128,
-    skip_from=0,
-    skip_to=2,
+    skip=(0, 2),
     backout_from=1,
 )
 # Blocks have 128 tokens. The first window reaches over a whole block before the query's own, in
@@ -129,7 +128,9 @@ def rows() -> tuple[torch.Tensor, torch.Tensor]:
 def errors(step, names: list[str], model: GPT, window: int) -> dict[str, float]:
     """Relative errors of the compiled step's loss and gradients."""
     inputs_BT, targets_BT = rows()
-    per_step = step_inputs(0, HP, "cpu")._replace(window=torch.tensor(window))
+    per_step = step_inputs(0, HP, "cpu")._replace(
+        window=torch.tensor(window), short_window=torch.tensor(window // 2)
+    )
     exact_per_step = (t.double() if t.is_floating_point() else t for t in per_step)
     model.zero_grad()
     exact_loss = model(inputs_BT, targets_BT, StepInputs(*exact_per_step))

@@ -26,10 +26,11 @@ from kernels import mean_visible_keys
 from train_gpt import (
     TRACKS,
     check_supply,
-    choose_micro_batch,
+    choose_micro_batches,
     find_rows,
     memory_estimate,
     micro_batches,
+    ordered_pieces,
     padded_vocab,
 )
 
@@ -114,7 +115,9 @@ def rows_of(hp, task, world_size, micro_seqs, seed=0, first_step=0):
     for r in range(world_size):
         ranks.append([])
         with pytest.raises(ShardError, match="ended early"):
-            for batch in micro_batches(hp, task, rank(r, world_size), micro_seqs, seed, first_step):
+            for batch in micro_batches(
+                hp, task, rank(r, world_size), (micro_seqs,), seed, first_step
+            ):
                 ranks[-1].append(batch)
     steps = []
     for step in range(len(ranks[0]) // accumulation):
@@ -126,6 +129,24 @@ def rows_of(hp, task, world_size, micro_seqs, seed=0, first_step=0):
                 rows += [row.numpy().tobytes() for row in inputs]
         steps.append(rows)
     return steps
+
+
+@pytest.mark.parametrize("cap", [0, 300])
+def test_documents_keep_the_order_of_the_stream_and_rows_are_shuffled_by_the_seed(
+    tiny_hp, tiny_task, shards, cap
+):
+    hp = dataclasses.replace(tiny_hp, document_cap=(cap,), max_epochs=2)
+    stream = np.concatenate([open_shard(p)[:-1] for p in sorted(shards.glob("train_*.bin"))])
+    drawn = [[t[s : s + n].tobytes() for t, s, n in ordered_pieces(hp, tiny_task, seed)]
+             for seed in (0, 1)]  # fmt: skip
+    first, second = drawn
+    half = len(first) // 2
+    if cap:
+        assert b"".join(first[:half]) == stream.tobytes()
+        assert first == second and first[:half] == first[half:]
+    else:
+        assert first != second and first[:half] != first[half:]
+        assert sorted(first) == sorted(second) and sorted(first[:half]) == sorted(first[half:])
 
 
 def test_loader_drops_and_repeats_nothing_over_ranks_and_shards(tiny_hp, tiny_task, shards):
@@ -146,7 +167,7 @@ def test_capped_documents_fill_rows_and_change_with_the_step(tiny_hp, tiny_task,
     """Rows hold the first tokens of whole documents, each once, cut at the cap of their step."""
     caps = (20, 50)
     hp = dataclasses.replace(tiny_hp, document_cap=caps, num_steps=16, batch_tokens=(128, 256))
-    seen, pairs = [], list(micro_batches(hp, tiny_task, rank(0, 1), 1, 0, 0))
+    seen, pairs = [], list(micro_batches(hp, tiny_task, rank(0, 1), (1,), 0, 0))
     assert len(pairs) == 8 * 2 + 8 * 4
     for place, (inputs, targets) in enumerate(pairs):
         row, after = inputs[0].numpy(), targets[0].numpy()
@@ -173,11 +194,11 @@ def test_supply_is_never_overrated(tiny_hp, tiny_task, cap):
         except ShardError:
             break
         enough = hp
-    drawn = sum(1 for _ in micro_batches(enough, tiny_task, rank(0, 1), 8, 3, 0))
+    drawn = sum(1 for _ in micro_batches(enough, tiny_task, rank(0, 1), (8,), 3, 0))
     assert drawn == enough.num_steps
     more = dataclasses.replace(enough, num_steps=drawn + 1)
     with pytest.raises(ShardError, match="ended early"):
-        list(micro_batches(more, tiny_task, rank(0, 1), 8, 3, 0))
+        list(micro_batches(more, tiny_task, rank(0, 1), (8,), 3, 0))
 
 
 def of_documents(tiny_task, path, count: int, length: int):
@@ -201,7 +222,7 @@ def test_training_finds_no_documents_that_were_not_found_before(tiny_hp, tiny_ta
     check_supply(tiny_hp, task, seed=11)
     monkeypatch.setattr(train_gpt, "find_documents", None)
     monkeypatch.setattr(train_gpt, "find_rows", None)
-    batches = micro_batches(tiny_hp, task, rank(0, 1), 8, 11, 0)
+    batches = micro_batches(tiny_hp, task, rank(0, 1), (8,), 11, 0)
     assert sum(1 for _ in batches) == tiny_hp.num_steps
 
 
@@ -425,16 +446,17 @@ def test_embedded_corpus_is_complete_split_and_repeatable(tmp_path):
         assert first.read_bytes() == second.read_bytes()
 
 
-@pytest.mark.parametrize("gib, rows", [(24, 2), (40, 4), (80, 8), (141, 8)])
-@pytest.mark.parametrize("world_size", [1, 2, 4])
-def test_micro_batch_of_fineweb_follows_the_memory(gib, rows, world_size):
+@pytest.mark.parametrize("gib, world_size, rows", [
+    (24, 1, [2, 2, 2]), (40, 1, [4, 4, 4]), (80, 1, [8, 8, 12]), (141, 1, [8, 16, 24]),
+    (24, 2, [2, 2, 2]), (80, 2, [4, 8, 12]), (24, 4, [2, 2, 2]), (80, 4, [2, 4, 6]),
+    (80, 8, [1, 2, 3]),
+])  # fmt: skip
+def test_passes_of_fineweb_follow_the_memory_and_the_stage(gib, world_size, rows):
     gpu = SimpleNamespace(memory_bytes=gib * 2**30, world_size=world_size)
     hp, vocab = TRACKS["fineweb"], 50304
-    found = choose_micro_batch(hp, vocab, gpu, 0)
-    assert found == min(rows, 8 // world_size)
-    estimate = memory_estimate(hp, vocab, found)
-    assert estimate < 0.9 * gib * 2**30
-    assert choose_micro_batch(hp, vocab, gpu, 1) == 1
+    assert choose_micro_batches(hp, vocab, gpu, 0) == rows
+    assert memory_estimate(hp, vocab, max(rows)) < 0.9 * gib * 2**30
+    assert choose_micro_batches(hp, vocab, gpu, 1) == [1, 1, 1]
 
 
 @pytest.mark.parametrize("track, gib_by_rows", [

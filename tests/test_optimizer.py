@@ -10,15 +10,16 @@ from conftest import ROOT, TINY_TASK, clean_environment
 from harness import Task
 from train_gpt import (
     GPT,
-    Adam,
+    TRACKS,
     Group,
-    Muon,
+    Optimizer,
     join_fp32,
     lr_scale,
     make_optimizers,
     muon_momentum,
     muon_update,
     orthogonalize,
+    parameter_groups,
     split_fp32,
     step_inputs,
 )
@@ -28,13 +29,19 @@ ONE_RANK = SimpleNamespace(
     matmul_dtype=torch.float32,
     shared_memory_bytes=0,
     my_part=lambda count: slice(0, count),
+    start_average_of_parts=lambda bank: lambda: bank,
     gather_parts=lambda bank: None,
     average=lambda tensors: None,
 )
 
 
-def muon(params, lr, decay, rt=ONE_RANK) -> Muon:
-    return Muon(Group(Muon, params, lr, None, decay, 1), rt, lambda f: f)
+def muon(params, lr, decay, rt=ONE_RANK) -> Optimizer:
+    return Optimizer(Group(params, lr, None, decay, 1), rt, lambda f: f)
+
+
+def take_step(optimizer: Optimizer, scale: float = 1.0, count: int = 1) -> None:
+    optimizer.reduce()
+    optimizer.step(scale, 0.9, count)
 
 
 @pytest.mark.parametrize("shape", [(3, 32, 32), (2, 64, 16), (2, 16, 64)])
@@ -55,7 +62,7 @@ def test_muon_update_equals_its_definition_in_fp64_with_an_exact_svd():
     torch.manual_seed(1)
     W, G = torch.randn(2, 24, 12), torch.randn(2, 24, 12)
     momentum, second = torch.randn(2, 24, 12), 2 + 4 * torch.rand(2, 24, 1)
-    rate, beta = 0.1, 0.9
+    rate, beta, factors = 0.1, 0.9, torch.tensor([1.0, 2.0])[:, None, None]
     m = beta * momentum.double() + (1 - beta) * G.double()
     nesterov = (1 - beta) * G.double() + beta * m
     left, _, right = torch.linalg.svd(nesterov, full_matrices=False)
@@ -63,33 +70,50 @@ def test_muon_update_equals_its_definition_in_fp64_with_an_exact_svd():
     v = 0.9 * second.double() + 0.1 * (U**2).mean(-1, keepdim=True)
     direction = U / v.sqrt()
     direction *= U.norm(dim=(1, 2), keepdim=True) / direction.norm(dim=(1, 2), keepdim=True)
-    expected = W.double() - rate * 2**0.5 * direction
+    expected = W.double() - rate * factors * 2**0.5 * direction
     scalars = (torch.tensor(x) for x in (rate, 0.0, beta))
-    muon_update(W, None, G, momentum, second, *scalars, torch.float32)
+    muon_update(G, *scalars, factors, torch.float32, W, momentum, second)
     torch.testing.assert_close(second.double(), v, atol=2e-3, rtol=0)
     torch.testing.assert_close(momentum.double(), m, atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(W.double(), expected, atol=0.02, rtol=0)
 
 
-def test_muon_decays_only_weights_that_the_update_shrinks():
+def test_muon_decays_only_weights_that_the_update_shrinks_as_much_as_it_moves_them():
     torch.manual_seed(2)
-    W0, G = torch.randn(2, 12, 12), torch.randn(2, 12, 12)
+    W0, G = torch.randn(2, 12, 3), torch.randn(2, 12, 3)
+    factors = torch.tensor([1.0, 3.0])[:, None, None]
     after = {}
     for decay in (0.0, 0.3):
         W, momentum, second = W0.clone(), torch.zeros_like(G), torch.zeros(2, 12, 1)
         scalars = (torch.tensor(x) for x in (0.1, decay, 0.9))
-        muon_update(W, None, G, momentum, second, *scalars, torch.float32)
+        muon_update(G, *scalars, factors, torch.float32, W, momentum, second)
         after[decay] = W
     shrinks = (W0 - after[0.0]) * W0 > 0
-    expected = after[0.0] - torch.where(shrinks, 0.1 * 0.1 * 0.3 * W0, 0)
+    twice = 2 * factors  # 2: the root of rows / columns
+    expected = after[0.0] - torch.where(shrinks, twice * 0.1 * 0.1 * 0.3 * W0, 0)
     torch.testing.assert_close(after[0.3], expected, atol=1e-6, rtol=1e-5)
     assert 0.3 < shrinks.float().mean() < 0.7
+
+
+def test_the_second_matrix_of_an_mlp_moves_twice_as_far_as_the_first(tiny_hp):
+    """Four times the rate of a square matrix, as in the public record; the first one twice."""
+    hp = dataclasses.replace(tiny_hp, mlp_dim=128, muon_decay=0.0, mlp_down_lr=2.0)
+    model = GPT(hp, Task(**TINY_TASK), ONE_RANK)
+    optimizers = make_optimizers(model, hp, ONE_RANK, lambda f: f)
+    up_downs = [block.mlp.up_down for block in model.blocks]
+    before = [p.detach().clone() for p in up_downs]
+    for p in up_downs:
+        p.grad = torch.randn_like(p)
+    take_step(optimizers["mlp"])
+    for p, old in zip(up_downs, before, strict=True):
+        up, down = ((p - old).norm(dim=(1, 2)) / (hp.muon_lr * 32**0.5)).tolist()
+        assert up == pytest.approx(2, rel=0.15) and down / up == pytest.approx(2, rel=0.1)
 
 
 def test_muon_survives_a_zero_gradient():
     p = torch.nn.Parameter(torch.ones(2, 8, 4))
     p.grad = torch.zeros_like(p)
-    muon([p], 0.1, 0.0).step(1.0, 0.9)
+    take_step(muon([p], 0.1, 0.0))
     assert torch.equal(p, torch.ones(2, 8, 4))
 
 
@@ -98,7 +122,7 @@ def test_weights_stay_views_of_the_bank_so_that_updates_reach_the_model():
     before = [p.detach().clone() for p in params]
     for p in params:
         p.grad = torch.randn_like(p)
-    muon(params, 0.1, 0.0).step(1.0, 0.9)
+    take_step(muon(params, 0.1, 0.0))
     assert all(not torch.equal(p, b) for p, b in zip(params, before, strict=True))
 
 
@@ -112,10 +136,31 @@ def test_every_parameter_is_in_exactly_one_group(tiny_hp):
         make_optimizers(model, tiny_hp, ONE_RANK, lambda f: f)
 
 
+def test_rates_and_decays_of_fineweb_are_the_public_records():
+    """Learning rate, cautious decay of weight 1 at rate factor 1, and factors of each group."""
+    hp = dataclasses.replace(TRACKS["fineweb"], model_dim=16, mlp_dim=64, bigram_rows=8, head_dim=4)
+    groups = parameter_groups(GPT(hp, Task(**TINY_TASK), ONE_RANK), hp)
+    found = {n: (g.lr, g.decay * g.lr**2, g.factors, g.every) for n, g in groups.items()}
+    expected = {
+        "attn": (0.023, 0.023**2 * 1.2, (1.0,), 1),
+        "mlp": (0.023, 0.023**2 * 1.2, (1.0, 2.0), 1),
+        "embed": (0.008, 0.008**2 * 0.75, (1.0,), 2),
+        "head": (0.008, 0.008**2 * 0.75, (1.0,), 2),
+        "values": (0.6, 0.6**2 * 0.025, (1.0,), 2),
+        "bigram": (0.6, 0.6**2 * 0.025, (1.0,), 2),
+        "gates": (0.008, 0.0, (1.0,), 2),
+        "scalars": (0.04, 0.0, (1.0,), 2),
+    }
+    assert found.keys() == expected.keys()
+    for name, (*numbers, factors, every) in expected.items():
+        assert found[name][:2] == pytest.approx(numbers), name
+        assert found[name][2:] == (factors, every), name
+
+
 def test_schedules_at_their_end_points(tiny_hp):
     hp = dataclasses.replace(
         tiny_hp, num_steps=1000, warmup_frac=0.1, cooldown_frac=0.4, final_lr_frac=0.1,
-        momentum_warmup=300, momentum_cooldown=50,
+        momentum_steps=(300, 50),
     )  # fmt: skip
     assert lr_scale(0, hp) == pytest.approx(0.01)
     assert lr_scale(100, hp) == lr_scale(600, hp) == 1.0
@@ -126,8 +171,9 @@ def test_schedules_at_their_end_points(tiny_hp):
     found = [muon_momentum(step, hp) for step in (0, 150, 300, 950, 975)]
     assert found == pytest.approx([0.85, 0.90, 0.95, 0.95, 0.90])
     later = dataclasses.replace(hp, extension_steps=50, stage_lr=(1.0, 2.0))
-    assert lr_scale(950, later) == lr_scale(999, later) == pytest.approx(0.2)
+    assert lr_scale(950, later) == lr_scale(999, later) == pytest.approx(0.1)  # of every stage
     assert lr_scale(499, later) == 1.0 and lr_scale(500, later) == 2.0
+    assert lr_scale(750, later) == pytest.approx((2.0 + 0.1) / 2)
 
 
 def test_splitting_keeps_every_bit_of_fp32():
@@ -147,16 +193,16 @@ def test_a_bf16_bank_takes_the_updates_of_an_fp32_bank_bit_for_bit():
         made = muon([p], 1e-4, 0.1, rt)
         for _ in range(20):
             p.grad = torch.randn_like(p, dtype=torch.float32).bfloat16().to(dtype)
-            made.step(1.0, 0.9)
+            take_step(made)
         assert p.dtype == dtype and torch.equal(p.data, made.bank)
         banks[dtype] = made
     both = banks[torch.bfloat16]
-    assert torch.equal(join_fp32(both.bank, both.low), banks[torch.float32].bank)
+    low = both.state["low"].view(torch.int16)
+    assert torch.equal(join_fp32(both.bank, low), banks[torch.float32].bank)
 
 
 def adam(params, every=1, decay=0.0):
-    group = Group(Adam, params, 0.01, (0.8, 0.95), decay, every)
-    return Adam(group, ONE_RANK, lambda f: f)
+    return Optimizer(Group(params, 0.01, (0.8, 0.95), decay, every), ONE_RANK, lambda f: f)
 
 
 def test_adam_decays_only_weights_that_the_update_shrinks():
@@ -165,40 +211,81 @@ def test_adam_decays_only_weights_that_the_update_shrinks():
     for decay in (0.0, 20.0):
         p = torch.nn.Parameter(start.clone())
         p.grad = grad.clone()
-        adam([p], decay=decay).step(0.5, 0.9)
+        take_step(adam([p], decay=decay), scale=0.5)
         after[decay] = p.detach()
     shrinks = grad * after[0.0] > 0
     factor = torch.where(shrinks, 1 - 0.005**2 * 20.0, 1.0)
     torch.testing.assert_close(after[20.0], after[0.0] * factor, atol=1e-7, rtol=1e-6)
 
 
-def test_muon_on_two_ranks_equals_one(tmp_path):
-    """Seven matrices, so that the ranks' parts differ in size."""
+def test_adam_takes_the_steps_of_torch():
+    torch.manual_seed(5)
+    params = [torch.nn.Parameter(torch.randn(7, 3)), torch.nn.Parameter(torch.randn(4))]
+    others = [torch.nn.Parameter(p.detach().clone()) for p in params]
+    made, reference = adam(params), torch.optim.Adam(others, 0.01, (0.8, 0.95), 1e-15)
+    for count in range(1, 8):
+        for p, other in zip(params, others, strict=True):
+            other.grad = torch.randn_like(other)
+            p.grad = other.grad.clone()
+        take_step(made, count=count)
+        reference.step()
+    for p, other in zip(params, others, strict=True):
+        torch.testing.assert_close(p, other, atol=1e-6, rtol=1e-5)
+
+
+def test_adam_moves_a_rarely_seen_row_as_far_as_any_other_and_leaves_an_unseen_one():
+    """A token's gradient of a mean over 393,216 tokens against one a million times as large."""
+    p = torch.nn.Parameter(torch.ones(3, 4))
+    p.grad = torch.tensor([1e-4, 1e-10, 0.0])[:, None].expand(3, 4).clone()
+    take_step(adam([p]))
+    moved = (1 - p.detach())[:, 0]
+    assert moved[0].item() == pytest.approx(0.01, rel=1e-4)
+    assert moved[1].item() == pytest.approx(0.01, rel=1e-4) and moved[2] == 0
+
+
+RANK = """
+import sys, torch
+from harness import Runtime
+from train_gpt import Group, Optimizer
+rt = Runtime()
+rt.matmul_dtype = torch.float32
+torch.manual_seed(0)
+groups = {
+    "muon": Group([torch.nn.Parameter(torch.randn(n, 16, 8)) for n in (3, 4)], 0.05, None, 0.1, 1,
+                  (1.0, 2.0, 1.0, 3.0, 1.0, 1.0, 0.5)),
+    "few": Group([torch.nn.Parameter(torch.randn(1, 16, 8))], 0.05, None, 0.1, 1),
+    "adam": Group([torch.nn.Parameter(torch.randn(n)) for n in (13, 6)], 0.05, (0.8, 0.9), 0.1, 2),
+}
+optimizers = {name: Optimizer(group, rt, lambda f: f) for name, group in groups.items()}
+for step in range(6):
+    due = [o for o in optimizers.values() if (step + 1) % o.group.every == 0]
+    for o in optimizers.values():
+        for p in o.group.params:
+            all_ranks = torch.randn(4, *p.shape)  # each rank has the mean of its share
+            mine = all_ranks.chunk(rt.world_size)[rt.rank].mean(0)
+            p.grad = mine if p.grad is None else p.grad + mine
+    for o in due:
+        o.reduce()
+    for o in due:
+        o.step(1.0, 0.9, (step + 1) // o.group.every)
+state = {f"{n}.{k}": t for n, o in optimizers.items()
+         for k, t in {**o.gather_state(), "bank": o.bank}.items()}
+torch.save(state, f"{sys.argv[1]}/{rt.world_size}_{rt.rank}.pt")
+rt.close()
+"""
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_together_take_the_steps_of_one(tmp_path, ranks):
+    """Banks of 7 matrices, of 1, and of 19 numbers, of which the ranks' parts differ in size."""
     script = tmp_path / "rank.py"
-    script.write_text(
-        "import sys, torch\n"
-        "from harness import Runtime\n"
-        "from train_gpt import Group, Muon\n"
-        "rt = Runtime()\n"
-        "rt.matmul_dtype = torch.float32\n"
-        "torch.manual_seed(0)\n"
-        "params = [torch.nn.Parameter(torch.randn(n, 16, 8)) for n in (3, 4)]\n"
-        "group = Group(Muon, params, 0.05, None, 0.1, 1)\n"
-        "muon = Muon(group, rt, lambda f: f)\n"
-        "for step in range(5):\n"
-        "    for p in params:\n"
-        "        p.grad = torch.randn_like(p)\n"
-        "    muon.step(1.0, 0.9)\n"
-        "state = {**muon.gather_state(), 'bank': muon.bank}\n"
-        "torch.save(state, f'{sys.argv[1]}/{rt.world_size}_{rt.rank}.pt')\n"
-        "rt.close()\n"
-    )
+    script.write_text(RANK)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    for launcher in ([sys.executable], [*torchrun, "--nproc_per_node=2"]):
+    for launcher in ([sys.executable], [*torchrun, f"--nproc_per_node={ranks}"]):
         environment = clean_environment(PYTHONPATH=str(ROOT))
         subprocess.run([*launcher, script, tmp_path], env=environment, check=True, timeout=120)
     alone = torch.load(tmp_path / "1_0.pt")
-    for rank in (0, 1):
-        together = torch.load(tmp_path / f"2_{rank}.pt")
+    for rank in range(ranks):
+        together = torch.load(tmp_path / f"{ranks}_{rank}.pt")
         for name, tensor in alone.items():
             torch.testing.assert_close(together[name], tensor, atol=2e-5, rtol=1e-4)

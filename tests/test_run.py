@@ -294,7 +294,7 @@ def test_ctrl_c_while_torchrun_is_imported_prints_nothing(flags):
 
 
 def test_a_diverging_run_stops(flags, tmp_path):
-    done = train([*flags, "--num_steps=300", "--max_epochs=9", "--head_lr=1e10"])
+    done = train([*flags, "--num_steps=300", "--max_epochs=9", "--muon_lr=1e20"])
     assert done.returncode == 1
     last = only_log(tmp_path).read_text().splitlines()[-1]
     assert last.startswith("result status:diverged") and "steps:300" not in last
@@ -345,8 +345,8 @@ BAD_FLAGS = [
     ("--num_heads=3", r"--num_heads 3 is odd, so --layers sL-S cannot pair heads"),
     ("--window_tokens=16,many", r"invalid list_of_numbers value"),
     ("--embed_betas=0.5", r"--embed_betas: '0.5' is not 2 numbers"),
-    ("--tied_frac=0.5", r"--embed_lr and --head_lr must be equal"),
-    ("--skip_to=4", r"no skip: --skip_from -1"),
+    ("--tied_frac=0.5", r"--embed_lr must be the head's, 0.008"),
+    ("--skip=1,4", r"none: --skip -1,-1"),
     ("--backout_from=4", r"--backout_from"),
     ("--seed=-1", r"--seed -1 is out of range"),
     ("--seed=99999999999999999999999", r"--seed 9+ is out of range"),
@@ -504,7 +504,7 @@ def test_flags_give_typed_overrides_of_the_track():
     )
     assert (track, hp.num_steps, task.val_spread, options.seed) == ("embedded", 7, False, 3)
     assert overrides == ["num_steps", "val_spread"]
-    assert parse_flags(["--num_steps", "1300"], TRACKS, "embedded", "").overrides == []
+    assert parse_flags(["--num_steps", "800"], TRACKS, "embedded", "").overrides == []
 
 
 def test_a_task_is_chosen_apart_from_the_track():
@@ -721,7 +721,7 @@ def test_machines_with_other_shards_are_refused(tiny_task, tiny_hp, tmp_path, ot
 
 @pytest.mark.parametrize("layers", ["-L-", "-LL-"])
 def test_a_parameter_that_nothing_uses_is_named(tiny_task, tiny_hp, layers):
-    changes = dict(layers=layers, num_value_embeds=1, skip_from=-1, backout_from=-1)
+    changes = dict(layers=layers, value_layers=(0,), skip=(-1, -1), backout_from=-1)
     unused = trainer(tiny_task, dataclasses.replace(tiny_hp, **changes))
     with pytest.raises(RunError, match="the loss does not depend on value_embeds"):
         warm_up(unused.run, unused)

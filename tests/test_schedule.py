@@ -4,12 +4,22 @@ import dataclasses
 import math
 from itertools import islice
 
+import numpy as np
 import pytest
 import torch
 from conftest import settings
 
 from harness import Run, Runtime
-from train_gpt import PROCESS_START, SOURCES, TRACKS, Trainer, step_inputs
+from train_gpt import (
+    HEAD_LR,
+    PROCESS_START,
+    SOURCES,
+    TRACKS,
+    Trainer,
+    lr_scale,
+    muon_momentum,
+    step_inputs,
+)
 
 
 def trainer(hp, task) -> Trainer:
@@ -36,11 +46,28 @@ def test_slow_frequencies_stretch_with_the_window():
             assert at.frequency[i].item() == pytest.approx(f, rel=1e-5)
 
 
-def test_validation_sees_its_own_window_with_the_frequencies_of_the_step():
+def test_validation_widens_the_long_window_alone_with_the_frequencies_of_the_step():
     hp = TRACKS["fineweb"]
+    found = {step: [(int(at.window), int(at.short_window)) for at in
+                    (step_inputs(step, hp, "cpu", training) for training in (True, False))]
+             for step in (0, 499, 500, 999, 1000, 1499)}  # fmt: skip
+    first, second, third = ([(long, short), (2560, short)]
+                            for long, short in ((384, 128), (896, 384), (1408, 640)))  # fmt: skip
+    assert list(found.values()) == [first, first, second, second, third, third]
     during, after = (step_inputs(1499, hp, "cpu", training) for training in (True, False))
-    assert (during.window, after.window) == (1408, 2560)
     assert torch.equal(during.frequency, after.frequency) and after.mtp_weights.tolist() == [1]
+
+
+def test_every_step_of_fineweb_has_the_rate_and_momentum_of_the_public_record():
+    """1,500 steps of which the last 15 are level: three stages, a fall from 39%, one end."""
+    hp = TRACKS["fineweb"]
+    steps = np.arange(1500)
+    peak = np.array([1.0, 1.52, 1.73])[steps // 500]
+    done = np.clip((steps - 585) / 900, 0, 1)
+    rates = peak * (1 - done) + 0.15 * done
+    momentum = np.interp(steps, [0, 300, 1450, 1500], [0.85, 0.95, 0.95, 0.85])
+    np.testing.assert_allclose([lr_scale(s, hp) for s in steps], rates, rtol=1e-9)
+    np.testing.assert_allclose([muon_momentum(s, hp) for s in steps], momentum, rtol=1e-9)
 
 
 def test_further_targets_fade_by_two_thirds_of_the_run():
@@ -57,7 +84,7 @@ def test_further_targets_fade_by_two_thirds_of_the_run():
 
 
 def test_the_head_is_the_embedding_until_they_part(tiny_hp, tiny_task):
-    hp = dataclasses.replace(tiny_hp, tied_frac=0.5, num_steps=8, head_lr=tiny_hp.embed_lr)
+    hp = dataclasses.replace(tiny_hp, tied_frac=0.5, num_steps=8, embed_lr=HEAD_LR)
     run = trainer(hp, tiny_task)
     batches = run.batches(0)
     for step in range(8):
@@ -70,10 +97,10 @@ def test_the_head_is_the_embedding_until_they_part(tiny_hp, tiny_task):
 @pytest.mark.parametrize("tied_frac", [0.0, 0.5])
 def test_a_waiting_gradient_is_the_sum_over_steps_and_tied_matrices(tiny_hp, tiny_task, tied_frac):
     """Two steps of which Adam takes the second, against one step by hand with all gradients."""
-    tiny_hp = dataclasses.replace(tiny_hp, tied_frac=tied_frac, head_lr=tiny_hp.embed_lr)
+    tiny_hp = dataclasses.replace(tiny_hp, tied_frac=tied_frac, embed_lr=HEAD_LR)
     run, moved_by = trainer(tiny_hp, tiny_task), []
-    step_of_adam = run.optimizers["embed"].step
-    run.optimizers["embed"].step = lambda *a: moved_by.append(embed.grad) or step_of_adam(*a)
+    reduce = run.optimizers["embed"].reduce
+    run.optimizers["embed"].reduce = lambda: moved_by.append(embed.grad) or reduce()
     batches = list(islice(run.batches(0), 2))
     embed, hand = run.model.embed, 0.0
     start = embed.detach().clone()
@@ -85,8 +112,8 @@ def test_a_waiting_gradient_is_the_sum_over_steps_and_tied_matrices(tiny_hp, tin
     torch.testing.assert_close(moved_by, [hand], atol=1e-3 * hand.abs().max().item(), rtol=0)
     reference = torch.nn.Parameter(start)
     reference.grad = hand
-    rate = run.optimizers["embed"].adam.param_groups[0]["lr"]
-    torch.optim.Adam([reference], rate, tiny_hp.embed_betas, 1e-10).step()
+    rate = tiny_hp.embed_lr * lr_scale(1, tiny_hp)
+    torch.optim.Adam([reference], rate, tiny_hp.embed_betas, 1e-15).step()
     torch.testing.assert_close(embed, reference, atol=2e-5, rtol=1e-4)
     assert embed.grad is None
 

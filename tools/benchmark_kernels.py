@@ -17,7 +17,7 @@ import kernels
 from harness import Runtime
 from kernels import Softcap, attend, attention_mask, head_loss, linear, relu_squared_mlp
 from tools.cli import finish, flag_parser
-from train_gpt import TRACKS
+from train_gpt import TRACKS, Group, Optimizer
 
 CAP = Softcap(23.0, 5.0, 7.5)
 ROUNDS = 20
@@ -99,9 +99,15 @@ def attention(rt: Runtime, B: int, T: int, H: int, K: int, window: int) -> None:
 
 def table_update(rt: Runtime, rows: int, D: int) -> None:
     p = torch.randn(rows, D, device=rt.device).requires_grad_()
-    p.grad = torch.randn_like(p)
-    adam = torch.optim.Adam([p], fused=True)
-    compare(f"Adam of a table {rows} x {D}", rt, update=adam.step, copy=lambda: p.grad.clone())
+    grad = torch.randn_like(p)
+    adam = Optimizer(Group([p], 0.1, (0.75, 0.95), 0.025, 1), rt, torch.compile)
+
+    def update():
+        p.grad = grad
+        adam.reduce()
+        adam.step(1.0, 0.9, 1)
+
+    compare(f"Adam of a table {rows} x {D}", rt, update=update, copy=grad.clone)
 
 
 def main() -> int:
@@ -115,7 +121,7 @@ def main() -> int:
     N = own.rows * T
     mlp(rt, N, hp.model_dim, hp.mlp_dim)
     head(rt, N, hp.model_dim, V)
-    for window in (129, 192, 448, 704):
+    for window in (128, 384, 640):
         attention(rt, own.rows, T, hp.num_heads, hp.head_dim, window)
     table_update(rt, table, hp.model_dim)
     return 0

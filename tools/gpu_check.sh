@@ -48,9 +48,10 @@ tests() { # tests NAME SECONDS FILE-AND-FLAGS...
     check "$name" "$limit" "$python" -m pytest -p no:cacheprovider -s --durations=0 "$@"
 }
 
-small=(--seq_len 1024 --layers sL-S --num_value_embeds 1 --skip_from 0 --skip_to 2 --backout_from 1
+small=(--seq_len 1024 --layers sL-S --value_layers 0,3 --skip 0,2 --backout_from 1
     --bigram_rows 1024 --batch_tokens 8192 --document_cap 896 --stage_lr 1 --model_dim 64
-    --num_heads 2 --head_dim 32 --mlp_dim 128 --val_tokens 16384)
+    --num_heads 2 --head_dim 32 --mlp_dim 128 --val_tokens 16384
+    --val_seq_len 1024)
 [ ${#shrink[@]} = 0 ] && small=()
 
 case $part in

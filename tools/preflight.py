@@ -112,7 +112,8 @@ def attention_keys(module, hp):
         counts = []
         for layer in module.parse_layers(hp):
             if layer.attends:
-                window = hp.at(hp.window_tokens, step) // (1 if layer.is_long else 2)
+                windows = hp.window_tokens if layer.is_long else hp.short_window_tokens
+                window = hp.at(windows, step)
                 counts.append(module.BLOCK * (1 + -(-(window - 1) // module.BLOCK)))
         return sum(counts) / len(counts)
 

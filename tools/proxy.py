@@ -1,0 +1,158 @@
+#!/usr/bin/env python3
+"""Train the fineweb track at an eighth of its size, on a CPU in minutes; compare two sources.
+
+    proxy.py . -n 4                          this checkout with seeds 0 to 3
+    proxy.py ../main . -n 8 --steps 160      two sources in pairs of seeds: same rows, same seed
+
+A source is a checkout, a log or an attempt's folder; its own settings of fineweb are scaled. Both
+runs of a pair get the same rows: documents of the training shards in an order that the seed draws,
+their tokens folded to 2,048 ids. For whom its losses speak, and their noise: docs/public_record.md.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from itertools import product
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import bootstrap  # noqa: F401
+import numpy as np
+
+from data.shards import absolute_glob, find_shards, open_shard, write_shard
+from flags import as_flag
+from tools import stats
+from tools.attempts import Attempt, copy_of, require_own_flags, staged, start
+from tools.cli import ToolError, finish, flag_parser
+from tools.sources import ROOT
+
+FRACTION = 8  # windows, width of the MLP and steps of the schedules are so much smaller
+VOCAB, OWN_IDS, ROW, VAL_ROWS = 2048, 2000, 256, 256
+START = VOCAB - 1  # what opens a document; the ids from OWN_IDS to here are shared by rare tokens
+SETTINGS = {  # of the run, whatever the source has; its other settings stay
+    "task": "fineweb", "vocab_size": VOCAB, "document_start": START, "val_seq_len": ROW,
+    "val_tokens": VAL_ROWS * ROW, "val_spread": True, "fp32": True, "compile": False,
+    "seq_len": ROW, "document_cap": (112, ROW, ROW), "max_epochs": 1, "num_heads": 2,
+    "head_dim": 32, "model_dim": 64, "mlp_dim": 256, "bigram_rows": 5 * VOCAB,
+}  # fmt: skip
+ASK = "import json, train_gpt; print(json.dumps(vars(train_gpt.TRACKS['fineweb'])))"
+
+
+def fold(tokens: np.ndarray, counts: np.ndarray, document_start: int) -> np.ndarray:
+    """Ids below VOCAB, uint16: frequent tokens keep one of their own, by rank."""
+    counts = counts.copy()
+    counts[document_start] = 0
+    to = OWN_IDS + (np.arange(len(counts)) * 2654435761 % 2**32 >> 7) % (START - OWN_IDS)
+    to[np.argsort(-counts, kind="stable")[:OWN_IDS]] = np.arange(OWN_IDS)
+    to[document_start] = START
+    return to.astype(np.uint16)[tokens]
+
+
+def prepare(args, folder: Path) -> None:
+    """Write val.bin, and for each seed its documents in the order in which it reads them."""
+    train = np.concatenate([open_shard(path) for path in find_shards(args.train_files)[:2]])
+    val = open_shard(find_shards(args.val_files)[0])
+    counts = np.bincount(train, minlength=1 << 16)  # of all ids that shards can hold
+    train, val = (fold(tokens, counts, args.document_start) for tokens in (train, val))
+    if len(val) < VAL_ROWS * ROW + 2:
+        raise ToolError(f"{args.val_files} holds {len(val)} tokens, fewer than {VAL_ROWS} rows")
+    # The referee spreads its rows over what is left; so they begin at multiples of one number.
+    stride = (len(val) - ROW - 2) // VAL_ROWS
+    write_shard(folder / "val.bin", val[: (VAL_ROWS - 1) * stride + ROW + 1])
+    starts = np.flatnonzero(train[:-1] == START)
+    lengths = np.diff(starts, append=len(train) - 1).clip(max=ROW + 1)  # no run reads further
+    for seed in range(args.n):
+        order = np.random.default_rng(seed).permutation(len(starts))
+        parts = [train[starts[i] : starts[i] + lengths[i]] for i in order]
+        write_shard(folder / f"train_{seed}.bin", np.concatenate([*parts, [START]]))
+
+
+def scaled(own: dict, steps: int) -> dict:
+    """A source's settings of fineweb, at an eighth; of them those that are not its defaults."""
+    found, long_run = dict(SETTINGS), own["num_steps"]
+    rows = (4, 8, 12) if steps >= 300 else (2, 4, 6)
+    found |= {"num_steps": steps, "val_every": steps // 4}
+    found["batch_tokens"] = tuple(ROW * n for n in rows)
+    for name in own.keys() & {"window_tokens", "short_window_tokens"}:
+        found[name] = tuple(tokens // FRACTION for tokens in own[name])
+    found["val_window_tokens"] = own["val_window_tokens"] // FRACTION
+    for name in own.keys() & {"momentum_warmup", "momentum_cooldown", "momentum_steps",
+                              "extension_steps"}:  # fmt: skip
+        counts = np.round(np.array(own[name]) * steps / long_run).astype(int)
+        found[name] = counts.tolist()
+    return found
+
+
+def settings_of(attempt: Attempt) -> dict:
+    """What the fineweb track of a source is."""
+    with staged(attempt.texts) as scratch:
+        asked = subprocess.run([sys.executable, "-c", ASK], cwd=scratch, text=True,
+                               capture_output=True)  # fmt: skip
+    if asked.returncode:
+        raise ToolError(f"{attempt.name} has no fineweb track: {asked.stderr.splitlines()[-1]}")
+    return json.loads(asked.stdout)
+
+
+def losses(attempt: Attempt, flags: list[str], data: Path, seed: int) -> list[float]:
+    """Validation losses of one seed after each quarter of the run; a line for people."""
+    attempt.flags = [*flags, f"--train_files={data}/train_{seed}.bin"]
+    (ended,) = start([(attempt, seed)], 0)
+    curve = [loss for _, _, loss in ended.run.val_curve[1:]]
+    if ended.code or len(curve) < 4:
+        raise ToolError(f"{attempt.name} seed {seed} did not finish: {ended.last_words}")
+    print(f"{attempt.name} seed {seed}: " + "  ".join(f"{loss:.4f}" for loss in curve), flush=True)
+    return curve
+
+
+def report(names: list[str], finals: np.ndarray) -> None:
+    """finals (sources, seeds): the last losses."""
+    for name, found in zip(names, finals, strict=True):
+        print(f"{name}: mean {found.mean():.4f}, sd {stats.sd(found):.4f}, n={len(found)}")
+    if len(finals) == 2:
+        change = stats.absolute(*finals, paired=True)
+        print(f"B - A, in pairs: {change.change:+.4f}, 95% CI [{change.low:+.4f}, "
+              f"{change.high:+.4f}], p={change.p:.2g}")  # fmt: skip
+
+
+def parse() -> tuple[argparse.Namespace, list[str]]:
+    parser = flag_parser(__doc__, "%(prog)s SOURCE [SOURCE] [-n N] [--FLAG VALUE of the trainer]")
+    add = parser.add_argument
+    add("sources", nargs="+", type=Path, metavar="SOURCE", help="checkout, log or attempt")
+    add("-n", type=int, default=4, help="seeds, from 0 (default: %(default)s)")
+    add("--steps", type=int, default=300, help="optimizer steps; below 300 with half the batch "
+        "(default: %(default)s)")  # fmt: skip
+    add("--train_files", default=str(ROOT / "data/fineweb10B/fineweb_train_*.bin"), help="training "
+        "shards, of which the first two are read (default: FineWeb's)")  # fmt: skip
+    add("--val_files", default=str(ROOT / "data/fineweb10B/fineweb_val_*.bin"))
+    add("--document_start", type=int, default=50256, help="token that opens a document")
+    add("--out", type=Path, metavar="FOLDER", help="keep sources and logs in FOLDER/A and FOLDER/B "
+        "(default: discard them)")  # fmt: skip
+    args, flags = parser.parse_known_args()
+    if not 1 <= len(args.sources) <= 2 or args.n < 1 or args.steps < 40:
+        parser.error("one or two sources, -n of at least 1, --steps of at least 40")
+    args.train_files, args.val_files = map(absolute_glob, (args.train_files, args.val_files))
+    return args, flags
+
+
+def main() -> int:
+    args, flags = parse()
+    require_own_flags(flags)
+    with TemporaryDirectory(prefix="photofinish_proxy_") as scratch:
+        data, arms = Path(scratch), []
+        prepare(args, data)
+        for i, origin in enumerate(args.sources):
+            attempt = copy_of(origin, (args.out or data) / chr(ord("A") + i), [])
+            attempt.freeze()
+            chosen = {**scaled(settings_of(attempt), args.steps), "val_files": data / "val.bin"}
+            own = [f"--{name}={as_flag(value)}" for name, value in chosen.items()]
+            arms.append((attempt, ["--track=fineweb", *own, *flags]))
+        finals = np.zeros((len(arms), args.n))
+        for seed, (i, (attempt, own)) in product(range(args.n), enumerate(arms)):
+            finals[i, seed] = losses(attempt, own, data, seed)[-1]
+    report([attempt.name for attempt, _ in arms], finals)
+    return 0
+
+
+if __name__ == "__main__":
+    finish(main)
