@@ -52,13 +52,14 @@ from kernels import (
 )
 
 HERE = Path(__file__).resolve()
-HEAD_LR = 0.008  # learning rate of the head
 SOURCES = {  # what a log embeds
     path: (HERE.parent / path).read_text() for path in (HERE.name, "kernels.py", *REFEREE_FILES)
 }
 
 
 # ------------------------------------------------------------------------------ Hyperparameters
+
+HEAD_LR = 0.008  # the head's learning rate; the embedding's too, while the two are tied
 
 
 @dataclass(frozen=True)
