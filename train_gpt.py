@@ -383,10 +383,7 @@ def mtp_weights(step: int, hp: Hyperparameters) -> list[float]:
 
 
 def rotary_frequencies(step: int, hp: Hyperparameters) -> tuple[Tensor, float]:
-    """((K/4,) radians per token, attention scale) after every growth of the window so far.
-
-    Low frequencies are stretched with the window (YaRN, arXiv 2309.00071).
-    """
+    """((K/4,) radians per token, attention scale), stretched as windows grow (arXiv 2309.00071)."""
     frequency = ROTARY_BASE ** -torch.linspace(0, 1, hp.head_dim // 4)
     scale, stage = hp.attn_scale, hp.stage(hp.window_tokens, step)
     for old, new in pairwise(hp.window_tokens[: stage + 1]):
@@ -421,7 +418,6 @@ def step_inputs(step: int, hp: Hyperparameters, device, training: bool = True) -
 #
 # Shapes: B sequences, T tokens, D model_dim, H heads, K head_dim, M mlp_dim, V vocabulary, J
 # targets per token, S earlier tokens, N = B * T. The residual stream x is (B, T, D).
-
 
 GATE_DIM = 12  # dimensions that gates read, the leading ones of the stream
 LOGIT_SLOPE = 7.5
@@ -762,10 +758,10 @@ class Group(NamedTuple):
 
 
 class Optimizer:
-    """Muon of matrices, or Adam of single numbers: items of a bank (N, ...), views of which are the
-    parameters. Each rank updates its part of them, and all parts are gathered.
+    """Muon of matrices, or Adam of numbers: items of a bank (N, ...) whose views are parameters.
 
-    Matrices are bf16 where the stream is; then state holds the lower 16 bits of their fp32.
+    Each rank updates its part of them, then all parts are gathered. Matrices are bf16 where the
+    stream is; then state holds the lower 16 bits of their fp32.
     """
 
     def __init__(self, group: Group, rt: Runtime, compile_fn: Callable, adam_eps: float = 1e-15):
@@ -798,11 +794,11 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, scale: float, momentum: float, count: int):
-        """count: updates so far, with this one."""
+        """Update for the count-th time."""
         if len(gradients := self.received()):
             third = momentum if self.group.betas is None else float(count)
-            # Tensors, or each value would compile anew.
-            numbers = map(torch.tensor, (self.group.lr * scale, self.group.decay, third))
+            numbers = (self.group.lr * scale, self.group.decay, third)
+            numbers = map(torch.tensor, numbers)  # else each value would compile anew
             mine = (tensor[self.mine] for tensor in (self.bank, *self.state.values()))
             self.update(gradients, *numbers, *self.fixed, *mine)
         self.rt.gather_parts(self.bank)
@@ -995,5 +991,9 @@ class Trainer:
 # ------------------------------------------------------------------------------ Main
 
 
+def main() -> int:
+    return execute(Trainer, TRACKS, "fineweb", SOURCES, PROCESS_START)
+
+
 if __name__ == "__main__":
-    sys.exit(execute(Trainer, TRACKS, "fineweb", SOURCES, PROCESS_START))
+    sys.exit(main())

@@ -17,6 +17,7 @@ from conftest import ROOT, clean_environment
 from kernels import HAS_TRITON
 from tools import fake_gpu, preflight
 from tools.cli import ToolError
+from train_gpt import TRACKS
 
 slow = pytest.mark.slow
 needs_compilers = pytest.mark.skipif(not (HAS_TRITON and shutil.which("g++")),
@@ -266,3 +267,9 @@ def test_own_kernels_at_their_true_sizes_fit_without_spills(kernel_report, cache
 def test_a_kernel_that_spills_is_named(kernel_report):
     assert any(p.startswith("kernel relu_squared_kernel: spills") and p.endswith("B per thread")
                for p in kernel_report["spilling"])  # fmt: skip
+
+
+def test_only_schedules_cut_a_run_into_stages():
+    """Not the five layers of value tables, for one."""
+    found = {track: preflight.stages(hp) for track, hp in TRACKS.items()}
+    assert found == {"fineweb": 3, "fineweb_medium": 3, "wikitext103": 3, "embedded": 1}

@@ -34,6 +34,7 @@ from tools.cli import ToolError, finish, flag_parser
 from tools.fake_gpu import CARDS, TESTED, Card, check_machine, install, load_guard, torch_release
 
 GIB = 2**30
+STAGED = ("batch_tokens", "document_cap", "window_tokens", "short_window_tokens", "stage_lr")
 STEPS_PER_STAGE = 2
 DOCUMENT_TOKENS = 600  # of the made-up shards
 
@@ -84,9 +85,9 @@ def load_trainer(entry: str):
 
 
 def stages(hp) -> int:
-    """Into how many parts of equal settings the schedules cut the run."""
-    values = vars(hp).items()
-    return max(len(v) if isinstance(v, tuple) and "betas" not in k else 1 for k, v in values)
+    """Most values that a setting which changes between stages has."""
+    values = (getattr(hp, name, 0) for name in STAGED)
+    return max(len(v) if isinstance(v, tuple) else 1 for v in values)
 
 
 def shortened(settings, rows: int, folder: Path):
