@@ -21,7 +21,7 @@ from data.shards import (
     open_shard,
     write_shard,
 )
-from harness import TASKS, Prefetcher, RunError, Validation, check_shards
+from harness import Prefetcher, RunError, Validation, check_shards
 from kernels import mean_visible_keys
 from train_gpt import (
     TRACKS,
@@ -31,7 +31,6 @@ from train_gpt import (
     memory_estimate,
     micro_batches,
     ordered_pieces,
-    padded_vocab,
 )
 
 
