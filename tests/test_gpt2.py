@@ -445,6 +445,7 @@ def test_a_folder_whose_name_a_terminal_cannot_show_ends_no_run(flags, tmp_path,
     assert only_log(folder)
 
 
+@pytest.mark.slow
 def test_a_run_learns_saves_and_resumes_to_the_same_digits(flags, tmp_path):
     code, err = outcome(train_gpt2, *flags, "--save_every=12")
     assert code == 0, err

@@ -70,6 +70,7 @@ def test_shards_give_the_losses_of_one_whole_model(trained, ranks, flags):
     same(trained("sharded", ranks, *flags), whole, 23)
 
 
+@pytest.mark.slow
 def test_four_ranks_give_the_losses_of_one_and_resume_on_two_and_on_one(trained, tmp_path):
     whole, four = trained("whole", 1), trained("four", 4, "--save_every=12")
     same(four, whole, 23)

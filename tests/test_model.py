@@ -269,6 +269,30 @@ def test_paired_heads_see_each_other_in_turns(tiny_hp):
             torch.testing.assert_close(found[0, t, head], expected, atol=1e-6, rtol=1e-6)
 
 
+@pytest.mark.parametrize("layers", ["LL", "SS"])
+def test_a_token_looks_for_what_followed_itself_before_anything_is_learned(
+    tiny_hp, monkeypatch, layers
+):
+    """A row of random tokens, then the same again: how often the strongest key is the right one."""
+    hp = dataclasses.replace(
+        tiny_hp, layers=layers, window_tokens=(64,), short_window_tokens=(64,), skip=(-1, -1),
+        backout_from=-1, value_layers=(-1,), head_dim=64, attn_scale=1.0,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model, strongest = GPT(hp, TASK, CPU), []
+    half = torch.randperm(START)[:32].expand(1, 32)
+
+    def note(q, k, v, mask, options=None):
+        scores = (q[:, :, 32:] @ k.mT).tril(31)  # of the second half, whose first index is 32
+        strongest.append(scores.argmax(-1))
+        return attend(q, k, v, mask, options)
+
+    monkeypatch.setattr(train_gpt, "attend", note)
+    logits_of(model, torch.cat([half, half], dim=1), step_inputs(0, hp, "cpu"))
+    right = torch.arange(1, 33)  # one after the place where the token stood before
+    assert ((strongest[0] == right).float().mean() > 0.9) == (layers == "LL")
+
+
 def test_further_targets_count_within_the_row_and_the_document(tiny_hp):
     model, inputs = randomized(tiny_hp), tokens(2, 64)
     stream = torch.cat([inputs, torch.tensor([[3], [START]])], 1)

@@ -915,6 +915,7 @@ def test_a_run_that_crashes_counts_and_the_others_go_on(tmp_path):
     assert done.returncode == 5 and "B: 1 of 3 runs aborted, they count" in done.stdout
 
 
+@pytest.mark.slow
 def test_attempts_take_turns(attempt_flags, tmp_path):
     a, b = tmp_path / "2026-01-01_A", tmp_path / "2026-01-01_B"
     for misuse in ([a], [a, b, tmp_path / "c"], [a, b, "--nproc_per_node=2"]):
@@ -989,6 +990,7 @@ def race_until(pattern: str, folder: Path, *words):
         process.communicate()
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_when_the_one_it_takes_turns_with_is_killed(attempt_flags, tmp_path):
     a, b = tmp_path / "2026-01-01_A", tmp_path / "2026-01-01_B"
     longer = ("--num_steps=400", "--val_every=400", "--max_epochs=99")
@@ -1009,6 +1011,7 @@ def both_faults(folder) -> list:
 LONG = ("--num_steps=4000", "--max_epochs=99")
 
 
+@pytest.mark.slow
 def test_a_killed_run_stays_in_the_count(attempt_flags, tmp_path):
     attempt = tmp_path / "2026-01-01_Killed"
     words = ["-n", 2, attempt, *attempt_flags, "--num_steps=100", "--max_epochs=99"]
@@ -1031,6 +1034,7 @@ def test_sigterm_ends_the_run_too(attempt_flags, tmp_path):
     assert run.result["status"] == "aborted" and not run.faults
 
 
+@pytest.mark.slow
 def test_runs_that_cannot_begin_stop_the_attempt(tmp_path):
     attempt = tmp_path / "2026-01-01_NoData"
     done = tool("race", "-n", 3, attempt, "--no_such_flag=1")

@@ -479,6 +479,7 @@ def test_without_a_compiler_the_run_falls_back_to_eager_and_says_so(flags, tmp_p
     assert "compile: no compiler" in run_section(only_log(tmp_path))
 
 
+@pytest.mark.slow
 def test_with_a_broken_compiler_the_run_falls_back_to_eager_and_says_so(flags, tmp_path):
     flags = [flag for flag in flags if flag != "--compile=false"]
     eager, broken = tmp_path / "eager", tmp_path / "broken"
