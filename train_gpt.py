@@ -617,7 +617,7 @@ class GPT(nn.Module):
         windows = per_step.short_window, per_step.window
         longest = max(hp.short_window_tokens), max(*hp.window_tokens, hp.val_window_tokens)
         masks = {(is_long, is_paired): attention_mask(paired_docs if is_paired else docs_BT,
-                                                      windows[is_long], longest[is_long])
+                                                      windows[int(is_long)], longest[int(is_long)])
                  for is_long, is_paired in sorted(kinds)}  # fmt: skip
         place = torch.arange(T, device=docs_BT.device)
         same_doc = [(docs_BT == docs_BT.roll(j, 1)) & (place >= j)
