@@ -583,7 +583,8 @@ class Run:
         self.log.line(f"compile: {problem or 'yes'}", show=bool(problem))
         if problem:
             return dont_compile
-        return partial(torch.compile, dynamic=False)
+        # In a broken graph FlexAttention is not fused, and takes the memory of all scores.
+        return partial(torch.compile, dynamic=False, fullgraph=self.rt.is_gpu)
 
     def start(self) -> None:
         """Start the timed part; from here on the first signal asks for a clean end."""

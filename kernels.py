@@ -28,6 +28,8 @@ HEAD_CHUNK_TOKENS = 16384  # tokens whose logits are in memory at a time
 # fp8 value 1 means so much: in x, in the weight (both e4m3), and in the gradient of a token's loss
 # (e5m2), which is divided by N after the product, for it would underflow before.
 FP8_SCALES = (100 / 448, 1.6 / 448, 0.75 / 448)
+# 8 logits a thread, so that bf16 and fp8 are stored from the same threads.
+LOSS_TILE = dict(COLS=1024, num_warps=4)
 LARGE_TILE = dict(BLOCK_N=128, BLOCK_M=256, BLOCK_K=64, num_warps=8, num_stages=4)  # 192 KiB
 SMALL_TILE = dict(BLOCK_N=128, BLOCK_M=128, BLOCK_K=32, num_warps=8, num_stages=4)
 Softcap = namedtuple("Softcap", "height shift slope")  # logit z: height * sigmoid((z+shift)/slope)
@@ -37,52 +39,52 @@ if HAS_TRITON:
     import triton.language as tl
 
     @triton.jit
-    def squashed(logit_ptr, mask, shift, slope):
+    def squashed(logit_ptr, mask, shift, factor):
         z = tl.load(logit_ptr, mask=mask, other=0.0).to(tl.float32)
-        return tl.sigmoid((z + shift) / slope)
+        return tl.sigmoid((z + shift) * factor)
 
     @triton.jit
     def softcapped_loss_kernel(
-        logits_ptr, targets_ptr, weights_ptr, loss_ptr, grad_ptr, grad_T_ptr, N, V, stride,
-        height, shift, slope, grad_scale, J: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr,
+        logits_ptr, targets_ptr, weights_ptr, loss_ptr, copy_ptr, V, stride,
+        height, shift, slope, grad_scale, J: tl.constexpr, COLS: tl.constexpr,
     ):  # fmt: skip
-        """softcapped_loss of ROWS rows, and its gradient, which may replace the logits.
+        """softcapped_loss of one row, whose logits its gradient replaces.
 
-        Any float: logits and gradient (N, V), both of this row stride; its transpose (V, N), or
-        None. Targets (N, J) int64; weights (J,), loss (N,) fp32. Tested to 1e-5 in fp32.
+        Any float: logits (N, V) of this row stride; a copy of the gradient (N, V), or None.
+        Targets (N, J) int64; weights (J,), loss (N,) fp32. Tested to 1e-5 in fp32.
         """
         # 64 bits, for row 42,690 of 50,304 logits passes the end of 32.
-        rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-        weight_sum = tl.zeros((ROWS, 1), tl.float32)
-        target_sum = tl.zeros((ROWS, 1), tl.float32)
+        row = tl.program_id(0).to(tl.int64)
+        logits_ptr += row * stride
+        factor = 1 / slope
+        weight_sum = 0.0
+        target_sum = 0.0
         # These logits are read before any is replaced: the sum of exponentials ends in a barrier.
         for j in tl.static_range(J):
-            target = tl.load(targets_ptr + rows * J + j, mask=rows < N, other=-1)
+            target = tl.load(targets_ptr + row * J + j)
             weight = tl.where(target >= 0, tl.load(weights_ptr + j), 0.0)
-            share = squashed(logits_ptr + rows * stride + target, target >= 0, shift, slope)
+            share = squashed(logits_ptr + target, target >= 0, shift, factor)
             weight_sum += weight
             target_sum += weight * height * share
         # Capped logits are at most height, whose exponentials fp32 can sum: no running maximum.
-        exp_sums = tl.zeros((ROWS, COLS), tl.float32)
+        exp_sums = tl.zeros((COLS,), tl.float32)
         for start in range(0, V, COLS):
-            cols = start + tl.arange(0, COLS)[None, :]
-            inside = (rows < N) & (cols < V)
-            shares = squashed(logits_ptr + rows * stride + cols, inside, shift, slope)
-            exp_sums += tl.where(inside, tl.exp(height * shares), 0.0)
-        log_sum = tl.log(tl.sum(exp_sums, 1, keep_dims=True))
-        tl.store(loss_ptr + rows, weight_sum * log_sum - target_sum, mask=rows < N)
+            cols = start + tl.arange(0, COLS)
+            shares = squashed(logits_ptr + cols, cols < V, shift, factor)
+            exp_sums += tl.where(cols < V, tl.exp(height * shares), 0.0)
+        log_sum = tl.log(tl.sum(exp_sums))
+        tl.store(loss_ptr + row, weight_sum * log_sum - target_sum)
         for start in range(0, V, COLS):
-            cols = start + tl.arange(0, COLS)[None, :]
-            inside = (rows < N) & (cols < V)
-            shares = squashed(logits_ptr + rows * stride + cols, inside, shift, slope)
+            cols = start + tl.arange(0, COLS)
+            shares = squashed(logits_ptr + cols, cols < V, shift, factor)
             grad = weight_sum * tl.exp(height * shares - log_sum)
             for j in tl.static_range(J):
-                target = tl.load(targets_ptr + rows * J + j, mask=rows < N, other=-1)
+                target = tl.load(targets_ptr + row * J + j)
                 grad -= tl.where(target == cols, tl.load(weights_ptr + j), 0.0)
-            grad *= grad_scale * height / slope * shares * (1 - shares)
-            tl.store(grad_ptr + rows * stride + cols, grad, mask=inside)
-            if grad_T_ptr is not None:
-                tl.store(grad_T_ptr + cols.to(tl.int64) * N + rows, grad, mask=inside)
+            grad *= grad_scale * height * factor * shares * (1 - shares)
+            tl.store(logits_ptr + cols, grad, mask=cols < V)
+            if copy_ptr is not None:
+                tl.store(copy_ptr + row * V + cols, grad, mask=cols < V)
 
     @triton.jit
     def relu_squared_kernel(
@@ -253,17 +255,13 @@ def softcapped_loss(logits_NV, targets_NJ, weights_J, cap: Softcap) -> Tensor:
     return (weights_J * (targets_NJ >= 0) * losses_NJ).sum(1)
 
 
-def loss_by_kernel(logits_NV, targets_NJ, weights_J, cap, grad_NV, grad_VN=None, scale=1.0):
-    """softcapped_loss (N,); fills grad_NV, and grad_VN unless None, with scale times its gradient.
-
-    grad_NV may be logits_NV. The transposed one is for fp8, whose operands must be row-major.
-    """
+def loss_by_kernel(logits_NV, targets_NJ, weights_J, cap, scale=1.0, copy_NV=None):
+    """softcapped_loss (N,). scale times its gradient replaces logits_NV, and fills copy_NV."""
     (N, V), J = logits_NV.shape, targets_NJ.size(1)
     loss_N = torch.empty(N, device=logits_NV.device)
-    rows, cols, warps = (1, 2048, 4) if grad_VN is None else (32, 128, 8)
-    softcapped_loss_kernel[(triton.cdiv(N, rows),)](
-        logits_NV, targets_NJ.contiguous(), weights_J.contiguous(), loss_N, grad_NV, grad_VN,
-        N, V, logits_NV.stride(0), *cap, scale, J=J, ROWS=rows, COLS=cols, num_warps=warps,
+    softcapped_loss_kernel[(N,)](
+        logits_NV, targets_NJ.contiguous(), weights_J.contiguous(), loss_N, copy_NV, V,
+        logits_NV.stride(0), *cap, scale, J=J, **LOSS_TILE,
     )  # fmt: skip
     return loss_N
 
@@ -282,12 +280,16 @@ def head_loss_and_gradients(
     x_ND: Tensor, weight_VD: Tensor, targets_NJ: Tensor, weights_J: Tensor, cap: list[float],
     fp8: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(mean loss, its gradients of x and of weight), by chunks of N."""
+    """(mean loss, its gradients of x and of weight), by chunks of N.
+
+    fp8 multiplies for the logits and dx. For dW it would need a transposed copy of the gradient,
+    which takes longer to write than bf16 takes longer to multiply.
+    """
     N, dtype, operand = len(x_ND), x_ND.dtype, torch.float8_e4m3fn if fp8 else x_ND.dtype
     loss = x_ND.new_zeros((), dtype=torch.float32)
     dx_ND, dW_VD = torch.empty_like(x_ND), torch.zeros_like(weight_VD)
     x_scale, W_scale, grad_scale = FP8_SCALES if fp8 else (1, 1, 1)
-    grad_factor = 1 / grad_scale if fp8 else 1 / N  # what the kernel multiplies the gradient by
+    grad_unit = grad_scale / N if fp8 else 1  # of the mean loss's gradient, as the kernel writes it
     top = torch.finfo(operand).max  # beyond it some versions of torch cast to NaN
     W_VD = (weight_VD / W_scale).clamp(-top, top).to(operand)
     W_DV = W_VD.T.contiguous()
@@ -296,15 +298,12 @@ def head_loss_and_gradients(
         """A function of its own, so that a chunk's logits are freed before the next one's."""
         x = (x_ND[rows] / x_scale).clamp(-top, top).to(operand)
         logits = matmul_NT(x, W_VD, x_scale * W_scale, dtype, fast=True)
-        grad_NV, grad_VN = logits, None
-        if fp8:
-            grad_NV = torch.empty_like(logits, dtype=torch.float8_e5m2)
-            grad_VN = grad_NV.new_empty(grad_NV.T.shape)
-        chunk = (logits, targets_NJ[rows], weights_J, cap, grad_NV, grad_VN, grad_factor)
+        copy = torch.empty_like(logits, dtype=torch.float8_e5m2) if fp8 else None
+        chunk = (logits, targets_NJ[rows], weights_J, cap, 1 / (N * grad_unit), copy)
         loss.add_(loss_by_kernel(*chunk).sum() / N)
-        grad_VN = logits.T if grad_VN is None else grad_VN
-        dx_ND[rows] = matmul_NT(grad_NV, W_DV, grad_scale * W_scale / N, dtype)
-        dW_VD.add_(matmul_NT(grad_VN, x.T.contiguous(), grad_scale * x_scale / N, torch.float32))
+        grad = logits  # which the kernel replaced
+        dx_ND[rows] = matmul_NT(copy if fp8 else grad, W_DV, grad_unit * W_scale, dtype)
+        dW_VD.add_(matmul_NT(grad.T, x_ND[rows].T, 1.0, torch.float32), alpha=grad_unit)
 
     for start in range(0, N, HEAD_CHUNK_TOKENS):
         add_chunk(slice(start, start + HEAD_CHUNK_TOKENS))

@@ -26,6 +26,9 @@ from environment import cpu_model
 from flags import RunError
 
 COMPILE_ERRORS = (TorchDynamoException, InductorError)
+# By the names of torch 2.13, or else by the older ones.
+reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 SAME_REQUEST_S = 1.0  # keys bounce, and launchers pass on what their children got too
@@ -87,7 +90,7 @@ def bf16_gain() -> float:
     gains = []
     for rows, inputs, outputs in GEMMS:
         seconds = {torch.float32: math.inf, torch.bfloat16: math.inf}
-        for dtype in [*seconds] * 4:  # in turns, and the fastest counts: others use the CPU too
+        for dtype in [*seconds] * 8:  # in turns, and the fastest counts: others use the CPU too
             x, W = torch.ones(rows, inputs, dtype=dtype), torch.ones(outputs, inputs, dtype=dtype)
             start = time.perf_counter()
             x @ W.T
@@ -283,7 +286,7 @@ class Runtime:
         if self.is_alone:  # what is compiled then gets the same dtype as later
             return lambda: part[: mine.stop - mine.start]
         with self.collective():
-            work = dist.reduce_scatter_single(part, whole, async_op=True)
+            work = reduce_scatter(part, whole, async_op=True)
 
         def wait() -> Tensor:
             with self.collective():
@@ -300,7 +303,7 @@ class Runtime:
         part = len(whole) // self.world_size
         mine = whole[self.rank * part :][:part].clone()
         with self.collective():
-            dist.all_gather_single(whole, mine)
+            all_gather(whole, mine)
         if whole is not bank:
             bank.copy_(whole[: len(bank)])
 

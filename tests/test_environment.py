@@ -5,6 +5,7 @@ import re
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,8 +18,8 @@ import ranks
 from data import tokenize_text
 from environment import cpu_model, mfu, write_header
 from flags import RunError
-from harness import Log, RunOptions
-from ranks import Runtime
+from harness import Log, Run, RunOptions
+from ranks import COMPILE_ERRORS, Runtime
 
 
 @pytest.mark.parametrize(
@@ -168,3 +169,19 @@ def test_a_cpu_that_emulates_bf16_is_not_asked_for_large_products(monkeypatch):
     monkeypatch.setattr(ranks.time, "perf_counter", lambda: clock[0])
     assert ranks.bf16_gain() == pytest.approx(0.1)
     assert set(sizes) == {128}
+
+
+@pytest.mark.parametrize("is_gpu", [False, True])
+def test_on_a_gpu_a_graph_that_would_break_is_an_error(is_gpu):
+    rt = SimpleNamespace(is_gpu=is_gpu, any_problem=str, compiler_problem=str)
+    run = SimpleNamespace(rt=rt, options=SimpleNamespace(compile=True), log=SimpleNamespace())
+    run.log.line = lambda *words, **shown: None
+
+    def broken(x):
+        torch._dynamo.graph_break()
+        return x + 1
+
+    torch._dynamo.reset()  # of the same code, compiled otherwise
+    compiled = Run.compiler(run)(broken, backend="eager")
+    with pytest.raises(COMPILE_ERRORS) if is_gpu else nullcontext():
+        assert compiled(torch.ones(1)) == 2

@@ -27,10 +27,12 @@ export TORCHINDUCTOR_CACHE_DIR=${TORCHINDUCTOR_CACHE_DIR:-$PWD/.gpu_cache/induct
 export TRITON_CACHE_DIR=${TRITON_CACHE_DIR:-$PWD/.gpu_cache/triton}
 failures=0
 
-check() { # check NAME SECONDS COMMAND...: run it, keep what it says, go on whatever happens
+# check NAME SECONDS COMMAND...: run it, keep what it says, go on whatever happens. What takes too
+# long says where each of its threads is.
+check() {
     local name=$1 limit=$2 begun=$SECONDS status=0
     shift 2
-    timeout --kill-after=10 "$limit" "$@" >"$out/$name.txt" 2>&1 || status=$?
+    PYTHONFAULTHANDLER=1 timeout --signal=ABRT --kill-after=10 "$limit" "$@" >"$out/$name.txt" 2>&1 || status=$?
     [ $status = 0 ] || failures=$((failures + 1))
     echo "$name: exit $status after $((SECONDS - begun)) s" | tee -a "$out/summary.txt"
 }

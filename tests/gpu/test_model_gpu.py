@@ -54,7 +54,8 @@ def test_flex_attention_equals_sdpa_in_fp64_forward_and_backward(window, seed):
         y.backward(dy.to(dtype))
         results += [y.detach(), *(t.grad for t in inputs)]
     for a, b in zip(found, expected, strict=True):
-        assert (a.double() - b).norm() < 0.02 * b.norm()
+        # A window of one token has no gradient of q and k but what rounding leaves.
+        assert (a.double() - b).norm() < 0.02 * b.norm() + 1e-5 * b.numel() ** 0.5
 
 
 @pytest.fixture
