@@ -165,16 +165,10 @@ def cpu_only(x: Tensor) -> Tensor:
 
 cpu_only.register_fake(torch.empty_like)
 index_documents = GPT.document_index
-compute_logits = GPT.logits
-
-
-def break_graph(model, x):
-    torch._dynamo.graph_break()
-    return compute_logits(model, x)
-
-
 GPT.document_index = lambda model, inputs_BT: cpu_only(index_documents(model, inputs_BT))
-GPT.logits = break_graph
+"""
+GRAPH_BREAK = """
+GPT.document_index = lambda model, inputs_BT: torch._dynamo.graph_break()
 """
 PLAIN_BLOCK_LISTS = "\nblock_lists = block_lists._init_fn\n"  # no operator: Inductor sets strides
 HUGE_TILE = "\nLARGE_TILE['num_stages'] = 8\n"
@@ -188,11 +182,26 @@ def plant(root: Path, path: str, code: str) -> None:
     (root / path).write_text(text[:at] + code + text[at:])
 
 
+@pytest.fixture
+def root(tmp_path) -> Path:
+    """A copy of the checkout without what its runs left."""
+    ignored = shutil.ignore_patterns(".*", "records", "logs", "tests", "*.bin", "__pycache__")
+    return shutil.copytree(ROOT, tmp_path / "checkout", symlinks=True, ignore=ignored)
+
+
 @slow
 @needs_compilers
-def test_planted_faults_are_each_named(run, tmp_path):
-    ignored = shutil.ignore_patterns(".*", "records", "logs", "tests", "*.bin", "__pycache__")
-    root = shutil.copytree(ROOT, tmp_path / "checkout", symlinks=True, ignore=ignored)
+def test_a_graph_that_breaks_is_one_error(run, root):
+    plant(root, "train_gpt.py", GRAPH_BREAK)
+    done = run("tools/preflight.py", *flags(SMALLEST), root=root)
+    errors = [line for line in done.stderr.splitlines() if not line.startswith("[")]
+    assert done.returncode == 1 and len(errors) == 1, done.stderr
+    assert "torch.compile failed (Call to `torch._dynamo.graph_break()`)" in errors[0]
+
+
+@slow
+@needs_compilers
+def test_planted_faults_are_each_named(run, root):
     plant(root, "kernels.py", PLAIN_BLOCK_LISTS + HUGE_TILE)
     plant(root, "train_gpt.py", CPU_ONLY)
     done = run("tools/preflight.py", *flags(SMALLEST), root=root)
@@ -203,10 +212,9 @@ def test_planted_faults_are_each_named(run, tmp_path):
     assert len(lists) == 2, done.stdout  # training and validation
     assert all("reads the block lists of another row: stride_kv_" in line for line in lists)
     others = sorted(set(found) - set(lists))
-    assert len(others) == 3, done.stdout
-    assert "graph break, 1 times" in others[0] and "graph_break()" in others[0]
-    assert "kernel relu_squared_kernel: needs 393216 B of shared memory" in others[1]
-    assert "operator planted::cpu_only has no CUDA kernel" in others[2]
+    assert len(others) == 2, done.stdout
+    assert "kernel relu_squared_kernel: needs 393216 B of shared memory" in others[0]
+    assert "operator planted::cpu_only has no CUDA kernel" in others[1]
 
 
 @slow

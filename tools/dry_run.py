@@ -475,8 +475,6 @@ def dry_run(
         trainer.train()
         trace.rows, trace.recompiled = run.micro_batch_seqs, compiled_graphs() - trace.graphs
         recorder.finish_compiling()
-    for reason, count in torch._dynamo.utils.counters["graph_break"].items():
-        trace.problem(f"graph break, {count} times: {reason.strip().splitlines()[0]}")
     if trace.recompiled:
         trace.problem(f"{trace.recompiled} graphs are compiled again in the timed part")
     return trace
