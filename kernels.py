@@ -6,9 +6,9 @@
 
 A change of a definition needs the same change of its kernel and of its backward pass; an idea is
 tried faster in plain torch, in train_gpt.py. Shapes: B sequences, T tokens, N = B * T, H heads, K
-head_dim, V vocabulary, D model_dim, M mlp_dim, J targets per token. Speed-ups over the definitions:
-not measured yet. tools/preflight.py compiles every kernel of a run without a GPU, and names those
-that spill or ask for too much shared memory.
+head_dim, V vocabulary, D model_dim, M mlp_dim, J targets per token. On an H200 head_loss of 16,384
+tokens takes 6.6 ms in fp8 and 7.6 in bf16; nothing else was timed. tools/preflight.py compiles all
+kernels of a run without a GPU, and names those that spill or ask for too much shared memory.
 """
 
 from collections import namedtuple
@@ -25,8 +25,8 @@ BLOCK = 128  # tokens per side of an attention block
 SMALL_FLEX_BLOCKS = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_M1": 32, "BLOCK_N1": 64,
                      "BLOCK_M2": 64, "BLOCK_N2": 32}  # fmt: skip
 HEAD_CHUNK_TOKENS = 16384  # tokens whose logits are in memory at a time
-# fp8 value 1 means so much: in x, in the weight (both e4m3), and in the gradient of a token's loss
-# (e5m2), which is divided by N after the product, for it would underflow before.
+# fp8 value 1 means so much: in x, in the weight (both e4m3, up to 448), and in the gradient of a
+# token's loss (e5m2), which is divided by N after the product, for it would underflow before.
 FP8_SCALES = (100 / 448, 1.6 / 448, 0.75 / 448)
 # 8 logits a thread, so that bf16 and fp8 are stored from the same threads.
 LOSS_TILE = dict(COLS=1024, num_warps=4)

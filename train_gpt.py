@@ -72,13 +72,13 @@ class Hyperparameters:
     num_steps: int = option(1500, "optimizer steps", 1)
     batch_tokens: tuple[int, ...] = option((131_072, 262_144, 393_216), "tokens per step", 1)
     seq_len: int = option(16384, "tokens per training row, into which documents are packed", 2)
-    document_cap: tuple[int, ...] = option((896, 2048, 2048), "longest document; 0: cut rows")
+    document_cap: tuple[int, ...] = option((896, 2048, 2048), "tokens kept of a document; 0: all")
     max_epochs: int = option(1, "passes over the training shards that are allowed", 1)
     val_every: int = option(125, "steps between validations", 1)
     # Model.
     layers: str = option("sSsLSs-SSsL", "S short, L long; lowercase: paired heads; -: no attention")
     num_heads: int = option(6, "attention heads per layer", 1)
-    head_dim: int = option(128, "width of a head, divisible by 4", 4)
+    head_dim: int = option(128, "width of a head, divisible by 4", 8)
     model_dim: int = option(768, "width of the residual stream", 16)
     mlp_dim: int = option(3072, "width of the MLP's hidden layer", 1)
     vocab_multiple: int = option(128, "embedding and head are padded to a multiple of this", 1)
@@ -86,13 +86,13 @@ class Hyperparameters:
     softcap: tuple[float, float] = option((23.0, 5.0), "height and shift, see kernels.Softcap")
     value_layers: tuple[int, ...] = option((1, 2, 8, 9, 10), "with a value table; -1: none", -1)
     bigram_rows: int = option(251_520, "rows of the hashed table of token pairs; 0: none")
-    mix_init: tuple[float, ...] = option((1.1, 0.0, 0.1), "first weights of stream, embedding and "
-                                         "pair in a layer; of two: pairs are embedded")  # fmt: skip
+    mix_init: tuple[float, ...] = option((1.1, 0.0, 0.1), "a layer's first weights of stream, embed"
+                                         "ding, pair; if two, it embeds pairs")  # fmt: skip
     head_gates: bool = option(True, "gate each head's output by the token")
     shift_taps: int = option(0, "earlier tokens that are mixed into each sublayer's input")
     skip: tuple[int, int] = option((3, 6), "layers from and to which one skips; -1,-1: none", -1)
     backout_from: int = option(7, "layer whose output is subtracted before the head; -1: none", -1)
-    window_tokens: tuple[int, ...] = option((384, 896, 1408), "long window, with the token", 2)
+    window_tokens: tuple[int, ...] = option((384, 896, 1408), "long window, counting the token", 2)
     short_window_tokens: tuple[int, ...] = option((128, 384, 640), "short window", 2)
     val_window_tokens: int = option(2560, "long window in validation; 0: as in training")
     mtp_weight: float = option(0.5, "second target's weight, relative to the next token's 1")
@@ -101,7 +101,7 @@ class Hyperparameters:
     muon_decay: float = option(1.2, "their cautious weight decay, times the squared rate")
     mlp_down_lr: float = option(2.0, "factor on the rate of the MLP's second matrix")
     embed_lr: float = option(0.008, "learning rate of token embeddings")
-    adam_eps: float = option(1e-15, "beside the root; a rare row's gradient of a mean is 1e-9")
+    adam_eps: float = option(1e-15, "added to Adam's root, below a rare row's 1e-9")
     tied_frac: float = option(0.66, "fraction of steps with head and embedding tied")
     bigram_lr: float = option(0.6, "learning rate of the table of token pairs")
     scalar_lr: float = option(0.04, "learning rate of scalars; of gates a fifth")
@@ -131,10 +131,14 @@ class Hyperparameters:
         if self.head_dim % 4:
             raise RunError(f"--head_dim {self.head_dim} does not divide by 4")
         if self.num_heads % 2 and letters & set("sl"):
-            raise RunError(f"--num_heads {self.num_heads} is odd, so --layers {self.layers} cannot "
-                           "pair heads")  # fmt: skip
-        if max(self.backout_from, *self.value_layers) > last:
-            raise RunError("--backout_from and --value_layers must stay within --layers")
+            raise RunError(f"--num_heads {self.num_heads} is odd; --layers s and l pair heads")
+        tables = [i for i in self.value_layers if i >= 0]
+        if len({i for i in tables if i <= last and self.layers[i] != "-"}) < len(tables):
+            raise RunError("--value_layers must be layers of --layers that attend, each once")
+        if self.backout_from > last:
+            raise RunError("--backout_from must stay within --layers")
+        if len(self.mix_init) not in (2, 3):
+            raise RunError("--mix_init must be two or three weights")
         if self.skip[0] >= 0 and not self.skip[0] < self.skip[1] <= last:
             raise RunError(f"--skip {as_flag(self.skip)} must rise in --layers; none: --skip -1,-1")
         if self.tied_frac and self.embed_lr != HEAD_LR:
@@ -225,13 +229,13 @@ class Layer(NamedTuple):
     """One letter of hp.layers."""
 
     attends: bool  # else it has an MLP only
-    is_long: bool  # which of the two windows it has
+    is_long: bool  # has the long window, and keys that are half those of the token before
     is_paired: bool  # heads attend two by two, as one of twice the length
     value_embed: int | None  # value-embedding table that it adds
 
 
 def parse_layers(hp: Hyperparameters) -> list[Layer]:
-    tables = {layer: table for table, layer in enumerate(hp.value_layers)}
+    tables = {layer: table for table, layer in enumerate(i for i in hp.value_layers if i >= 0)}
     return [Layer(letter != "-", letter in "lL", letter in "ls", tables.get(i))
             for i, letter in enumerate(hp.layers)]  # fmt: skip
 
@@ -330,7 +334,7 @@ def micro_batches(hp: Hyperparameters, task: Task, rt: Runtime, micro_seqs, seed
 
 
 def check_supply(hp: Hyperparameters, task: Task, seed: int) -> None:
-    """ShardError unless the shards hold every row of every step, were all at the shortest cap."""
+    """ShardError unless the shards fill every step, if every step had the shortest cap."""
     stages, cap, room = len(hp.batch_tokens), min(hp.document_cap), hp.seq_len
     firsts = [-(-i * hp.num_steps // stages) for i in range(stages + 1)]  # step of each stage
     steps = [end - first for first, end in pairwise(firsts)]
@@ -388,7 +392,7 @@ def rotary_frequencies(step: int, hp: Hyperparameters) -> tuple[Tensor, float]:
     scale, stage = hp.attn_scale, hp.stage(hp.window_tokens, step)
     for old, new in pairwise(hp.window_tokens[: stage + 1]):
         turns = old * frequency / (2 * math.pi)
-        kept = ((turns - 1) / 31).clamp(0, 1)
+        kept = ((turns - 1) / 31).clamp(0, 1)  # of what turns 32 times and more in a window: all
         frequency = frequency * (old / new + kept * (1 - old / new))
         scale *= 1 + 0.2 * math.log(new / old)
     return frequency, scale
@@ -447,7 +451,7 @@ def rotate(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def pair_heads(x_BTHK: Tensor) -> Tensor:
-    """Two heads as one, (B, 2T, H/2, K): 2t + i is head i of token t, a window is half as long."""
+    """Heads h and h + H/2 in turns, (B, 2T, H/2, K): each query also sees its partner's keys."""
     B, T, H, K = x_BTHK.shape
     return x_BTHK.view(B, T, 2, H // 2, K).reshape(B, 2 * T, H // 2, K)
 
@@ -483,7 +487,7 @@ class Attention(nn.Module):
         B, T, _ = x.shape
         qkv, o = self.qkvo.split([3, 1])
         q, k, v = linear(x, qkv.flatten(0, 1), self.dtype).view(B, T, 3, self.heads, -1).unbind(2)
-        if value_BTHK is not None:  # arXiv 2410.17897, gated by half the token, half the row
+        if value_BTHK is not None:  # arXiv 2410.17897, gated by 6 dimensions of x and 6 of the row
             both = [t[..., : GATE_DIM // 2] for t in (x, value_BTHK[:, :, 0])]
             v = v + gate(torch.cat(both, dim=-1), self.value_gate) * value_BTHK
         q, k = norm(q) * c.attn_scale.type_as(q), norm(k)
@@ -533,7 +537,7 @@ def mix_earlier_tokens(x: Tensor, taps_SD: Tensor, same_doc_SBT1: Tensor) -> Ten
 
 
 class Block(nn.Module):
-    """Attention and MLP on the residual stream, into which what it began with is mixed again."""
+    """Attention and MLP on the residual stream, into which embedding and pair are mixed again."""
 
     def __init__(self, hp: Hyperparameters, rt: Runtime, layer: Layer):
         super().__init__()
@@ -752,7 +756,7 @@ class Group(NamedTuple):
     params: list[nn.Parameter]
     lr: float
     betas: tuple[float, float] | None  # of Adam; None: Muon, with muon_momentum and 0.9
-    decay: float  # cautious, of a weight w: decay * lr^2 * w
+    decay: float  # cautious, of a weight w: decay * lr * its own rate * w
     every: int  # updated every n-th step, on accumulated gradients
     factors: tuple[float, ...] = (1.0,)  # on Muon's rate, of the matrices of a parameter in turn
 
@@ -794,11 +798,10 @@ class Optimizer:
 
     @torch.no_grad()
     def step(self, scale: float, momentum: float, count: int):
-        """Update for the count-th time."""
+        """Update for the count-th time; by tensors, so that no value compiles anew."""
         if len(gradients := self.received()):
             third = momentum if self.group.betas is None else float(count)
-            numbers = (self.group.lr * scale, self.group.decay, third)
-            numbers = map(torch.tensor, numbers)  # else each value would compile anew
+            numbers = map(torch.tensor, (self.group.lr * scale, self.group.decay, third))
             mine = (tensor[self.mine] for tensor in (self.bank, *self.state.values()))
             self.update(gradients, *numbers, *self.fixed, *mine)
         self.rt.gather_parts(self.bank)
@@ -911,8 +914,7 @@ class Trainer:
         packed = pack_row(pieces, self.micro_seqs[0] * hp.seq_len, hp.document_cap[0])
         rows_BT = row_tokens(packed, ahead=0).reshape(-1, hp.seq_len)
         groups = parameter_groups(model, hp)
-        matrices = ("head", "attn", "mlp")
-        weights = sum(p.numel() for name in matrices for p in groups[name].params)
+        weights = sum(p.numel() for name in ("head", "attn", "mlp") for p in groups[name].params)
         for layer in (layer for layer in model.layers if layer.attends):
             windows = hp.window_tokens if layer.is_long else hp.short_window_tokens
             heads = 2 if layer.is_paired else 1  # half as many tokens, of both heads
@@ -926,10 +928,10 @@ class Trainer:
         hp, rt, model = self.hp, self.rt, self.model
         total, per_step = torch.zeros((), device=rt.device), step_inputs(step, hp, rt.device)
         pass_tokens = hp.at(self.micro_seqs, step) * hp.seq_len * rt.world_size
-        count = hp.at(hp.batch_tokens, step) // pass_tokens
-        for _ in range(count):
+        passes = hp.at(hp.batch_tokens, step) // pass_tokens
+        for _ in range(passes):
             inputs_BT, targets_BT = next(batches)
-            loss = self.loss(inputs_BT, targets_BT, per_step) / count
+            loss = self.loss(inputs_BT, targets_BT, per_step) / passes
             loss.backward()
             total += loss.detach()
         due = [o for o in self.optimizers.values() if (step + 1) % o.group.every == 0]
@@ -941,9 +943,8 @@ class Trainer:
             model.embed.grad = model.lm_head.grad = model.embed.grad + model.lm_head.grad
         for optimizer in due:  # Muon first: the tables travel while matrices are orthogonalised
             optimizer.reduce()
-        for optimizer in due:
-            count = (step + 1) // optimizer.group.every
-            optimizer.step(lr_scale(step, hp), muon_momentum(step, hp), count)
+        for o in due:
+            o.step(lr_scale(step, hp), muon_momentum(step, hp), (step + 1) // o.group.every)
         return total
 
     def predict(self, step: int, inputs_BT: Tensor) -> Iterator[Tensor]:

@@ -25,6 +25,7 @@ from train_gpt import (
     make_optimizers,
     norm,
     pair_heads,
+    parse_layers,
     rotary_tables,
     rotate,
     softcapped,
@@ -312,6 +313,11 @@ def test_the_cap_at_no_shift_is_the_tanh_of_earlier_records():
     z = torch.linspace(-200, 200, 999, dtype=torch.float64)
     capped = softcapped(z, Softcap(30.0, 0.0, 7.5)).double()
     torch.testing.assert_close(capped - 15, 15 * torch.tanh(z / 15), atol=1e-5, rtol=1e-5)
+
+
+def test_value_tables_are_counted_by_the_layers_that_have_one(tiny_hp):
+    layers = parse_layers(dataclasses.replace(tiny_hp, layers="SL-S", value_layers=(-1, 3, 1)))
+    assert [layer.value_embed for layer in layers] == [None, 1, None, 0]
 
 
 def test_values_are_gated_by_half_the_token_and_half_the_row(tiny_hp, monkeypatch):

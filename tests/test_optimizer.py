@@ -138,7 +138,7 @@ def test_every_parameter_is_in_exactly_one_group(tiny_hp):
 
 def test_rates_and_decays_of_fineweb_are_the_public_records():
     """Learning rate, cautious decay of weight 1 at rate factor 1, and factors of each group."""
-    hp = dataclasses.replace(TRACKS["fineweb"], model_dim=16, mlp_dim=64, bigram_rows=8, head_dim=4)
+    hp = dataclasses.replace(TRACKS["fineweb"], model_dim=16, mlp_dim=64, bigram_rows=8, head_dim=8)
     groups = parameter_groups(GPT(hp, Task(**TINY_TASK), ONE_RANK), hp)
     found = {n: (g.lr, g.decay * g.lr**2, g.factors, g.every) for n, g in groups.items()}
     expected = {
