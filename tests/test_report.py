@@ -122,9 +122,9 @@ def test_the_ladder_is_that_of_readme(records):
     text = records.text()
     for row in rows:
         time, gain, loss, steps, what = (cell.strip() for cell in row.split("|")[2:7])
-        item = text[text.index(what) :][: len(what) + 150]
+        items = [text[at.end() :][:150] for at in re.finditer(re.escape(what), text)]
         figures = [f"{time.partition(' †')[0]} s", gain, *loss.split(", ")[:2], f"{steps} steps"]
-        assert all(figure in item for figure in figures), (figures, item)
+        assert any(all(figure in item for figure in figures) for item in items), (figures, items)
 
 
 def test_differences_are_those_of_the_raw_logs(records):
@@ -133,7 +133,7 @@ def test_differences_are_those_of_the_raw_logs(records):
     for place in range(1, 5):
         a, b = (np.array([run[1:] for run in sorted(x, key=lambda r: r[1])])
                 for x in attempts[place - 1 : place + 1])  # fmt: skip
-        shown = records.data["differences"][f"1-{place}"]
+        shown = records.data["differences"][f"0-{place}"]
         order = [seed for _, seed, *_ in attempts[place]]
         for kind, (x, y) in {
             "time": np.log((a[:, 1], b[:, 1])),
@@ -149,7 +149,7 @@ def test_differences_are_those_of_the_raw_logs(records):
 
 
 def test_curves_are_those_of_the_raw_logs(records):
-    muon = records.data["ladders"][1]["rungs"][2]
+    muon = records.data["ladders"][0]["rungs"][2]
     logs = sorted(EMBEDDED.glob("2026-11-22_Muon/logs/*.txt"))
     means = []
     for run, log in zip(muon["runs"], logs, strict=True):

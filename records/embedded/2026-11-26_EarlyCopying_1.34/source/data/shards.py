@@ -1,0 +1,126 @@
+"""The shard format: one reader and one writer for the trainer, the downloads and the checks.
+
+A shard is a header of 256 little-endian int32 (magic 20240520, version 1, token count, zeros),
+then that many little-endian uint16 tokens. This is the format of the public FineWeb10B shards.
+"""
+
+import glob
+import hashlib
+import os
+import stat
+from pathlib import Path
+
+import numpy as np
+
+MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256
+HEADER_BYTES = 4 * HEADER_INTS
+DATA = Path(__file__).resolve().parent
+HOW_TO_GET = {  # the shards of each folder of DATA that a track knows
+    "embedded": "run: ./run.sh data/embedded.py",
+    "fineweb10B": "run: ./run.sh data/cached_fineweb10B.py {count}",
+    "wikitext103": "delete manifest.json and *.bin in {folder}, then run: "
+                   "./run.sh data/tokenize_text.py --preset wikitext103",
+}  # fmt: skip
+MAKE = "make shards of your text: ./run.sh data/tokenize_text.py TEXT --name mine"
+
+
+def how_to_get(path: str | Path) -> str:
+    """What writes a shard, or a glob of shards, of a track; empty if it is the user's own."""
+    folder, number = Path(path).parent, Path(path).stem.rpartition("_")[2]
+    if str(folder.parent) not in (str(DATA), glob.escape(str(DATA))):
+        return ""
+    count = max(9, int(number)) if number.isdecimal() else 9
+    return HOW_TO_GET.get(folder.name, "").format(folder=folder, count=count)
+
+
+class ShardError(OSError):
+    """What is wrong with which file, and what to do about it, in words for a person."""
+
+    def __init__(self, problem: str, advice: str = ""):
+        super().__init__(f"{problem}; {advice}" if advice else problem)
+        self.problem = problem  # for those who have other advice
+
+
+def write_shard(path: Path, tokens: np.ndarray) -> None:
+    """Write tokens (N,), each below 65,536; the name appears only when the file is complete."""
+    if len(tokens) and not 0 <= tokens.min() <= tokens.max() < 1 << 16:
+        raise ShardError(f"{path} cannot hold tokens outside 0..65535")
+    header = np.zeros(HEADER_INTS, "<i4")
+    header[:3] = MAGIC, VERSION, len(tokens)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(f"{path.name}.{os.getpid()}.part")
+    try:
+        with part.open("wb") as file:
+            file.write(header.tobytes())
+            file.write(np.ascontiguousarray(tokens, "<u2"))  # no copy of uint16
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def open_shard(path: Path) -> np.ndarray:
+    """Memory-map the tokens (N,) uint16 of one shard.
+
+    Raises ShardError when the header's magic, version or count does not fit the file.
+    """
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode):  # above all a pipe, which would be waited for
+        raise ShardError(f"{path} is no file", "name shards")
+    size = status.st_size
+    header = np.fromfile(path, "<i4", HEADER_INTS)
+    if len(header) < HEADER_INTS or header[0] != MAGIC:
+        is_numpy = header[:1].tobytes() == b"\x93NUM"
+        kind = (
+            "it is a NumPy array" if is_numpy else "it does not begin with a shard's magic number"
+        )
+        raise ShardError(f"{path} is no token shard of this project ({kind}, see data/shards.py)",
+                         how_to_get(path) or MAKE)  # fmt: skip
+    if header[1] != VERSION:
+        raise ShardError(f"{path} has shard version {header[1]}, not {VERSION}",
+                         how_to_get(path) or MAKE)  # fmt: skip
+    needed = HEADER_BYTES + 2 * int(header[2])
+    if header[2] <= 0 or size != needed:
+        raise ShardError(
+            f"{path} is truncated or damaged: it has {size:,} bytes, and the {header[2]:,} tokens "
+            f"of its header need {needed:,}",
+            how_to_get(path) or "copy it again from where it came",
+        )
+    return np.memmap(path, "<u2", mode="r", offset=HEADER_BYTES)
+
+
+def file_sha256(path: Path) -> str:
+    """sha256 of a whole file, header included, as sha256sum prints it."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise ShardError(f"{path} is no file")
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def check_tokens(path: Path, vocab_size: int) -> tuple[np.ndarray, str]:
+    """Read a whole shard; return (tokens, sha256 of the tokens). ShardError for ids too large."""
+    tokens = open_shard(path)
+    if (largest := tokens.max()) >= vocab_size:
+        raise ShardError(
+            f"{path} holds token {largest}, but the vocabulary ends at {vocab_size - 1}",
+            "choose the --track that it was made for, or raise --vocab_size",
+        )
+    return tokens, hashlib.sha256(tokens).hexdigest()
+
+
+def absolute_glob(pattern: str) -> str:
+    """A glob that is relative to the caller's folder as an absolute one.
+
+    A path that exists is meant as it is, whatever [ and * are in it.
+    """
+    if os.path.exists(pattern):
+        return glob.escape(os.path.abspath(pattern))
+    return os.path.abspath(os.path.join(glob.escape(os.getcwd()), pattern))
+
+
+def find_shards(pattern: str) -> list[Path]:
+    """Sorted paths that match a glob, or a path that exists; ShardError if there are none."""
+    paths = [pattern] if os.path.exists(pattern) else glob.glob(pattern)
+    if not paths:
+        advice = how_to_get(pattern) or f"name those that are there, or {MAKE}"
+        raise ShardError(f"no shards match {pattern}", advice)
+    return sorted(map(Path, paths))

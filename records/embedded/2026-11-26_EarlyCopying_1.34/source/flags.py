@@ -1,0 +1,106 @@
+"""Turn dataclass fields into command-line flags; also the error that ends a run with one line."""
+
+import argparse
+import dataclasses
+from collections.abc import Callable
+from dataclasses import field
+from typing import get_args, get_origin
+
+MOST_INT, MOST_FP32 = 2**63 - 1, 3.4e38
+
+
+class RunError(Exception):
+    """What failed, where, and the next command to run, in words for a person."""
+
+
+def option(default, help_and_unit: str, least: float = 0, hidden: bool = False):
+    """A dataclass field that is a flag too; hidden: for tools, not in --help."""
+    facts = {"help": help_and_unit, "least": least, "hidden": hidden}
+    return field(default=default, metadata=facts)
+
+
+def as_flag(value):
+    """A hyperparameter as one would give it to its flag, and as logs have it."""
+    return ",".join(map(str, value)) if isinstance(value, tuple | list) else value
+
+
+def check_ranges(settings) -> None:
+    """RunError for a number that is out of its range or not finite, or a text that is no UTF-8."""
+    for f in dataclasses.fields(settings):
+        value = getattr(settings, f.name)
+        values = value if isinstance(value, tuple) else (value,)
+        least = f.metadata["least"]
+        if isinstance(value, str) and value != value.encode(errors="replace").decode():
+            raise RunError(f"--{f.name} {value!r} has bytes that are no UTF-8; give another name")
+        if f.type in (str, bool) or all(least <= v <= most(f.name, v) for v in values):
+            continue
+        raise RunError(f"--{f.name} {as_flag(value)} is out of range: give at least {least} and at "
+                       f"most {most(f.name, values[0]):g}")  # fmt: skip
+
+
+def most(name: str, value: float) -> float:
+    """The largest value of a number of this name and type."""
+    if name.endswith("_frac"):
+        return 1
+    if name.endswith("_betas"):
+        return 1 - 1e-6
+    return MOST_INT if isinstance(value, int) else MOST_FP32
+
+
+def numbers(kind: type, count: int | None) -> Callable[[str], tuple]:
+    """A reader of comma-separated numbers, such as 384,896,1408; count: how many, None: any."""
+
+    def list_of_numbers(text: str) -> tuple:
+        values = tuple(kind(word) for word in text.split(","))
+        if count not in (None, len(values)):
+            raise argparse.ArgumentTypeError(f"{text!r} is not {count} numbers, as in 0.9,0.95")
+        return values
+
+    return list_of_numbers
+
+
+def boolean(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise ValueError  # argparse says which flag
+    return text.lower() == "true"
+
+
+def flag_reader(kind: type) -> Callable[[str], object]:
+    """The function by which argparse reads the text of a flag of this type."""
+    if get_origin(kind) is tuple:
+        parts = get_args(kind)
+        return numbers(parts[0], None if ... in parts else len(parts))
+    return boolean if kind is bool else kind
+
+
+def metavar(kind: type) -> str:
+    """What stands for a flag's value in --help."""
+    if get_origin(kind) is tuple:
+        return "N,N,..."
+    return {int: "N", float: "X", bool: "true|false"}.get(kind, "TEXT")
+
+
+def join_values(argv: list[str], names: set[str]) -> list[str]:
+    """argv with --NAME=VALUE for --NAME VALUE, so that a value may begin with a dash."""
+    flags, joined, rest = {f"--{name}" for name in names}, [], list(argv)
+    while rest:
+        word = rest.pop(0)
+        if word in flags and rest and rest[0].partition("=")[0] not in flags | {"-h", "--help"}:
+            word = f"{word}={rest.pop(0)}"
+        joined.append(word)
+    return joined
+
+
+def add_flags(group, part, choices: dict) -> None:
+    """A flag for each field of a dataclass of options; choices: allowed values by field name."""
+    for f in dataclasses.fields(part):
+        text = f"{f.metadata['help']} (default: {as_flag(getattr(part, f.name))!r})"
+        reader = flag_reader(f.type)
+        group.add_argument(
+            f"--{f.name}",
+            type=reader,
+            default=argparse.SUPPRESS,
+            choices=choices.get(f.name),
+            metavar=metavar(f.type),
+            help=argparse.SUPPRESS if f.metadata["hidden"] else text,
+        )
