@@ -228,7 +228,9 @@ def test_a_rank_that_stands_still_is_named(flags, tmp_path):
         ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
     ).stdout.split()
     os.kill(int(children[-1]), signal.SIGSTOP)
-    output, _ = process.communicate(timeout=90)  # torchrun waits 30 s for the one that stands
+    wait_for(tmp_path, "status:aborted", process)
+    os.kill(int(children[-1]), signal.SIGCONT)  # or torchrun would wait 30 s for it to end
+    output, _ = process.communicate(timeout=90)
     assert "error: lost contact with rank 1 (" in output and "timeout" in output.lower()
     assert re.search(r"^to go on from step \d+: .* --resume ", output, re.M)
     assert process.returncode != 0 and "status:aborted" in only_log(tmp_path).read_text()
@@ -493,6 +495,7 @@ def test_with_a_broken_compiler_the_run_falls_back_to_eager_and_says_so(flags, t
     done = train([*flags, f"--log_dir={broken}"], CXX="false", TORCHINDUCTOR_CACHE_DIR=cache)
     assert done.returncode == 0, done.stderr
     assert "compile: failed, so this run is slower" in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
     assert losses(only_log(broken)) == losses(only_log(eager))
 
 
