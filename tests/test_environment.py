@@ -173,7 +173,8 @@ def test_a_cpu_that_emulates_bf16_is_not_asked_for_large_products(monkeypatch):
 
 @pytest.mark.parametrize("is_gpu", [False, True])
 def test_on_a_gpu_a_graph_that_would_break_is_an_error(is_gpu):
-    rt = SimpleNamespace(is_gpu=is_gpu, any_problem=str, compiler_problem=str)
+    rt = SimpleNamespace(is_gpu=is_gpu, any_problem=str, compiler_problem=str,
+                         prepare_compiler=lambda: None)  # fmt: skip
     run = SimpleNamespace(rt=rt, options=SimpleNamespace(compile=True), log=SimpleNamespace())
     run.log.line = lambda *words, **shown: None
 
