@@ -195,15 +195,16 @@ def test_the_collector_leaves_what_exists_alone_while_training(tiny_task, tiny_h
     assert frozen[0] > 100_000 and gc.get_freeze_count() == 0
 
 
-def test_two_ranks_give_the_losses_of_one(flags, tmp_path):
-    flags = [*flags, "--num_steps=50"]
+@pytest.mark.parametrize("dtype, bound", [("float32", 2.5e-6), ("bfloat16", 5e-3)])
+def test_two_ranks_give_the_losses_of_one(flags, tmp_path, dtype, bound):
+    flags = [*flags, "--num_steps=20", f"--cpu_dtype={dtype}"]
     for ranks in (1, 2):
         done = train([*flags, f"--log_dir={tmp_path}/{ranks}"], ranks)
         assert done.returncode == 0, done.stderr
     one, two = (losses(only_log(tmp_path / str(ranks))) for ranks in (1, 2))
-    assert one.keys() == two.keys() and len(one) == 56
-    for key, loss in one.items():
-        assert abs(float(loss) - float(two[key])) < 1e-3, key
+    assert one.keys() == two.keys() and len(one) >= 22
+    for key, loss in one.items():  # both rounded to 1e-6
+        assert abs(float(loss) - float(two[key])) < bound, key
 
 
 def test_killing_a_rank_ends_the_other_with_a_message(flags, tmp_path):
