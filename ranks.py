@@ -21,7 +21,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
-from torch._inductor.codecache import CppPythonBindingsCodeCache
 from torch._inductor.exc import InductorError
 
 from environment import cpu_model
@@ -182,14 +181,18 @@ class Runtime:
         """Test vector instructions and precompile headers beside the tracing of the first graphs.
 
         Inductor would do so for its first kernel, while nothing else goes on. What fails here will
-        fail there again, with its reason.
+        fail there again, with its reason. The import is not the thread's, for it could meet those
+        of the tracing.
         """
+        if self.is_gpu:
+            return
+        with suppress(ImportError):  # of a torch that has moved it
+            from torch._inductor.codecache import CppPythonBindingsCodeCache
 
-        def compile_nothing():
-            with suppress(Exception):
-                CppPythonBindingsCodeCache.load_pybinding([], 'extern "C" void kernel() {}')
+            def compile_nothing():
+                with suppress(Exception):
+                    CppPythonBindingsCodeCache.load_pybinding([], 'extern "C" void kernel() {}')
 
-        if not self.is_gpu:
             threading.Thread(target=compile_nothing, daemon=True).start()
 
     def to_host(self, tensor: Tensor):
