@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import re
 import runpy
+import signal
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,9 @@ from harness import TASKS, RunOptions, Settings
 from train_gpt import TRACKS
 
 ROOT = Path(__file__).resolve().parent.parent
+for signum in (signal.SIGINT, signal.SIGHUP):  # ignored behind `&` and nohup, and then by children
+    if signal.getsignal(signum) == signal.SIG_IGN:
+        signal.signal(signum, lambda *_: None)
 SERVER = multiprocessing.get_context("forkserver")
 SERVER.set_forkserver_preload(["torch._dynamo", "torch._inductor.exc", "tqdm",
                                "torch.nn.attention.flex_attention", "triton"])  # fmt: skip
