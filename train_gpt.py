@@ -152,77 +152,34 @@ class Hyperparameters:
         return values[self.stage(values, step)]
 
 
-TRACKS = {
+TRACKS = {  # what differs from the defaults, which are fineweb's
     "fineweb": Hyperparameters(),
     "fineweb_medium": Hyperparameters(
         task="fineweb_medium",
-        num_steps=5960,
-        batch_tokens=(524_288,),
-        document_cap=(2048,),
-        stage_lr=(1.0,),
-        layers="sSsLSsSLSsSLSsSL",
-        num_heads=8,
-        model_dim=1024,
-        mlp_dim=4096,
-        skip=(5, 11),
-        backout_from=10,
-        value_layers=(1, 2, 13, 14, 15),
+        num_steps=5960, batch_tokens=(524_288,), document_cap=(2048,), stage_lr=(1.0,),
+        layers="sSsLSsSLSsSLSsSL", num_heads=8, model_dim=1024, mlp_dim=4096,
+        skip=(5, 11), backout_from=10, value_layers=(1, 2, 13, 14, 15),
         muon_lr=0.025,
     ),
     "wikitext103": Hyperparameters(
         task="wikitext103",
-        batch_tokens=(131_072,),
-        document_cap=(0,),
-        stage_lr=(1.0,),
-        max_epochs=4,
+        batch_tokens=(131_072,), document_cap=(0,), stage_lr=(1.0,), max_epochs=4,
     ),
     "embedded": Hyperparameters(
         task="embedded",
-        num_steps=800,
-        batch_tokens=(2048,),
-        seq_len=256,
-        document_cap=(0,),
-        val_every=160,
-        layers="SL",
-        num_heads=2,
-        head_dim=64,
-        model_dim=128,
-        mlp_dim=512,
-        vocab_multiple=1,
-        attn_scale=0.12,
-        softcap=(30.0, 0.0),
-        value_layers=(-1,),
-        bigram_rows=16384,
-        mix_init=(1.0, 0.0),
-        head_gates=False,
-        shift_taps=3,
-        skip=(-1, -1),
-        backout_from=-1,
-        window_tokens=(256,),
-        short_window_tokens=(128,),
-        val_window_tokens=0,
-        mtp_weight=0.0,
-        muon_lr=0.02,
-        muon_decay=0.0,
-        mlp_down_lr=1.0,
-        embed_lr=0.02,
-        adam_eps=1e-10,
-        tied_frac=0.0,
-        bigram_lr=0.06,
-        scalar_lr=0.02,
-        embed_betas=(0.8, 0.95),
-        table_betas=(0.8, 0.95),
-        scalar_betas=(0.8, 0.95),
-        adam_decay=0.0,
-        adam_every=1,
-        stage_lr=(1.0,),
-        warmup_frac=0.02,
-        cooldown_frac=0.5,
-        final_lr_frac=0.0,
+        num_steps=800, batch_tokens=(2048,), seq_len=256, document_cap=(0,), val_every=160,
+        layers="SL", num_heads=2, head_dim=64, model_dim=128, mlp_dim=512, vocab_multiple=1,
+        attn_scale=0.12, softcap=(30.0, 0.0), value_layers=(-1,), bigram_rows=16384,
+        mix_init=(1.0, 0.0), head_gates=False, shift_taps=3, skip=(-1, -1), backout_from=-1,
+        window_tokens=(256,), short_window_tokens=(128,), val_window_tokens=0, mtp_weight=0.0,
+        muon_lr=0.02, muon_decay=0.0, mlp_down_lr=1.0, momentum_steps=(3000, 0),
+        embed_lr=0.02, bigram_lr=0.06, scalar_lr=0.02, tied_frac=0.0, adam_eps=1e-10,
+        embed_betas=(0.8, 0.95), table_betas=(0.8, 0.95), scalar_betas=(0.8, 0.95),
+        adam_decay=0.0, adam_every=1,
+        stage_lr=(1.0,), warmup_frac=0.02, cooldown_frac=0.5, final_lr_frac=0.0,
         extension_steps=0,
-        momentum_steps=(3000, 0),
     ),
-}
+}  # fmt: skip
 
 
 class Layer(NamedTuple):
@@ -510,7 +467,9 @@ class Attention(nn.Module):
 
 def gate(x: Tensor, weight_HG: Tensor) -> Tensor:
     """Factors (B, T, H, 1) between 0 and 2 from the leading dimensions of x; 1 for weight 0."""
-    return 2 * torch.sigmoid(F.linear(x[..., :GATE_DIM], weight_HG.type_as(x)))[..., None]
+    # A sum of products: to a GPU's matrix units so narrow a product would be a kernel of its own.
+    logits_BTH = (x[..., None, :GATE_DIM] * weight_HG.type_as(x)).sum(-1)
+    return 2 * torch.sigmoid(logits_BTH)[..., None]
 
 
 class MLP(nn.Module):

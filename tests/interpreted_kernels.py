@@ -199,9 +199,10 @@ def test_compiled_graphs_hold_both_operators_whole():
 def test_operators_keep_the_promises_made_to_the_compiler():
     x, weight = torch.randn(40, 16, requires_grad=True), torch.randn(48, 16, requires_grad=True)
     _, targets, weights = example(40, 48, 2)
-    checks = ("test_schema", "test_faketensor")
-    for fp8 in (False, True):
-        arguments = (x, weight, targets, weights, list(CAP), fp8)
+    own = (x.detach(), weight.detach()), [1.0, 1.0, 1.0], ("test_schema", "test_faketensor")
+    in_fp8 = [*map(kernels.as_fp8, (x, weight), kernels.FP8_UNITS)]
+    for low, units, checks in (own, (in_fp8, list(kernels.FP8_UNITS), "test_faketensor")):
+        arguments = (x, weight, *low, targets, weights, list(CAP), units)
         torch.library.opcheck(kernels.head_op, arguments, test_utils=checks)
     inputs = mlp_example(torch.float16)
     torch.library.opcheck(kernels.mlp_op, inputs)

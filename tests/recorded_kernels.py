@@ -39,7 +39,8 @@ def head(chunks: int, num_targets: int, fp8: bool) -> None:
     N = chunks * kernels.HEAD_CHUNK_TOKENS
     x, weight = on_card(N, MODEL_DIM), on_card(VOCAB, MODEL_DIM, dtype=torch.float32)
     targets, weights = on_card(N, num_targets, dtype=torch.int64), on_card(num_targets)
-    kernels.head_loss_and_gradients(x, weight, targets, weights.float(), [23.0, 5.0, 7.5], fp8)
+    cap = kernels.Softcap(23.0, 5.0, 7.5)
+    kernels.head_loss(x, weight, targets, weights.float(), cap, x.dtype, fp8)
 
 
 def mlp() -> None:

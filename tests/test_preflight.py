@@ -257,7 +257,7 @@ def kernel_report(run) -> dict:
 def test_the_head_keeps_one_chunk_of_logits(kernel_report):
     for one_chunk, three_chunks in kernel_report["peaks"]:
         assert one_chunk > kernel_report["chunk_bytes"]
-        assert three_chunks - one_chunk < kernel_report["chunk_bytes"] / 4
+        assert three_chunks - one_chunk < kernel_report["chunk_bytes"] / 2  # x, dx, a second dW
 
 
 @slow
