@@ -92,6 +92,8 @@ class Hyperparameters:
     shift_taps: int = option(0, "earlier tokens that are mixed into each sublayer's input")
     skip: tuple[int, int] = option((3, 6), "layers from and to which one skips; -1,-1: none", -1)
     backout_from: int = option(7, "layer whose output is subtracted before the head; -1: none", -1)
+    mix_from: tuple[int, ...] = option((3, 7, 9), "layers whose outputs the token mixes into the "
+                                       "last one and the head; -1: none", -1)  # fmt: skip
     window_tokens: tuple[int, ...] = option((384, 896, 1408), "long window, counting the token", 2)
     short_window_tokens: tuple[int, ...] = option((128, 384, 640), "short window", 2)
     val_window_tokens: int = option(2560, "long window in validation; 0: as in training")
@@ -101,7 +103,6 @@ class Hyperparameters:
     muon_decay: float = option(1.2, "their cautious weight decay, times the squared rate")
     mlp_down_lr: float = option(2.0, "factor on the rate of the MLP's second matrix")
     embed_lr: float = option(0.008, "learning rate of token embeddings")
-    adam_eps: float = option(1e-15, "added to Adam's root, below a rare row's 1e-9")
     tied_frac: float = option(0.66, "fraction of steps with head and embedding tied")
     bigram_lr: float = option(0.6, "learning rate of the table of token pairs")
     scalar_lr: float = option(0.04, "learning rate of scalars; of gates a fifth")
@@ -137,6 +138,8 @@ class Hyperparameters:
             raise RunError("--value_layers must be layers of --layers that attend, each once")
         if self.backout_from > last:
             raise RunError("--backout_from must stay within --layers")
+        if max(self.mix_from) >= last or (min(self.mix_from) < 0 and len(self.mix_from) > 1):
+            raise RunError("--mix_from must be layers before the last of --layers; none: -1")
         if len(self.mix_init) not in (2, 3):
             raise RunError("--mix_init must be two or three weights")
         if self.skip[0] >= 0 and not self.skip[0] < self.skip[1] <= last:
@@ -158,7 +161,7 @@ TRACKS = {  # what differs from the defaults, which are fineweb's
         task="fineweb_medium",
         num_steps=5960, batch_tokens=(524_288,), document_cap=(2048,), stage_lr=(1.0,),
         layers="sSsLSsSLSsSLSsSL", num_heads=8, model_dim=1024, mlp_dim=4096,
-        skip=(5, 11), backout_from=10, value_layers=(1, 2, 13, 14, 15),
+        skip=(5, 11), backout_from=10, mix_from=(5, 10, 14), value_layers=(1, 2, 13, 14, 15),
         muon_lr=0.025,
     ),
     "wikitext103": Hyperparameters(
@@ -170,10 +173,11 @@ TRACKS = {  # what differs from the defaults, which are fineweb's
         num_steps=800, batch_tokens=(2048,), seq_len=256, document_cap=(0,), val_every=160,
         layers="SL", num_heads=2, head_dim=64, model_dim=128, mlp_dim=512, vocab_multiple=1,
         attn_scale=0.12, softcap=(30.0, 0.0), value_layers=(-1,), bigram_rows=16384,
-        mix_init=(1.0, 0.0), head_gates=False, shift_taps=3, skip=(-1, -1), backout_from=-1,
+        mix_init=(1.0, 0.0), head_gates=False, shift_taps=3,
+        skip=(-1, -1), backout_from=-1, mix_from=(-1,),
         window_tokens=(256,), short_window_tokens=(128,), val_window_tokens=0, mtp_weight=0.0,
         muon_lr=0.02, muon_decay=0.0, mlp_down_lr=1.0, momentum_steps=(3000, 0),
-        embed_lr=0.02, bigram_lr=0.06, scalar_lr=0.02, tied_frac=0.0, adam_eps=1e-10,
+        embed_lr=0.02, bigram_lr=0.06, scalar_lr=0.02, tied_frac=0.0,
         embed_betas=(0.8, 0.95), table_betas=(0.8, 0.95), scalar_betas=(0.8, 0.95),
         adam_decay=0.0, adam_every=1,
         stage_lr=(1.0,), warmup_frac=0.02, cooldown_frac=0.5, final_lr_frac=0.0,
@@ -381,6 +385,7 @@ def step_inputs(step: int, hp: Hyperparameters, device, training: bool = True) -
 # targets per token, S earlier tokens, N = B * T. The residual stream x is (B, T, D).
 
 GATE_DIM = 12  # dimensions that gates read, the leading ones of the stream
+MIX_DIM = 64  # hidden width of what weights earlier states
 LOGIT_SLOPE = 7.5
 LOGIT_CHUNK_TOKENS = 4096  # tokens whose fp32 logits are in memory at a time in validation
 
@@ -523,6 +528,25 @@ class Block(nn.Module):
         return mix_earlier_tokens(x, self.taps[sublayer].type_as(x), c.same_doc_SBT1)
 
 
+class StateMix(nn.Module):
+    """Adds earlier states to the stream, with weights by the token (MUDD: arXiv 2502.12170).
+
+    They are: embedding, pair, outputs of layers, and the last value table's row where it fits.
+    """
+
+    def __init__(self, model_dim: int, states: int):
+        super().__init__()
+        self.mix_in = nn.Parameter(torch.randn(MIX_DIM, model_dim) * 0.5 * model_dim**-0.5)
+        self.mix_out = nn.Parameter(torch.zeros(states, MIX_DIM))
+
+    def forward(self, x: Tensor, states: list[Tensor]) -> Tensor:
+        hidden = F.gelu(F.linear(norm(x), self.mix_in.type_as(x)))
+        weights = 0.1 * F.linear(hidden, self.mix_out.type_as(x))
+        for weight_BT1, state in zip(weights.split(1, dim=-1), states, strict=True):
+            x = x + weight_BT1 * state
+        return x
+
+
 class GPT(nn.Module):
     """Tokens to mean loss. The head starts at or near 0, so the first loss is near ln V."""
 
@@ -540,6 +564,11 @@ class GPT(nn.Module):
         self.smear = nn.Parameter(torch.zeros(GATE_DIM + 1))  # gate weights, then strength
         self.skip = parameter_if(hp.skip[0] >= 0, torch.tensor(-1.5))
         self.backout = parameter_if(hp.backout_from >= 0, torch.tensor(0.5))
+        self.mixes_values = bool(tables) and width == hp.model_dim
+        states = len(hp.mix_init) - 1 if hp.bigram_rows else 1  # as embed_tokens returns them
+        states += len(hp.mix_from) + self.mixes_values
+        mixed = range(2 if min(hp.mix_from) >= 0 else 0)  # the last layer, and the head
+        self.mixes = nn.ModuleList(StateMix(hp.model_dim, states) for _ in mixed)
         bound = 3**0.5 * 0.5 * hp.model_dim**-0.5  # uniform with std 0.5 / sqrt(D)
         for block in self.blocks:
             block.mlp.up_down.data.uniform_(-bound, bound)[1].zero_()
@@ -597,16 +626,21 @@ class GPT(nn.Module):
         if self.value_embeds is not None:  # one gradient of the whole parameter, not one a table
             rows = self.value_embeds[:, inputs_BT].type_as(x)
             values = rows.view(-1, B, T, hp.num_heads, hp.head_dim).unbind()
-        skipped = backed_out = None
+        outputs = []  # of each layer
         for i, (layer, block) in enumerate(zip(self.layers, self.blocks, strict=True)):
-            if i == hp.skip[1] and skipped is not None:
-                x = x + torch.sigmoid(self.skip).type_as(x) * skipped
+            if i == hp.skip[1] and self.skip is not None:
+                x = x + torch.sigmoid(self.skip).type_as(x) * outputs[hp.skip[0]]
+            if i == len(self.layers) - 1 and self.mixes:
+                states = [*first, *(outputs[j] for j in hp.mix_from)]
+                states += [rows[-1]] if self.mixes_values else []
+                x = self.mixes[0](x, states)
             value_BTHK = None if layer.value_embed is None else values[layer.value_embed]
             x = block(x, first, value_BTHK, c)
-            skipped = x if i == hp.skip[0] else skipped
-            backed_out = x if i == hp.backout_from else backed_out
-        if backed_out is not None:
-            x = x - self.backout.type_as(x) * backed_out
+            outputs.append(x)
+        if self.mixes:
+            x = self.mixes[1](x, states)
+        if self.backout is not None:
+            x = x - self.backout.type_as(x) * outputs[hp.backout_from]
         return norm(x)
 
     def document_index(self, inputs_BT: Tensor) -> Tensor:
@@ -638,6 +672,7 @@ def further_targets(targets_BT: Tensor, docs_BT: Tensor, ahead: int) -> Tensor:
 
 # ------------------------------------------------------------------------------ Optimizer
 
+ADAM_EPS = 1e-15  # below the root of a rare row, 1e-9
 POLAR_EXPRESS = (  # arXiv 2505.16932: the best quintic for each Newton-Schulz step
     (8.1566, -22.4833, 15.8788),
     (4.0429, -2.8089, 0.5000),
@@ -700,12 +735,12 @@ def muon_update(G, lr, decay, beta, factors, dtype, W, momentum, second, low=Non
         low.view(torch.int16).copy_(new_low)
 
 
-def adam_update(G, lr, decay, count, beta1, beta2, eps, W, mean, square):
+def adam_update(G, lr, decay, count, beta1, beta2, W, mean, square):
     """Update numbers W (N,) in place by Adam (arXiv 1412.6980); lr, decay, count: 0-D tensors."""
     mean.lerp_(G.float(), 1 - beta1)
     square.lerp_(G.float() ** 2, 1 - beta2)
     root = (square / (1 - beta2**count)).sqrt()
-    W.sub_(lr * (mean / (1 - beta1**count)) / (root + eps))
+    W.sub_(lr * (mean / (1 - beta1**count)) / (root + ADAM_EPS))
     W.sub_(lr * lr * decay * weights_to_decay(W, mean))
 
 
@@ -727,7 +762,7 @@ class Optimizer:
     stream is; then state holds the lower 16 bits of their fp32.
     """
 
-    def __init__(self, group: Group, rt: Runtime, compile_fn: Callable, adam_eps: float = 1e-15):
+    def __init__(self, group: Group, rt: Runtime, compile_fn: Callable):
         self.group, self.rt, is_adam = group, rt, group.betas is not None
         self.update = compile_fn(adam_update if is_adam else muon_update)
         self.item = () if is_adam else group.params[0].shape[1:]
@@ -741,7 +776,7 @@ class Optimizer:
         sizes = [p.numel() // math.prod(self.item) for p in group.params]
         for p, view in zip(group.params, bank.split(sizes), strict=True):
             p.data = view.view(p.shape)
-        self.fixed = (*group.betas, adam_eps) if is_adam else ()
+        self.fixed = group.betas if is_adam else ()
         if not is_adam:
             factors = group.factors * (len(bank) // len(group.factors))
             factors_N11 = torch.tensor(factors, device=bank.device)[:, None, None]
@@ -784,6 +819,7 @@ def parameter_groups(model: GPT, hp: Hyperparameters) -> dict[str, Group]:
         return [p for name, p in model.named_parameters() if name.endswith(ends)]
 
     scalars = named("mix", "taps", "smear", "skip", "backout")
+    gates = named("_gate", "mix_in", "mix_out")
     tables, decay, every = hp.table_betas, hp.adam_decay, hp.adam_every
     rows = {  # parameters, learning rate, betas of Adam, decay, steps per update, factors
         "attn": (named("qkvo"), hp.muon_lr, None, hp.muon_decay, 1),
@@ -792,7 +828,7 @@ def parameter_groups(model: GPT, hp: Hyperparameters) -> dict[str, Group]:
         "head": (named("lm_head"), HEAD_LR, hp.embed_betas, 150 * decay, every),
         "values": (named("value_embeds"), 0.6, tables, 5 * decay, every),
         "bigram": (named("bigram"), hp.bigram_lr, tables, 5 * decay, every),
-        "gates": (named("_gate"), hp.scalar_lr / 5, hp.scalar_betas, 0.0, every),
+        "gates": (gates, hp.scalar_lr / 5, hp.scalar_betas, 0.0, every),
         "scalars": (scalars, hp.scalar_lr, hp.scalar_betas, 0.0, every),
     }
     return {name: Group(*row) for name, row in rows.items() if row[0]}
@@ -803,7 +839,7 @@ def make_optimizers(model: GPT, hp: Hyperparameters, rt: Runtime, compile_fn: Ca
     groups = parameter_groups(model, hp)
     grouped = sorted(id(p) for group in groups.values() for p in group.params)
     assert grouped == sorted(map(id, model.parameters())), "a parameter is not in just one group"
-    return {name: Optimizer(group, rt, compile_fn, hp.adam_eps) for name, group in groups.items()}
+    return {name: Optimizer(group, rt, compile_fn) for name, group in groups.items()}
 
 
 # ------------------------------------------------------------------------------ Train

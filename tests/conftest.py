@@ -51,6 +51,7 @@ TINY = dict(
     head_gates=True,
     skip=(1, 3),
     backout_from=2,
+    mix_from=(0, 2),
     window_tokens=(16, 32, 48),
     short_window_tokens=(8, 16, 24),
     mtp_weight=0.5,

@@ -41,6 +41,7 @@ HP = dataclasses.replace(
     bigram_rows=128,
     skip=(0, 2),
     backout_from=1,
+    mix_from=(0,),
 )
 # Blocks have 128 tokens. The first window reaches over a whole block before the query's own, in
 # short layers too; the second is narrower than a block.

@@ -21,6 +21,7 @@ from train_gpt import (
     GPT,
     TRACKS,
     Softcap,
+    StateMix,
     StepInputs,
     make_optimizers,
     norm,
@@ -277,7 +278,7 @@ def test_a_token_looks_for_what_followed_itself_before_anything_is_learned(
     """A row of random tokens, then the same again: how often the strongest key is the right one."""
     hp = dataclasses.replace(
         tiny_hp, layers=layers, window_tokens=(64,), short_window_tokens=(64,), skip=(-1, -1),
-        backout_from=-1, value_layers=(-1,), head_dim=64, attn_scale=1.0,
+        backout_from=-1, mix_from=(-1,), value_layers=(-1,), head_dim=64, attn_scale=1.0,
     )  # fmt: skip
     torch.manual_seed(0)
     model, strongest = GPT(hp, TASK, CPU), []
@@ -321,7 +322,8 @@ def test_value_tables_are_counted_by_the_layers_that_have_one(tiny_hp):
 
 
 def test_values_are_gated_by_half_the_token_and_half_the_row(tiny_hp, monkeypatch):
-    hp = dataclasses.replace(tiny_hp, layers="L", value_layers=(0,), skip=(-1, -1), backout_from=-1)
+    none = dict(skip=(-1, -1), backout_from=-1, mix_from=(-1,))
+    hp = dataclasses.replace(tiny_hp, layers="L", value_layers=(0,), **none)
     model, values, B, T = randomized(hp), [], 2, 64
     attention = model.blocks[0].attn
     x = torch.randn(B, T, 32)
@@ -362,6 +364,33 @@ def test_pairs_enter_every_layer_or_the_embedding(tiny_hp, mix_init):
         torch.testing.assert_close(mixed, 1.1 * found[0] + 0.1 * row)
 
 
+def test_states_are_mixed_by_the_token():
+    """Against a loop over tokens, in fp64."""
+    torch.manual_seed(0)
+    mix = StateMix(8, 3).double()
+    mix.mix_out.data.normal_()
+    x, states = torch.randn(1, 5, 8).double(), torch.randn(3, 1, 5, 8).double()
+    found = mix(x, list(states))
+    for t, token in enumerate(x[0]):
+        read = mix.mix_in @ (token / (token.square().mean() + 1e-6).sqrt())
+        hidden = read * (1 + torch.erf(read / 2**0.5)) / 2
+        expected = token + 0.1 * (mix.mix_out @ hidden) @ states[:, 0, t]
+        torch.testing.assert_close(found[0, t], expected)
+
+
+def test_the_last_layer_and_the_head_get_the_outputs_of_the_layers_named(tiny_hp, monkeypatch):
+    model, outputs, mixed = randomized(tiny_hp), [], []
+    for block in model.blocks:
+        block.register_forward_hook(lambda block, args, x: outputs.append(x))
+    for mix in model.mixes:
+        mix.register_forward_hook(lambda mix, args, x: mixed.append((*args, len(outputs))))
+    model.hidden(tokens(2, 64), through(tiny_hp, 48))
+    assert [done for *_, done in mixed] == [3, 4] and mixed[1][0] is outputs[3]
+    for _, (embedding, pair, *others, value), _ in mixed:
+        assert embedding.shape == pair.shape and others[0] is outputs[0] and others[1] is outputs[2]
+        torch.testing.assert_close(value, model.value_embeds[-1][tokens(2, 64)])
+
+
 def test_fineweb_begins_as_the_public_record():
     """Initial values of its rung of 1,500 steps, on a network of smaller width."""
     small = dict(model_dim=64, num_heads=2, head_dim=32, mlp_dim=256, bigram_rows=640)
@@ -389,7 +418,9 @@ def test_fineweb_begins_as_the_public_record():
     assert model.embed.std().item() == pytest.approx(0.005, rel=0.05)
 
 
-@pytest.mark.parametrize("setting", [{"head_gates": False}, {"mtp_weight": 0.0}])
+@pytest.mark.parametrize(
+    "setting", [{"head_gates": False}, {"mtp_weight": 0.0}, {"mix_from": (-1,)}]
+)
 def test_additions_change_nothing_at_their_start(tiny_hp, setting):
     inputs, losses = tokens(2, 64), []
     for hp in (tiny_hp, dataclasses.replace(tiny_hp, **setting)):
@@ -413,7 +444,7 @@ def test_the_gpu_path_traces_forward_and_backward_as_one_graph(monkeypatch):
     monkeypatch.setattr(kernels, "use_kernels", lambda x: True)
     monkeypatch.setattr(flex, "_validate_device", lambda *tensors: None)  # bars a CPU's backward
     hp = dataclasses.replace(
-        TRACKS["fineweb"], layers="sL-S", skip=(0, 2), backout_from=1,
+        TRACKS["fineweb"], layers="sL-S", skip=(0, 2), backout_from=1, mix_from=(0, 1),
         value_layers=(0, 3),
     )  # fmt: skip
     rt = SimpleNamespace(

@@ -356,6 +356,7 @@ BAD_FLAGS = [
     ("--head_dim=4", r"--head_dim 4 is out of range"),
     ("--skip=1,4", r"none: --skip -1,-1"),
     ("--backout_from=4", r"--backout_from"),
+    ("--mix_from=3", r"--mix_from must be layers before the last of --layers; none: -1"),
     ("--seed=-1", r"--seed -1 is out of range"),
     ("--seed=99999999999999999999999", r"--seed 9+ is out of range"),
     ("--micro_batch_seqs=-1", r"--micro_batch_seqs -1 is out of range"),
@@ -732,7 +733,7 @@ def test_machines_with_other_shards_are_refused(tiny_task, tiny_hp, tmp_path, ot
 def test_a_parameter_that_nothing_uses_is_named(tiny_task, tiny_hp):
     unused = trainer(tiny_task, tiny_hp)
     unused.model.layers = [layer._replace(value_embed=None) for layer in unused.model.layers]
-    with pytest.raises(RunError, match="the loss does not depend on value_embeds"):
+    with pytest.raises(RunError, match=r"the loss does not depend on blocks\.0\.attn\.value_gate"):
         warm_up(unused.run, unused)
 
 

@@ -337,7 +337,8 @@ def test_a_prompt_that_is_too_long_is_refused_and_none_is_needed(checkpoint):
     )
     written = list(generate(load_model(checkpoint), [256], settings(top_k=1, max_tokens=200), 0))
     done = script(checkpoint, "--top_k=1")
-    assert done.stdout == bytes(written).decode(errors="replace") + "\n", done.stderr
+    expected = bytes(written).decode(errors="replace")  # may hold a \r, which a pipe reads as \n
+    assert done.stdout.splitlines() == expected.splitlines(), done.stderr
 
 
 def test_ctrl_c_ends_a_sample_cleanly(tmp_path):

@@ -583,6 +583,7 @@ class Run:
         self.log.line(f"compile: {problem or 'yes'}", show=bool(problem))
         if problem:
             return dont_compile
+        self.rt.prepare_compiler()
         # In a broken graph FlexAttention is not fused, and takes the memory of all scores.
         return partial(torch.compile, dynamic=False, fullgraph=self.rt.is_gpu)
 

@@ -27,7 +27,7 @@ SMALL_FLEX_BLOCKS = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_M1": 32, "BLOCK_N1": 6
 HEAD_CHUNK_TOKENS = 16384  # tokens whose logits are in memory at a time
 # fp8 value 1 means so much: in x, in the weight (both e4m3, up to 448), and in the gradient of a
 # token's loss (e5m2), which is divided by N after the product, for it would underflow before.
-FP8_SCALES = (100 / 448, 1.6 / 448, 0.75 / 448)
+FP8_UNITS = (100 / 448, 1.6 / 448, 0.75 / 448)
 # 8 logits a thread, so that bf16 and fp8 are stored from the same threads.
 LOSS_TILE = dict(COLS=1024, num_warps=4)
 LARGE_TILE = dict(BLOCK_N=128, BLOCK_M=256, BLOCK_K=64, num_warps=8, num_stages=4)  # 192 KiB
@@ -276,37 +276,39 @@ def matmul_NT(A_NK: Tensor, B_MK: Tensor, scale: float, dtype: torch.dtype, fast
     return torch.mm(A_NK, B_MK.T, out_dtype=dtype)
 
 
+def as_fp8(x: Tensor, unit: float) -> Tensor:
+    """x in such units, e4m3; clamped, for beyond its range some versions of torch cast to NaN."""
+    top = torch.finfo(torch.float8_e4m3fn).max
+    return (x.detach() / unit).clamp(-top, top).to(torch.float8_e4m3fn)
+
+
 def head_loss_and_gradients(
-    x_ND: Tensor, weight_VD: Tensor, targets_NJ: Tensor, weights_J: Tensor, cap: list[float],
-    fp8: bool,
+    x_ND: Tensor, weight_VD: Tensor, low_x_ND: Tensor, low_weight_VD: Tensor, targets_NJ: Tensor,
+    weights_J: Tensor, cap: list[float], units: list[float],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(mean loss, its gradients of x and of weight), by chunks of N.
+    """(mean loss, its gradients of x, and of weight in units of units[2]), by chunks of N.
 
-    fp8 multiplies for the logits and dx. For dW it would need a transposed copy of the gradient,
-    which takes longer to write than bf16 takes longer to multiply.
+    low, in units of units: operands of the logits and dx, perhaps in fp8. For dW it would need a
+    transposed copy of the gradient, which takes longer to write than bf16 takes longer to multiply.
     """
-    N, dtype, operand = len(x_ND), x_ND.dtype, torch.float8_e4m3fn if fp8 else x_ND.dtype
-    loss = x_ND.new_zeros((), dtype=torch.float32)
-    dx_ND, dW_VD = torch.empty_like(x_ND), torch.zeros_like(weight_VD)
-    x_scale, W_scale, grad_scale = FP8_SCALES if fp8 else (1, 1, 1)
-    grad_unit = grad_scale / N if fp8 else 1  # of the mean loss's gradient, as the kernel writes it
-    top = torch.finfo(operand).max  # beyond it some versions of torch cast to NaN
-    W_VD = (weight_VD / W_scale).clamp(-top, top).to(operand)
-    W_DV = W_VD.T.contiguous()
+    N, dtype, (x_unit, W_unit, grad_unit) = len(x_ND), x_ND.dtype, units
+    loss, dx_ND, dW_VD = x_ND.new_zeros((), dtype=torch.float32), torch.empty_like(x_ND), None
+    low_weight_DV = low_weight_VD.T.contiguous()
 
-    def add_chunk(rows: slice):
+    def add_chunk(rows: slice) -> Tensor:
         """A function of its own, so that a chunk's logits are freed before the next one's."""
-        x = (x_ND[rows] / x_scale).clamp(-top, top).to(operand)
-        logits = matmul_NT(x, W_VD, x_scale * W_scale, dtype, fast=True)
+        logits = matmul_NT(low_x_ND[rows], low_weight_VD, x_unit * W_unit, dtype, fast=True)
+        fp8 = low_x_ND.dtype != dtype
         copy = torch.empty_like(logits, dtype=torch.float8_e5m2) if fp8 else None
         chunk = (logits, targets_NJ[rows], weights_J, cap, 1 / (N * grad_unit), copy)
         loss.add_(loss_by_kernel(*chunk).sum() / N)
         grad = logits  # which the kernel replaced
-        dx_ND[rows] = matmul_NT(copy if fp8 else grad, W_DV, grad_unit * W_scale, dtype)
-        dW_VD.add_(matmul_NT(grad.T, x_ND[rows].T, 1.0, torch.float32), alpha=grad_unit)
+        dx_ND[rows] = matmul_NT(copy if fp8 else grad, low_weight_DV, grad_unit * W_unit, dtype)
+        return matmul_NT(grad.T, x_ND[rows].T, 1.0, torch.float32)
 
     for start in range(0, N, HEAD_CHUNK_TOKENS):
-        add_chunk(slice(start, start + HEAD_CHUNK_TOKENS))
+        dW = add_chunk(slice(start, start + HEAD_CHUNK_TOKENS))
+        dW_VD = dW if dW_VD is None else dW_VD.add_(dW)
     return loss, dx_ND, dW_VD
 
 
@@ -315,11 +317,12 @@ def head_setup(ctx, inputs, output):
     ctx.mark_non_differentiable(dx_ND, dW_VD)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(dx_ND, dW_VD)
+    ctx.grad_unit = inputs[-1][2]
 
 
 def head_backward(ctx, grad_loss, *_):
     dx_ND, dW_VD = ctx.saved_tensors
-    return grad_loss * dx_ND, grad_loss * dW_VD, None, None, None, None
+    return grad_loss * dx_ND, grad_loss * ctx.grad_unit * dW_VD, *[None] * 6
 
 
 # torch.compile takes such operators as they are; register_fake gives their results' shapes.
@@ -336,12 +339,15 @@ def head_loss(x_ND, weight_VD, targets_NJ, weights_J, cap: Softcap, dtype, fp8: 
     weight is fp32. fp8: multiply in fp8 where there is a kernel, and N, V and D divide by 16. On a
     GPU the gradients are computed with the loss, and only one chunk of logits is in memory.
     """
-    x_ND = x_ND.to(dtype)
+    x_ND, low_weight_VD = x_ND.to(dtype), weight_VD.to(dtype)
     if not use_kernels(x_ND):
-        logits_NV = F.linear(x_ND, weight_VD.to(dtype))
+        logits_NV = F.linear(x_ND, low_weight_VD)
         return softcapped_loss(logits_NV, targets_NJ, weights_J, cap).mean()
-    fits_fp8 = all(size % 16 == 0 for size in (*x_ND.shape, len(weight_VD)))
-    return head_op(x_ND, weight_VD, targets_NJ, weights_J, list(cap), fp8 and fits_fp8)[0]
+    low, units = (x_ND.detach(), low_weight_VD.detach()), [1.0, 1.0, 1.0]
+    if fp8 and all(size % 16 == 0 for size in (*x_ND.shape, len(weight_VD))):
+        low = map(as_fp8, (x_ND, weight_VD), FP8_UNITS)
+        units = [*FP8_UNITS[:2], FP8_UNITS[2] / len(x_ND)]
+    return head_op(x_ND, weight_VD, *low, targets_NJ, weights_J, list(cap), units)[0]
 
 
 # ------------------------------------------------------------------------------ MLP

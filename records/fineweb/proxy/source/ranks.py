@@ -9,6 +9,7 @@ import shutil
 import signal
 import sys
 import sysconfig
+import threading
 import time
 from collections.abc import Callable
 from contextlib import contextmanager, suppress
@@ -175,6 +176,24 @@ class Runtime:
         if not Path(sysconfig.get_path("include"), "Python.h").exists():
             return f"no Python.h; {need}: apt install python3-dev"
         return ""
+
+    def prepare_compiler(self) -> None:
+        """Test vector instructions and precompile headers beside the tracing of the first graphs.
+
+        Inductor would do so for its first kernel, while nothing else goes on. What fails here will
+        fail there again, with its reason. The import is not the thread's, for it could meet those
+        of the tracing.
+        """
+        if self.is_gpu:
+            return
+        with suppress(ImportError):  # of a torch that has moved it
+            from torch._inductor.codecache import CppPythonBindingsCodeCache
+
+            def compile_nothing():
+                with suppress(Exception):
+                    CppPythonBindingsCodeCache.load_pybinding([], 'extern "C" void kernel() {}')
+
+            threading.Thread(target=compile_nothing, daemon=True).start()
 
     def to_host(self, tensor: Tensor):
         """Start a copy to the host; return (host tensor, function that waits for the copy)."""

@@ -92,6 +92,8 @@ class Hyperparameters:
     shift_taps: int = option(0, "earlier tokens that are mixed into each sublayer's input")
     skip: tuple[int, int] = option((3, 6), "layers from and to which one skips; -1,-1: none", -1)
     backout_from: int = option(7, "layer whose output is subtracted before the head; -1: none", -1)
+    mix_from: tuple[int, ...] = option((3, 7, 9), "layers whose outputs the token mixes into the "
+                                       "last one and the head; -1: none", -1)  # fmt: skip
     window_tokens: tuple[int, ...] = option((384, 896, 1408), "long window, counting the token", 2)
     short_window_tokens: tuple[int, ...] = option((128, 384, 640), "short window", 2)
     val_window_tokens: int = option(2560, "long window in validation; 0: as in training")
@@ -137,6 +139,8 @@ class Hyperparameters:
             raise RunError("--value_layers must be layers of --layers that attend, each once")
         if self.backout_from > last:
             raise RunError("--backout_from must stay within --layers")
+        if max(self.mix_from) >= last or (min(self.mix_from) < 0 and len(self.mix_from) > 1):
+            raise RunError("--mix_from must be layers before the last of --layers; none: -1")
         if len(self.mix_init) not in (2, 3):
             raise RunError("--mix_init must be two or three weights")
         if self.skip[0] >= 0 and not self.skip[0] < self.skip[1] <= last:
@@ -152,77 +156,35 @@ class Hyperparameters:
         return values[self.stage(values, step)]
 
 
-TRACKS = {
+TRACKS = {  # what differs from the defaults, which are fineweb's
     "fineweb": Hyperparameters(),
     "fineweb_medium": Hyperparameters(
         task="fineweb_medium",
-        num_steps=5960,
-        batch_tokens=(524_288,),
-        document_cap=(2048,),
-        stage_lr=(1.0,),
-        layers="sSsLSsSLSsSLSsSL",
-        num_heads=8,
-        model_dim=1024,
-        mlp_dim=4096,
-        skip=(5, 11),
-        backout_from=10,
-        value_layers=(1, 2, 13, 14, 15),
+        num_steps=5960, batch_tokens=(524_288,), document_cap=(2048,), stage_lr=(1.0,),
+        layers="sSsLSsSLSsSLSsSL", num_heads=8, model_dim=1024, mlp_dim=4096,
+        skip=(5, 11), backout_from=10, mix_from=(5, 10, 14), value_layers=(1, 2, 13, 14, 15),
         muon_lr=0.025,
     ),
     "wikitext103": Hyperparameters(
         task="wikitext103",
-        batch_tokens=(131_072,),
-        document_cap=(0,),
-        stage_lr=(1.0,),
-        max_epochs=4,
+        batch_tokens=(131_072,), document_cap=(0,), stage_lr=(1.0,), max_epochs=4,
     ),
     "embedded": Hyperparameters(
         task="embedded",
-        num_steps=800,
-        batch_tokens=(2048,),
-        seq_len=256,
-        document_cap=(0,),
-        val_every=160,
-        layers="SL",
-        num_heads=2,
-        head_dim=64,
-        model_dim=128,
-        mlp_dim=512,
-        vocab_multiple=1,
-        attn_scale=0.12,
-        softcap=(30.0, 0.0),
-        value_layers=(-1,),
-        bigram_rows=16384,
-        mix_init=(1.0, 0.0),
-        head_gates=False,
-        shift_taps=3,
-        skip=(-1, -1),
-        backout_from=-1,
-        window_tokens=(256,),
-        short_window_tokens=(128,),
-        val_window_tokens=0,
-        mtp_weight=0.0,
-        muon_lr=0.02,
-        muon_decay=0.0,
-        mlp_down_lr=1.0,
-        embed_lr=0.02,
-        adam_eps=1e-10,
-        tied_frac=0.0,
-        bigram_lr=0.06,
-        scalar_lr=0.02,
-        embed_betas=(0.8, 0.95),
-        table_betas=(0.8, 0.95),
-        scalar_betas=(0.8, 0.95),
-        adam_decay=0.0,
-        adam_every=1,
-        stage_lr=(1.0,),
-        warmup_frac=0.02,
-        cooldown_frac=0.5,
-        final_lr_frac=0.0,
+        num_steps=800, batch_tokens=(2048,), seq_len=256, document_cap=(0,), val_every=160,
+        layers="SL", num_heads=2, head_dim=64, model_dim=128, mlp_dim=512, vocab_multiple=1,
+        attn_scale=0.12, softcap=(30.0, 0.0), value_layers=(-1,), bigram_rows=16384,
+        mix_init=(1.0, 0.0), head_gates=False, shift_taps=3,
+        skip=(-1, -1), backout_from=-1, mix_from=(-1,),
+        window_tokens=(256,), short_window_tokens=(128,), val_window_tokens=0, mtp_weight=0.0,
+        muon_lr=0.02, muon_decay=0.0, mlp_down_lr=1.0, momentum_steps=(3000, 0),
+        embed_lr=0.02, bigram_lr=0.06, scalar_lr=0.02, tied_frac=0.0, adam_eps=1e-10,
+        embed_betas=(0.8, 0.95), table_betas=(0.8, 0.95), scalar_betas=(0.8, 0.95),
+        adam_decay=0.0, adam_every=1,
+        stage_lr=(1.0,), warmup_frac=0.02, cooldown_frac=0.5, final_lr_frac=0.0,
         extension_steps=0,
-        momentum_steps=(3000, 0),
     ),
-}
+}  # fmt: skip
 
 
 class Layer(NamedTuple):
@@ -424,6 +386,7 @@ def step_inputs(step: int, hp: Hyperparameters, device, training: bool = True) -
 # targets per token, S earlier tokens, N = B * T. The residual stream x is (B, T, D).
 
 GATE_DIM = 12  # dimensions that gates read, the leading ones of the stream
+MIX_DIM = 64  # hidden width of what weights earlier states
 LOGIT_SLOPE = 7.5
 LOGIT_CHUNK_TOKENS = 4096  # tokens whose fp32 logits are in memory at a time in validation
 
@@ -510,7 +473,9 @@ class Attention(nn.Module):
 
 def gate(x: Tensor, weight_HG: Tensor) -> Tensor:
     """Factors (B, T, H, 1) between 0 and 2 from the leading dimensions of x; 1 for weight 0."""
-    return 2 * torch.sigmoid(F.linear(x[..., :GATE_DIM], weight_HG.type_as(x)))[..., None]
+    # A sum of products: to a GPU's matrix units so narrow a product would be a kernel of its own.
+    logits_BTH = (x[..., None, :GATE_DIM] * weight_HG.type_as(x)).sum(-1)
+    return 2 * torch.sigmoid(logits_BTH)[..., None]
 
 
 class MLP(nn.Module):
@@ -564,6 +529,25 @@ class Block(nn.Module):
         return mix_earlier_tokens(x, self.taps[sublayer].type_as(x), c.same_doc_SBT1)
 
 
+class StateMix(nn.Module):
+    """Adds earlier states to the stream, with weights by the token (MUDD: arXiv 2502.12170).
+
+    They are: embedding, pair, outputs of layers, and the last value table's row where it fits.
+    """
+
+    def __init__(self, model_dim: int, states: int):
+        super().__init__()
+        self.mix_in = nn.Parameter(torch.randn(MIX_DIM, model_dim) * 0.5 * model_dim**-0.5)
+        self.mix_out = nn.Parameter(torch.zeros(states, MIX_DIM))
+
+    def forward(self, x: Tensor, states: list[Tensor]) -> Tensor:
+        hidden = F.gelu(F.linear(norm(x), self.mix_in.type_as(x)))
+        weights = 0.1 * F.linear(hidden, self.mix_out.type_as(x))
+        for weight_BT1, state in zip(weights.split(1, dim=-1), states, strict=True):
+            x = x + weight_BT1 * state
+        return x
+
+
 class GPT(nn.Module):
     """Tokens to mean loss. The head starts at or near 0, so the first loss is near ln V."""
 
@@ -581,6 +565,11 @@ class GPT(nn.Module):
         self.smear = nn.Parameter(torch.zeros(GATE_DIM + 1))  # gate weights, then strength
         self.skip = parameter_if(hp.skip[0] >= 0, torch.tensor(-1.5))
         self.backout = parameter_if(hp.backout_from >= 0, torch.tensor(0.5))
+        self.mixes_values = bool(tables) and width == hp.model_dim
+        states = len(hp.mix_init) - 1 if hp.bigram_rows else 1  # as embed_tokens returns them
+        states += len(hp.mix_from) + self.mixes_values
+        mixed = range(2 if min(hp.mix_from) >= 0 else 0)  # the last layer, and the head
+        self.mixes = nn.ModuleList(StateMix(hp.model_dim, states) for _ in mixed)
         bound = 3**0.5 * 0.5 * hp.model_dim**-0.5  # uniform with std 0.5 / sqrt(D)
         for block in self.blocks:
             block.mlp.up_down.data.uniform_(-bound, bound)[1].zero_()
@@ -638,16 +627,21 @@ class GPT(nn.Module):
         if self.value_embeds is not None:  # one gradient of the whole parameter, not one a table
             rows = self.value_embeds[:, inputs_BT].type_as(x)
             values = rows.view(-1, B, T, hp.num_heads, hp.head_dim).unbind()
-        skipped = backed_out = None
+        outputs = []  # of each layer
         for i, (layer, block) in enumerate(zip(self.layers, self.blocks, strict=True)):
-            if i == hp.skip[1] and skipped is not None:
-                x = x + torch.sigmoid(self.skip).type_as(x) * skipped
+            if i == hp.skip[1] and self.skip is not None:
+                x = x + torch.sigmoid(self.skip).type_as(x) * outputs[hp.skip[0]]
+            if i == len(self.layers) - 1 and self.mixes:
+                states = [*first, *(outputs[j] for j in hp.mix_from)]
+                states += [rows[-1]] if self.mixes_values else []
+                x = self.mixes[0](x, states)
             value_BTHK = None if layer.value_embed is None else values[layer.value_embed]
             x = block(x, first, value_BTHK, c)
-            skipped = x if i == hp.skip[0] else skipped
-            backed_out = x if i == hp.backout_from else backed_out
-        if backed_out is not None:
-            x = x - self.backout.type_as(x) * backed_out
+            outputs.append(x)
+        if self.mixes:
+            x = self.mixes[1](x, states)
+        if self.backout is not None:
+            x = x - self.backout.type_as(x) * outputs[hp.backout_from]
         return norm(x)
 
     def document_index(self, inputs_BT: Tensor) -> Tensor:
@@ -825,6 +819,7 @@ def parameter_groups(model: GPT, hp: Hyperparameters) -> dict[str, Group]:
         return [p for name, p in model.named_parameters() if name.endswith(ends)]
 
     scalars = named("mix", "taps", "smear", "skip", "backout")
+    gates = named("_gate", "mix_in", "mix_out")
     tables, decay, every = hp.table_betas, hp.adam_decay, hp.adam_every
     rows = {  # parameters, learning rate, betas of Adam, decay, steps per update, factors
         "attn": (named("qkvo"), hp.muon_lr, None, hp.muon_decay, 1),
@@ -833,7 +828,7 @@ def parameter_groups(model: GPT, hp: Hyperparameters) -> dict[str, Group]:
         "head": (named("lm_head"), HEAD_LR, hp.embed_betas, 150 * decay, every),
         "values": (named("value_embeds"), 0.6, tables, 5 * decay, every),
         "bigram": (named("bigram"), hp.bigram_lr, tables, 5 * decay, every),
-        "gates": (named("_gate"), hp.scalar_lr / 5, hp.scalar_betas, 0.0, every),
+        "gates": (gates, hp.scalar_lr / 5, hp.scalar_betas, 0.0, every),
         "scalars": (scalars, hp.scalar_lr, hp.scalar_betas, 0.0, every),
     }
     return {name: Group(*row) for name, row in rows.items() if row[0]}
