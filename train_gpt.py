@@ -59,7 +59,7 @@ SOURCES = {  # what a log embeds
 
 # ------------------------------------------------------------------------------ Hyperparameters
 
-HEAD_LR = 0.008  # the head's learning rate; the embedding's too, while the two are tied
+HEAD_LR = 0.008  # the head's learning rate; with tied_frac above 0 the embedding's too
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Hyperparameters:
 
     task: str = option("fineweb", "data, validation rows and target: a task of harness.py")
     # Each is option(default, help, least value).
-    # Budget. Of several values, each holds for an equal share of the steps (a stage).
+    # Budget. Batch, cap, windows, stage_lr: each value holds for an equal share of steps, a stage.
     num_steps: int = option(1500, "optimizer steps", 1)
     batch_tokens: tuple[int, ...] = option((131_072, 262_144, 393_216), "tokens per step", 1)
     seq_len: int = option(16384, "tokens per training row, into which documents are packed", 2)
@@ -86,14 +86,14 @@ class Hyperparameters:
     softcap: tuple[float, float] = option((23.0, 5.0), "height and shift, see kernels.Softcap")
     value_layers: tuple[int, ...] = option((1, 2, 8, 9, 10), "with a value table; -1: none", -1)
     bigram_rows: int = option(251_520, "rows of the hashed table of token pairs; 0: none")
-    mix_init: tuple[float, ...] = option((1.1, 0.0, 0.1), "a layer's first weights of stream, embed"
-                                         "ding, pair; if two, it embeds pairs")  # fmt: skip
+    mix_init: tuple[float, ...] = option((1.1, 0.0, 0.1), "first weights in a layer of stream, "
+                           "embedding, pair; if two, pairs are added to the embedding")  # fmt: skip
     head_gates: bool = option(True, "gate each head's output by the token")
     shift_taps: int = option(0, "earlier tokens that are mixed into each sublayer's input")
     skip: tuple[int, int] = option((3, 6), "layers from and to which one skips; -1,-1: none", -1)
     backout_from: int = option(7, "layer whose output is subtracted before the head; -1: none", -1)
-    mix_from: tuple[int, ...] = option((3, 7, 9), "layers whose outputs the token mixes into the "
-                                       "last one and the head; -1: none", -1)  # fmt: skip
+    mix_from: tuple[int, ...] = option((3, 7, 9), "layers whose outputs StateMix adds to what "
+                                       "the last and the head read; -1: none", -1)  # fmt: skip
     window_tokens: tuple[int, ...] = option((384, 896, 1408), "long window, counting the token", 2)
     short_window_tokens: tuple[int, ...] = option((128, 384, 640), "short window", 2)
     val_window_tokens: int = option(2560, "long window in validation; 0: as in training")
@@ -103,7 +103,7 @@ class Hyperparameters:
     muon_decay: float = option(1.2, "their cautious weight decay, times the squared rate")
     mlp_down_lr: float = option(2.0, "factor on the rate of the MLP's second matrix")
     embed_lr: float = option(0.008, "learning rate of token embeddings")
-    tied_frac: float = option(0.66, "fraction of steps with head and embedding tied")
+    tied_frac: float = option(0.66, "first fraction of steps, which tie head and embedding")
     bigram_lr: float = option(0.6, "learning rate of the table of token pairs")
     scalar_lr: float = option(0.04, "learning rate of scalars; of gates a fifth")
     embed_betas: tuple[float, float] = option((0.5, 0.95), "Adam's betas of embedding and head")
@@ -114,9 +114,9 @@ class Hyperparameters:
     stage_lr: tuple[float, ...] = option((1.0, 1.52, 1.73), "factor on every learning rate")
     warmup_frac: float = option(0.0, "fraction of steps in which rates rise from 0")
     cooldown_frac: float = option(0.6, "fraction of steps in which rates fall linearly")
-    final_lr_frac: float = option(0.15, "fraction of each rate that is left at the end")
+    final_lr_frac: float = option(0.15, "fraction of each base rate that is left at the end")
     extension_steps: int = option(15, "last steps, which keep the final rates")
-    momentum_steps: tuple[int, int] = option((300, 50), "first of rising, last of falling momentum")
+    momentum_steps: tuple[int, int] = option((300, 50), "steps of rising, then of falling momentum")
 
     def __post_init__(self):
         check_ranges(self)
@@ -384,9 +384,9 @@ def step_inputs(step: int, hp: Hyperparameters, device, training: bool = True) -
 # Shapes: B sequences, T tokens, D model_dim, H heads, K head_dim, M mlp_dim, V vocabulary, J
 # targets per token, S earlier tokens, N = B * T. The residual stream x is (B, T, D).
 
-GATE_DIM = 12  # dimensions that gates read, the leading ones of the stream
-MIX_DIM = 64  # hidden width of what weights earlier states
-LOGIT_SLOPE = 7.5
+GATE_DIM = 12  # leading dimensions of their input that gates read
+MIX_DIM = 64  # hidden width of StateMix
+LOGIT_SLOPE = 7.5  # see kernels.Softcap
 LOGIT_CHUNK_TOKENS = 4096  # tokens whose fp32 logits are in memory at a time in validation
 
 
@@ -413,7 +413,7 @@ def rotate(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def pair_heads(x_BTHK: Tensor) -> Tensor:
-    """Heads h and h + H/2 in turns, (B, 2T, H/2, K): each query also sees its partner's keys."""
+    """Heads h and h + H/2 in turns, (B, 2T, H/2, K): both see each other's keys, half as far."""
     B, T, H, K = x_BTHK.shape
     return x_BTHK.view(B, T, 2, H // 2, K).reshape(B, 2 * T, H // 2, K)
 
@@ -529,9 +529,10 @@ class Block(nn.Module):
 
 
 class StateMix(nn.Module):
-    """Adds earlier states to the stream, with weights by the token (MUDD: arXiv 2502.12170).
+    """Adds states to the stream with weights by the token (MUDD: arXiv 2502.12170); at first 0.
 
-    They are: embedding, pair, outputs of layers, and the last value table's row where it fits.
+    They are embedding, pair (where layers mix it in), outputs of hp.mix_from, and the row of the
+    last value table where it is as wide as the stream.
     """
 
     def __init__(self, model_dim: int, states: int):
@@ -583,10 +584,10 @@ class GPT(nn.Module):
             self.lm_head.data.copy_(self.embed.data.mul_(0.005))
 
     def embed_tokens(self, inputs_BT: Tensor, same_doc_BT1: Tensor) -> list[Tensor]:
-        """What every layer mixes in: the embedding, smeared with the token before, and the pair.
+        """What every layer mixes in: [embedding, smeared with the token before; row of the pair].
 
-        Where layers have no weight for the pair, the embedding holds it. same_doc: 1 where the
-        token before lies in the same document; else that token is ignored.
+        If layers have no weight for the pair, it is added to the embedding. same_doc: 1 where the
+        token before lies in the same document; else the pair has document_start in its place.
         """
         x, pairs = self.embed[inputs_BT].to(self.rt.stream_dtype), []
         if self.hp.bigram_rows:  # arXiv 1709.03933
@@ -672,7 +673,7 @@ def further_targets(targets_BT: Tensor, docs_BT: Tensor, ahead: int) -> Tensor:
 
 # ------------------------------------------------------------------------------ Optimizer
 
-ADAM_EPS = 1e-15  # below the root of a rare row, 1e-9
+ADAM_EPS = 1e-15  # below 1e-9, the second moment's root in a rare row
 POLAR_EXPRESS = (  # arXiv 2505.16932: the best quintic for each Newton-Schulz step
     (8.1566, -22.4833, 15.8788),
     (4.0429, -2.8089, 0.5000),
@@ -713,9 +714,10 @@ def weights_to_decay(W: Tensor, U: Tensor) -> Tensor:
 def muon_update(G, lr, decay, beta, factors, dtype, W, momentum, second, low=None):
     """Update matrices W (N, rows, cols) in place with gradients G; lr, decay, beta: 0-D tensors.
 
-    W is fp32, or the bf16 part of split_fp32 with low, as bf16, the other. Nesterov momentum is
+    W is fp32, or the upper half of split_fp32, and low the lower one, as bf16. Nesterov momentum is
     orthogonalised (Muon: kellerjordan.github.io/posts/muon), then each row is divided by its
-    running root mean square at unchanged norm (NorMuon, arXiv 2510.05491). second: (N, rows, 1).
+    running root mean square; the matrix keeps its norm (NorMuon, arXiv 2510.05491), times
+    sqrt(rows / cols) where that is above 1. second: (N, rows, 1).
     factors (N, 1, 1): on each matrix's rate, and thereby on its decay.
     """
     momentum.add_((1 - beta) * (G.float() - momentum))
