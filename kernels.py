@@ -283,27 +283,27 @@ def as_fp8(x: Tensor, unit: float) -> Tensor:
 
 
 def head_loss_and_gradients(
-    x_ND: Tensor, weight_VD: Tensor, low_x_ND: Tensor, low_weight_VD: Tensor, targets_NJ: Tensor,
-    weights_J: Tensor, cap: list[float], units: list[float],
+    x_ND: Tensor, weight_VD: Tensor, scaled_x_ND: Tensor, scaled_weight_VD: Tensor,
+    targets_NJ: Tensor, weights_J: Tensor, cap: list[float], units: list[float],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(mean loss, dx, dW / units[2]), by chunks of tokens. weight is there for autograd alone.
 
-    low: x and weight over units[:2], perhaps in fp8, to multiply for the logits and dx. dW in fp8
-    needs a transposed copy of the gradient, and writing it takes longer than fp8 saves.
+    scaled: x and weight over units[:2], perhaps in fp8, to multiply for the logits and dx. dW in
+    fp8 needs a transposed copy of the gradient, and writing it takes longer than fp8 saves.
     """
     N, dtype, (x_unit, W_unit, grad_unit) = len(x_ND), x_ND.dtype, units
     loss, dx_ND, dW_VD = x_ND.new_zeros((), dtype=torch.float32), torch.empty_like(x_ND), None
-    low_weight_DV = low_weight_VD.T.contiguous()
+    scaled_weight_DV = scaled_weight_VD.T.contiguous()
 
     def add_chunk(rows: slice) -> Tensor:
         """A function of its own, so that a chunk's logits are freed before the next one's."""
-        logits = matmul_NT(low_x_ND[rows], low_weight_VD, x_unit * W_unit, dtype, fast=True)
-        fp8 = low_x_ND.dtype != dtype
+        logits = matmul_NT(scaled_x_ND[rows], scaled_weight_VD, x_unit * W_unit, dtype, fast=True)
+        fp8 = scaled_x_ND.dtype != dtype
         copy = torch.empty_like(logits, dtype=torch.float8_e5m2) if fp8 else None
         chunk = (logits, targets_NJ[rows], weights_J, cap, 1 / (N * grad_unit), copy)
         loss.add_(loss_by_kernel(*chunk).sum() / N)
         grad = logits  # which the kernel replaced
-        dx_ND[rows] = matmul_NT(copy if fp8 else grad, low_weight_DV, grad_unit * W_unit, dtype)
+        dx_ND[rows] = matmul_NT(copy if fp8 else grad, scaled_weight_DV, grad_unit * W_unit, dtype)
         return matmul_NT(grad.T, x_ND[rows].T, 1.0, torch.float32)
 
     for start in range(0, N, HEAD_CHUNK_TOKENS):
@@ -339,15 +339,15 @@ def head_loss(x_ND, weight_VD, targets_NJ, weights_J, cap: Softcap, dtype, fp8: 
     weight is fp32. fp8: all but dW in fp8, where there is a kernel and N, V and D divide by 16. On
     a GPU the gradients are computed with the loss, and only one chunk of logits is in memory.
     """
-    x_ND, low_weight_VD = x_ND.to(dtype), weight_VD.to(dtype)
+    x_ND, cast_weight_VD = x_ND.to(dtype), weight_VD.to(dtype)
     if not use_kernels(x_ND):
-        logits_NV = F.linear(x_ND, low_weight_VD)
+        logits_NV = F.linear(x_ND, cast_weight_VD)
         return softcapped_loss(logits_NV, targets_NJ, weights_J, cap).mean()
-    low, units = (x_ND.detach(), low_weight_VD.detach()), [1.0, 1.0, 1.0]
+    operands, units = (x_ND.detach(), cast_weight_VD.detach()), [1.0, 1.0, 1.0]
     if fp8 and all(size % 16 == 0 for size in (*x_ND.shape, len(weight_VD))):
-        low = map(as_fp8, (x_ND, weight_VD), FP8_UNITS)
+        operands = map(as_fp8, (x_ND, weight_VD), FP8_UNITS)
         units = [*FP8_UNITS[:2], FP8_UNITS[2] / len(x_ND)]
-    return head_op(x_ND, weight_VD, *low, targets_NJ, weights_J, list(cap), units)[0]
+    return head_op(x_ND, weight_VD, *operands, targets_NJ, weights_J, list(cap), units)[0]
 
 
 # ------------------------------------------------------------------------------ MLP

@@ -85,9 +85,9 @@ class Hyperparameters:
     attn_scale: float = option(0.1, "factor on q.k after both are normed, in the first stage")
     softcap: tuple[float, float] = option((23.0, 5.0), "height and shift, see kernels.Softcap")
     value_layers: tuple[int, ...] = option((1, 2, 8, 9, 10), "with a value table; -1: none", -1)
-    bigram_rows: int = option(251_520, "rows of the hashed table of token pairs; 0: none")
+    bigram_rows: int = option(251_520, "rows of the hashed table of bigrams; 0: none")
     mix_init: tuple[float, ...] = option((1.1, 0.0, 0.1), "first weights in a layer of stream, "
-                           "embedding, pair; if two, pairs are added to the embedding")  # fmt: skip
+                           "embedding, bigram; if two, the embedding holds both")  # fmt: skip
     head_gates: bool = option(True, "gate each head's output by the token")
     shift_taps: int = option(0, "earlier tokens that are mixed into each sublayer's input")
     skip: tuple[int, int] = option((3, 6), "layers from and to which one skips; -1,-1: none", -1)
@@ -104,7 +104,7 @@ class Hyperparameters:
     mlp_down_lr: float = option(2.0, "factor on the rate of the MLP's second matrix")
     embed_lr: float = option(0.008, "learning rate of token embeddings")
     tied_frac: float = option(0.66, "first fraction of steps, which tie head and embedding")
-    bigram_lr: float = option(0.6, "learning rate of the table of token pairs")
+    bigram_lr: float = option(0.6, "learning rate of the table of bigrams")
     scalar_lr: float = option(0.04, "learning rate of scalars; of gates a fifth")
     embed_betas: tuple[float, float] = option((0.5, 0.95), "Adam's betas of embedding and head")
     table_betas: tuple[float, float] = option((0.75, 0.95), "Adam's betas of the other tables")
@@ -489,19 +489,19 @@ class MLP(nn.Module):
         return relu_squared_mlp(x.flatten(0, 1), *self.up_down.unbind(), self.dtype).view_as(x)
 
 
-def mix_earlier_tokens(x: Tensor, taps_SD: Tensor, same_doc_SBT1: Tensor) -> Tensor:
+def add_earlier_tokens(x: Tensor, taps_SD: Tensor, same_doc_SBT1: Tensor) -> Tensor:
     """x plus the S tokens before it, weighted by channel: a causal depthwise convolution.
 
     Primer (arXiv 2109.08668) convolves queries, keys and values; here every sublayer's input is.
     """
-    mixed = x
+    total = x
     for i, (tap, same_doc) in enumerate(zip(taps_SD, same_doc_SBT1, strict=True)):
-        mixed = mixed + tap * same_doc * x.roll(i + 1, 1)
-    return mixed
+        total = total + tap * same_doc * x.roll(i + 1, 1)
+    return total
 
 
 class Block(nn.Module):
-    """Attention and MLP on the residual stream, into which embedding and pair are mixed again."""
+    """Attention and MLP on the residual stream, into which embedding and bigram are mixed again."""
 
     def __init__(self, hp: Hyperparameters, rt: Runtime, layer: Layer):
         super().__init__()
@@ -510,11 +510,11 @@ class Block(nn.Module):
         self.mix = nn.Parameter(torch.tensor(hp.mix_init))
         self.taps = parameter_if(hp.shift_taps, torch.zeros(2, hp.shift_taps, hp.model_dim))
 
-    def forward(self, x: Tensor, first: list[Tensor], value_BTHK, c: Context) -> Tensor:
-        """first: the embedding, and the pair's row where it is mixed in by layer."""
+    def forward(self, x: Tensor, injected: list[Tensor], value_BTHK, c: Context) -> Tensor:
+        """injected: the embedding, and the bigram's row where layers mix it in."""
         mix = self.mix.type_as(x)
         x = mix[0] * x
-        for weight, added in zip(mix[1:], first, strict=False):
+        for weight, added in zip(mix[1:], injected, strict=False):
             x = x + weight * added
         if self.attn is not None:
             x = x + self.attn(self.sublayer_input(x, 0, c), value_BTHK, c)
@@ -525,13 +525,13 @@ class Block(nn.Module):
         x = norm(x)
         if self.taps is None:
             return x
-        return mix_earlier_tokens(x, self.taps[sublayer].type_as(x), c.same_doc_SBT1)
+        return add_earlier_tokens(x, self.taps[sublayer].type_as(x), c.same_doc_SBT1)
 
 
 class StateMix(nn.Module):
     """Adds states to the stream with weights by the token (MUDD: arXiv 2502.12170); at first 0.
 
-    They are embedding, pair (where layers mix it in), outputs of hp.mix_from, and the row of the
+    They are embedding, bigram (where layers mix it in), outputs of hp.mix_from, and the row of the
     last value table where it is as wide as the stream.
     """
 
@@ -584,23 +584,23 @@ class GPT(nn.Module):
             self.lm_head.data.copy_(self.embed.data.mul_(0.005))
 
     def embed_tokens(self, inputs_BT: Tensor, same_doc_BT1: Tensor) -> list[Tensor]:
-        """What every layer mixes in: [embedding, smeared with the token before; row of the pair].
+        """What every layer mixes in: [embedding, smeared with the token before; bigram's row].
 
-        If layers have no weight for the pair, it is added to the embedding. same_doc: 1 where the
-        token before lies in the same document; else the pair has document_start in its place.
+        If layers have no weight for the bigram, it is added to the embedding. same_doc: 1 where the
+        token before lies in the same document; else the bigram has document_start in its place.
         """
-        x, pairs = self.embed[inputs_BT].to(self.rt.stream_dtype), []
+        x, bigrams = self.embed[inputs_BT].to(self.rt.stream_dtype), []
         if self.hp.bigram_rows:  # arXiv 1709.03933
             in_document = same_doc_BT1[..., 0] > 0
             before_BT = torch.where(in_document, inputs_BT.roll(1, 1), self.document_start)
             row_BT = ((36313 * inputs_BT) ^ (27191 * before_BT)) % self.hp.bigram_rows
-            pairs = [self.bigram[row_BT].type_as(x)]
+            bigrams = [self.bigram[row_BT].type_as(x)]
         if len(self.hp.mix_init) == 2:
-            x, pairs = sum(pairs, x), []
+            x, bigrams = sum(bigrams, x), []
         x = norm(x)
         weights, strength = self.smear.type_as(x).split([GATE_DIM, 1])
         share_BT1 = strength * torch.sigmoid(x[..., :GATE_DIM] @ weights)[..., None]
-        return [norm(x + share_BT1 * same_doc_BT1 * x.roll(1, 1)), *pairs]
+        return [norm(x + share_BT1 * same_doc_BT1 * x.roll(1, 1)), *bigrams]
 
     def context(self, docs_BT: Tensor, per_step: StepInputs) -> Context:
         hp, T = self.hp, docs_BT.size(1)
@@ -623,7 +623,7 @@ class GPT(nn.Module):
         """The normed stream (B, T, D) that the head reads."""
         hp, (B, T) = self.hp, inputs_BT.shape
         c = self.context(self.document_index(inputs_BT), per_step)
-        x, *_ = first = self.embed_tokens(inputs_BT, c.same_doc_SBT1[0])
+        x, *_ = injected = self.embed_tokens(inputs_BT, c.same_doc_SBT1[0])
         if self.value_embeds is not None:  # one gradient of the whole parameter, not one a table
             rows = self.value_embeds[:, inputs_BT].type_as(x)
             values = rows.view(-1, B, T, hp.num_heads, hp.head_dim).unbind()
@@ -632,11 +632,11 @@ class GPT(nn.Module):
             if i == hp.skip[1] and self.skip is not None:
                 x = x + torch.sigmoid(self.skip).type_as(x) * outputs[hp.skip[0]]
             if i == len(self.layers) - 1 and self.mixes:
-                states = [*first, *(outputs[j] for j in hp.mix_from)]
+                states = [*injected, *(outputs[j] for j in hp.mix_from)]
                 states += [rows[-1]] if self.mixes_values else []
                 x = self.mixes[0](x, states)
             value_BTHK = None if layer.value_embed is None else values[layer.value_embed]
-            x = block(x, first, value_BTHK, c)
+            x = block(x, injected, value_BTHK, c)
             outputs.append(x)
         if self.mixes:
             x = self.mixes[1](x, states)
