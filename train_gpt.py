@@ -90,10 +90,9 @@ class Hyperparameters:
                            "embedding, bigram; if two, the embedding holds both")  # fmt: skip
     head_gates: bool = option(True, "gate each head's output by the token")
     shift_taps: int = option(0, "earlier tokens that are mixed into each sublayer's input")
-    skip: tuple[int, int] = option((3, 6), "layers from and to which one skips; -1,-1: none", -1)
-    backout_from: int = option(7, "layer whose output is subtracted before the head; -1: none", -1)
-    mix_from: tuple[int, ...] = option((3, 7, 9), "layers whose outputs StateMix adds to what "
-                                       "the last and the head read; -1: none", -1)  # fmt: skip
+    mix_at: tuple[int, ...] = option((6, 10, 11), "layers before which StateMix adds earlier "
+                                     "states; one more: the head; -1: none", -1)  # fmt: skip
+    mix_from: tuple[int, ...] = option((3, 7, 9), "layers whose outputs are such states")
     window_tokens: tuple[int, ...] = option((384, 896, 1408), "long window, counting the token", 2)
     short_window_tokens: tuple[int, ...] = option((128, 384, 640), "short window", 2)
     val_window_tokens: int = option(2560, "long window in validation; 0: as in training")
@@ -136,14 +135,12 @@ class Hyperparameters:
         tables = [i for i in self.value_layers if i >= 0]
         if len({i for i in tables if i <= last and self.layers[i] != "-"}) < len(tables):
             raise RunError("--value_layers must be layers of --layers that attend, each once")
-        if self.backout_from > last:
-            raise RunError("--backout_from must stay within --layers")
-        if max(self.mix_from) >= last or (min(self.mix_from) < 0 and len(self.mix_from) > 1):
-            raise RunError("--mix_from must be layers before the last of --layers; none: -1")
+        if self.mix_at != (-1,) and (min(self.mix_at) < 0 or max(self.mix_at) > last + 1):
+            raise RunError("--mix_at must be layers of --layers, or one more; none: -1")
+        if self.mix_at != (-1,) and max(self.mix_from) > last:
+            raise RunError("--mix_from must be layers of --layers")
         if len(self.mix_init) not in (2, 3):
             raise RunError("--mix_init must be two or three weights")
-        if self.skip[0] >= 0 and not self.skip[0] < self.skip[1] <= last:
-            raise RunError(f"--skip {as_flag(self.skip)} must rise in --layers; none: --skip -1,-1")
         if self.tied_frac and self.embed_lr != HEAD_LR:
             raise RunError(f"--embed_lr must be the head's, {HEAD_LR}, with --tied_frac above 0")
 
@@ -161,7 +158,7 @@ TRACKS = {  # what differs from the defaults, which are fineweb's
         task="fineweb_medium",
         num_steps=5960, batch_tokens=(524_288,), document_cap=(2048,), stage_lr=(1.0,),
         layers="sSsLSsSLSsSLSsSL", num_heads=8, model_dim=1024, mlp_dim=4096,
-        skip=(5, 11), backout_from=10, mix_from=(5, 10, 14), value_layers=(1, 2, 13, 14, 15),
+        mix_at=(11, 15, 16), mix_from=(5, 10, 14), value_layers=(1, 2, 13, 14, 15),
         muon_lr=0.025,
     ),
     "wikitext103": Hyperparameters(
@@ -173,8 +170,7 @@ TRACKS = {  # what differs from the defaults, which are fineweb's
         num_steps=800, batch_tokens=(2048,), seq_len=256, document_cap=(0,), val_every=160,
         layers="SL", num_heads=2, head_dim=64, model_dim=128, mlp_dim=512, vocab_multiple=1,
         attn_scale=0.12, softcap=(30.0, 0.0), value_layers=(-1,), bigram_rows=16384,
-        mix_init=(1.0, 0.0), head_gates=False, shift_taps=3,
-        skip=(-1, -1), backout_from=-1, mix_from=(-1,),
+        mix_init=(1.0, 0.0), head_gates=False, shift_taps=3, mix_at=(-1,),
         window_tokens=(256,), short_window_tokens=(128,), val_window_tokens=0, mtp_weight=0.0,
         muon_lr=0.02, muon_decay=0.0, mlp_down_lr=1.0, momentum_steps=(3000, 0),
         embed_lr=0.02, bigram_lr=0.06, scalar_lr=0.02, tied_frac=0.0,
@@ -531,8 +527,8 @@ class Block(nn.Module):
 class StateMix(nn.Module):
     """Adds states to the stream with weights by the token (MUDD: arXiv 2502.12170); at first 0.
 
-    They are embedding, bigram (where layers mix it in), outputs of hp.mix_from, and the row of the
-    last value table where it is as wide as the stream.
+    They are embedding, bigram (where layers mix it in), outputs of hp.mix_from so far, and the row
+    of the last value table where it is as wide as the stream.
     """
 
     def __init__(self, model_dim: int, states: int):
@@ -563,13 +559,12 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(hp, rt, layer) for layer in self.layers)
         self.lm_head = nn.Parameter(torch.zeros(vocab, hp.model_dim))
         self.smear = nn.Parameter(torch.zeros(GATE_DIM + 1))  # gate weights, then strength
-        self.skip = parameter_if(hp.skip[0] >= 0, torch.tensor(-1.5))
-        self.backout = parameter_if(hp.backout_from >= 0, torch.tensor(0.5))
         self.mixes_values = bool(tables) and width == hp.model_dim
         states = len(hp.mix_init) - 1 if hp.bigram_rows else 1  # as embed_tokens returns them
-        states += len(hp.mix_from) + self.mixes_values
-        mixed = range(2 if min(hp.mix_from) >= 0 else 0)  # the last layer, and the head
-        self.mixes = nn.ModuleList(StateMix(hp.model_dim, states) for _ in mixed)
+        states += self.mixes_values
+        counts = {i: sum(j < i for j in hp.mix_from) for i in hp.mix_at if i >= 0}
+        self.mixes = nn.ModuleDict({str(i): StateMix(hp.model_dim, states + count)
+                                    for i, count in counts.items()})  # fmt: skip
         bound = 3**0.5 * 0.5 * hp.model_dim**-0.5  # uniform with std 0.5 / sqrt(D)
         for block in self.blocks:
             block.mlp.up_down.data.uniform_(-bound, bound)[1].zero_()
@@ -628,21 +623,19 @@ class GPT(nn.Module):
             rows = self.value_embeds[:, inputs_BT].type_as(x)
             values = rows.view(-1, B, T, hp.num_heads, hp.head_dim).unbind()
         outputs = []  # of each layer
+
+        def mixed(x: Tensor, i: int) -> Tensor:
+            """What layer i, or after the last the head, starts from."""
+            if str(i) not in self.mixes:
+                return x
+            states = [*injected, *(outputs[j] for j in hp.mix_from if j < i)]
+            return self.mixes[str(i)](x, states + ([rows[-1]] if self.mixes_values else []))
+
         for i, (layer, block) in enumerate(zip(self.layers, self.blocks, strict=True)):
-            if i == hp.skip[1] and self.skip is not None:
-                x = x + torch.sigmoid(self.skip).type_as(x) * outputs[hp.skip[0]]
-            if i == len(self.layers) - 1 and self.mixes:
-                states = [*injected, *(outputs[j] for j in hp.mix_from)]
-                states += [rows[-1]] if self.mixes_values else []
-                x = self.mixes[0](x, states)
             value_BTHK = None if layer.value_embed is None else values[layer.value_embed]
-            x = block(x, injected, value_BTHK, c)
+            x = block(mixed(x, i), injected, value_BTHK, c)
             outputs.append(x)
-        if self.mixes:
-            x = self.mixes[1](x, states)
-        if self.backout is not None:
-            x = x - self.backout.type_as(x) * outputs[hp.backout_from]
-        return norm(x)
+        return norm(mixed(x, len(outputs)))
 
     def document_index(self, inputs_BT: Tensor) -> Tensor:
         """int32 (B, T), counts up along a row where documents begin."""
@@ -820,7 +813,7 @@ def parameter_groups(model: GPT, hp: Hyperparameters) -> dict[str, Group]:
     def named(*ends: str) -> list[nn.Parameter]:
         return [p for name, p in model.named_parameters() if name.endswith(ends)]
 
-    scalars = named("mix", "taps", "smear", "skip", "backout")
+    scalars = named("mix", "taps", "smear")
     gates = named("_gate", "mix_in", "mix_out")
     tables, decay, every = hp.table_betas, hp.adam_decay, hp.adam_every
     rows = {  # parameters, learning rate, betas of Adam, decay, steps per update, factors

@@ -39,8 +39,7 @@ HP = dataclasses.replace(
     mlp_dim=64,
     value_layers=(0, 2),
     bigram_rows=128,
-    skip=(0, 1),
-    backout_from=0,
+    mix_at=(1, 3),
     mix_from=(0,),
 )
 # Blocks have 128 tokens. The first window reaches over a whole block before the query's own, in

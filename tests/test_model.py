@@ -1,5 +1,6 @@
 import dataclasses
 import math
+import operator
 from contextlib import nullcontext
 from functools import partial
 from itertools import product
@@ -277,8 +278,8 @@ def test_a_token_looks_for_what_followed_itself_before_anything_is_learned(
 ):
     """A row of random tokens, then the same again: how often the strongest key is the right one."""
     hp = dataclasses.replace(
-        tiny_hp, layers=layers, window_tokens=(64,), short_window_tokens=(64,), skip=(-1, -1),
-        backout_from=-1, mix_from=(-1,), value_layers=(-1,), head_dim=64, attn_scale=1.0,
+        tiny_hp, layers=layers, window_tokens=(64,), short_window_tokens=(64,), mix_at=(-1,),
+        value_layers=(-1,), head_dim=64, attn_scale=1.0,
     )  # fmt: skip
     torch.manual_seed(0)
     model, strongest = GPT(hp, TASK, CPU), []
@@ -322,8 +323,7 @@ def test_value_tables_are_counted_by_the_layers_that_have_one(tiny_hp):
 
 
 def test_values_are_gated_by_half_the_token_and_half_the_row(tiny_hp, monkeypatch):
-    none = dict(skip=(-1, -1), backout_from=-1, mix_from=(-1,))
-    hp = dataclasses.replace(tiny_hp, layers="L", value_layers=(0,), **none)
+    hp = dataclasses.replace(tiny_hp, layers="L", value_layers=(0,), mix_at=(-1,))
     model, values, B, T = randomized(hp), [], 2, 64
     attention = model.blocks[0].attn
     x = torch.randn(B, T, 32)
@@ -378,16 +378,19 @@ def test_states_are_mixed_by_the_token():
         torch.testing.assert_close(found[0, t], expected)
 
 
-def test_the_last_layer_and_the_head_get_the_outputs_of_the_layers_named(tiny_hp, monkeypatch):
+def test_layers_and_the_head_get_the_outputs_of_the_layers_named(tiny_hp):
+    """Before layers 1 and 3 and before the head: of layers 0 and 2 what there is by then."""
     model, outputs, mixed = randomized(tiny_hp), [], []
     for block in model.blocks:
         block.register_forward_hook(lambda block, args, x: outputs.append(x))
-    for mix in model.mixes:
+    for mix in model.mixes.values():
         mix.register_forward_hook(lambda mix, args, x: mixed.append((*args, len(outputs))))
     model.hidden(tokens(2, 64), through(tiny_hp, 48))
-    assert [done for *_, done in mixed] == [3, 4] and mixed[1][0] is outputs[3]
-    for _, (embedding, pair, *others, value), _ in mixed:
-        assert embedding.shape == pair.shape and others[0] is outputs[0] and others[1] is outputs[2]
+    assert [done for *_, done in mixed] == [1, 3, 4]
+    for x, (embedding, bigram, *others, value), done in mixed:
+        assert x is outputs[done - 1] and embedding.shape == bigram.shape == value.shape
+        wanted = [outputs[j] for j in (0, 2) if j < done]
+        assert len(others) == len(wanted) and all(map(operator.is_, others, wanted))
         torch.testing.assert_close(value, model.value_embeds[-1][tokens(2, 64)])
 
 
@@ -412,15 +415,14 @@ def test_fineweb_begins_as_the_public_record():
     tables = [i for i, layer in enumerate(model.layers) if layer.value_embed is not None]
     assert tables == [1, 2, 8, 9, 10] and len(model.value_embeds) == 5
     assert model.value_embeds.std().item() == pytest.approx(0.01, rel=0.05)
-    assert model.backout.item() == 0.5 and model.skip.item() == -1.5
+    assert list(model.mixes) == ["6", "10", "11"]
+    assert not any(mix.mix_out.any() for mix in model.mixes.values())
     assert not model.bigram.any() and not model.smear.any()
     assert torch.equal(model.embed, model.lm_head)
     assert model.embed.std().item() == pytest.approx(0.005, rel=0.05)
 
 
-@pytest.mark.parametrize(
-    "setting", [{"head_gates": False}, {"mtp_weight": 0.0}, {"mix_from": (-1,)}]
-)
+@pytest.mark.parametrize("setting", [{"head_gates": False}, {"mtp_weight": 0.0}, {"mix_at": (-1,)}])
 def test_additions_change_nothing_at_their_start(tiny_hp, setting):
     inputs, losses = tokens(2, 64), []
     for hp in (tiny_hp, dataclasses.replace(tiny_hp, **setting)):
@@ -444,8 +446,7 @@ def test_the_gpu_path_traces_forward_and_backward_as_one_graph(monkeypatch):
     monkeypatch.setattr(kernels, "use_kernels", lambda x: True)
     monkeypatch.setattr(flex, "_validate_device", lambda *tensors: None)  # bars a CPU's backward
     hp = dataclasses.replace(
-        TRACKS["fineweb"], layers="sL-S", skip=(0, 2), backout_from=1, mix_from=(0, 1),
-        value_layers=(0, 3),
+        TRACKS["fineweb"], layers="sL-S", mix_at=(2, 3, 4), mix_from=(0, 1), value_layers=(0, 3)
     )  # fmt: skip
     rt = SimpleNamespace(
         stream_dtype=torch.bfloat16,

@@ -23,12 +23,12 @@ slow = pytest.mark.slow
 needs_compilers = pytest.mark.skipif(not (HAS_TRITON and shutil.which("g++")),
                                      reason="needs triton and g++")  # fmt: skip
 SMALL = dict(seq_len=1024, val_seq_len=1024, val_tokens=16384, layers="sL-", value_layers="0,1",
-             skip="0,2", backout_from=0, mix_from=0, bigram_rows=1024, batch_tokens=16384,
+             mix_at="2,3", mix_from=0, bigram_rows=1024, batch_tokens=16384,
              document_cap=896, stage_lr=1, window_tokens="384,896",
              short_window_tokens="128,384")  # fmt: skip
 # One layer and one kind of step, whose rows are too few for eight cards.
 SMALLEST = dict(seq_len=512, val_seq_len=512, val_tokens=1024, layers="S", value_layers="-1",
-                skip="-1,-1", backout_from=-1, mix_from=-1, bigram_rows=0, batch_tokens=1024,
+                mix_at=-1, bigram_rows=0, batch_tokens=1024,
                 document_cap=896, stage_lr=1, window_tokens=384, adam_every=1,
                 short_window_tokens=128, mtp_weight=0)  # fmt: skip
 

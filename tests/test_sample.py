@@ -234,7 +234,7 @@ def rewritten(folder, change) -> Path:
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda facts: facts["config"].pop("skip"), "another train_gpt.py, without skip"),
+        (lambda facts: facts["config"].pop("mix_at"), "another train_gpt.py, without mix_at"),
         (
             lambda facts: facts["config"].update(model_dim=48),
             r"is \(257, 32\), and \(257, 48\) is needed",
