@@ -81,7 +81,7 @@ def parse() -> argparse.Namespace:
     form = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=form)
     add = parser.add_argument
-    add("checkpoint", help="file or folder that a trainer wrote")
+    add("checkpoint", help="folder that a trainer wrote")
     add("--prompt", metavar="TEXT", default="", help="beginning of the document")
     add("--max_tokens", type=int, default=200, help="most tokens that follow the prompt")
     add("--temperature", type=float, default=1.0, help="divides the logits: above 1 is wilder")

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """Turn any text into shards of GPT-2 tokens, in one pass over it and on all cores.
 
-Documents keep the order of the input: the trainer shuffles them within each shard. One in 20 goes
-to validation, chosen by the hash of its text, until --val_tokens are reached; later copies of such
-a document are left out. So no document is in both, and where it goes depends neither on the number
-of workers nor on what follows it in the input.
+Documents keep the order of the input, in which `fineweb` trains. One in 20 goes to validation,
+chosen by the hash of its text, until --val_tokens are reached; later copies of such a document are
+left out. So no document is in both, and where it goes depends neither on the number of workers nor
+on what follows it in the input.
 
 An interrupted run goes on after its last whole shard when it is started again: it reads what is in
 those shards, and so notices if that has changed, but does not tokenize it. manifest.json is written

@@ -189,7 +189,7 @@ def run(args: argparse.Namespace) -> None:
         verdict = "as the hub's"
     about = {"checkpoint": checkpoint.name, "trainer": model.trainer, "step": model.step}
     about |= {"other_source": "true"} if args.other_source else {}
-    name = f"{checkpoint.stem}_{time.strftime('%Y-%m-%dT%H%M%SZ', time.gmtime())}"
+    name = f"{checkpoint.name}_{time.strftime('%Y-%m-%dT%H%M%SZ', time.gmtime())}"
     # A folder of its own, so that the folder of runs' logs holds nothing else.
     folder = args.log_dir or checkpoint.absolute().parent / "hellaswag"
     log = Log(str(folder), name, len(LABELS) * len(examples))
@@ -214,7 +214,7 @@ def write_log_header(log: Log, about: dict, data: str) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("checkpoint", type=Path, help="file or folder that a trainer wrote")
+    parser.add_argument("checkpoint", type=Path, help="folder that a trainer wrote")
     parser.add_argument("--data", type=Path, help="hellaswag_val.jsonl (default: from the hub)")
     parser.add_argument("--log_dir", type=Path, help="folder of the log (default: beside the "
                         "checkpoint, hellaswag)")  # fmt: skip

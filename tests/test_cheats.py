@@ -3,6 +3,7 @@
 docs/cheats.md names them too, and those that no log can show.
 """
 
+import dataclasses
 import hashlib
 import re
 import shutil
@@ -319,9 +320,18 @@ def test_the_tools_know_the_tasks_of_the_harness():
     assert hashed == audit.TASKS.keys()
 
 
+def test_options_of_a_run_are_no_overrides_that_a_log_would_have_to_name():
+    from harness import RunOptions
+
+    names = {field.name for field in dataclasses.fields(RunOptions)}
+    assert names - {"other_source"} <= audit.OPTIONS  # which bars a record by itself
+
+
 def test_the_referee_of_this_checkout_is_known():
+    from harness import REFEREE_FILES
+
     paths, versions = audit.known_referees()
-    for path in ("harness.py", "flags.py", "environment.py", "checkpoints.py", "data/shards.py"):
+    for path in REFEREE_FILES:
         digest = hashlib.sha256((ROOT / path).read_bytes()).hexdigest()
         assert path in paths and digest[:16] in versions, (
             f"run: ./run.sh tools/referees.py ({path})"

@@ -2,6 +2,7 @@ import dataclasses
 import glob
 import hashlib
 import os
+import shutil
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -341,6 +342,13 @@ def test_a_validation_shard_among_those_of_training_is_refused(tiny_task):
     everything = dataclasses.replace(tiny_task, train_files=f"{Path(tiny_task.val_files).parent}/*")
     with pytest.raises(ShardError, match=r"val\.bin is a training shard too; change --train_files"):
         check_shards(everything)
+
+
+def test_two_equal_validation_shards_are_no_training_shards(tiny_task, tmp_path):
+    for name in ("val_1.bin", "val_2.bin"):
+        shutil.copy(tiny_task.val_files, tmp_path / name)
+    _, lines = check_shards(dataclasses.replace(tiny_task, val_files=f"{tmp_path}/val_*.bin"))
+    assert sum(line.startswith("val_shard") for line in lines) == 2
 
 
 def a_numpy_file(path):

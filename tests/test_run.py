@@ -663,6 +663,15 @@ def test_a_run_diverges_when_it_stays_above_where_it_began(
     assert run.status == status
 
 
+def test_the_fiftieth_such_step_in_a_row_ends_the_run(tiny_task, tiny_hp, tmp_path):
+    run = a_run(tiny_task, dataclasses.replace(tiny_hp, num_steps=200), tmp_path, Runtime())
+    run.start()
+    for step in range(1, 51):
+        assert not run.status
+        run.log_step(step, torch.tensor([9.0, 0.0]), lambda: None)
+    assert run.status == "diverged"
+
+
 def test_output_that_nobody_reads_ends_no_run(tmp_path):
     """As when an ssh window closes, or behind `| head`: the log goes on."""
     script = (

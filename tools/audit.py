@@ -27,8 +27,8 @@ NAMING_S = 60  # between the moments that name a log and that date it
 REFEREES = ROOT / "tools/referees.txt"
 LOADERS = {"exec", "eval", "__import__", "import_module", "run_path", "run_module"}
 OPTIONS = {"track", "task", "seed", "slug", "log_dir", "save_every", "resume", "micro_batch_seqs",
-           "compile", "fp32", "cpu_dtype", "source_dir", "declared_runs",
-           "turn_steps"}  # fmt: skip
+           "compile", "fp32", "cpu_dtype", "source_dir", "declared_runs", "turn_steps",
+           "rank_timeout_s"}  # fmt: skip
 # What the source under test says of its own data is no evidence. Only data with a known hash.
 EMBEDDED = {"data": "46ee993abd300d89907f21f46b034c6dad65e35e87b50afcdc9668e0617695f9",
             "val_tokens": "262144", "val_seq_len": "1024", "val_spread": "True"}  # fmt: skip

@@ -59,7 +59,8 @@ class Arm:
     def read(cls, path: Path, target: float = math.nan, name: str = "") -> "Arm":
         """An attempt's logs, and what they show of having been forged."""
         path = path.resolve()
-        name = name or (path.parent.name if path.name == "logs" else path.stem)
+        folder = path.parent if path.name == "logs" else path
+        name = name or (folder.name if folder.is_dir() else path.stem)
         arm = cls(name, read_arm(path), target)
         sound = [run for run in arm.runs if not run.faults]
         of_one = [f"{run.name}: {what}" for run in sound for what in audit.traces(run)]

@@ -98,7 +98,7 @@ def plot_ladder(title: str, names: list[str], arms: list[Arm], path: Path) -> No
         ax.annotate(
             f"{mean:.1f} s", (slowest, place), (7, 0), va="center", textcoords="offset points"
         )
-    ax.set_xlabel("train time to the target, s (mean; a dot for each run)")
+    ax.set_xlabel("train time of the whole run, s (mean; a dot for each run)")
     ax.set_xlim(0, 1.12 * max(arm.times.max() for arm in arms))
     ax.set_yticks(range(len(names)), names)
     ax.invert_yaxis()

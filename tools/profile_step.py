@@ -109,8 +109,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
     parser.add_argument("--steps", type=int, default=4, help="steps to profile per stage")
     own, flags = parser.parse_known_args()
-    settings = parse_flags(flags, TRACKS, "fineweb", __doc__)
     try:
+        settings = parse_flags(flags, TRACKS, "fineweb", __doc__)
         hp, starts = settings.hp, first_steps(settings.hp)
         shortest = min(map(sub, [*starts[1:], hp.num_steps], starts))
         if own.steps < 1 or own.steps % hp.adam_every or 2 * own.steps > shortest:

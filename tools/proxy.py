@@ -27,7 +27,7 @@ from tools.attempts import Attempt, copy_of, require_own_flags, staged, start
 from tools.cli import ToolError, finish, flag_parser
 from tools.sources import ROOT
 
-FRACTION = 8  # windows, width of the MLP and steps of the schedules are so much smaller
+FRACTION = 8  # windows are so much shorter
 VOCAB, OWN_IDS, ROW, VAL_ROWS = 2048, 2000, 256, 256
 START = VOCAB - 1  # what opens a document; the ids from OWN_IDS to here are shared by rare tokens
 SETTINGS = {  # of the run, whatever the source has; its other settings stay
@@ -69,7 +69,7 @@ def prepare(args, folder: Path) -> None:
 
 
 def scaled(own: dict, steps: int) -> dict:
-    """A source's settings of fineweb, at an eighth; of them those that are not its defaults."""
+    """The flags that make a source's fineweb an eighth; its schedules in proportion to steps."""
     found, long_run = dict(SETTINGS), own["num_steps"]
     rows = (4, 8, 12) if steps >= 300 else (2, 4, 6)
     found |= {"num_steps": steps, "val_every": steps // 4}

@@ -320,7 +320,7 @@ class OwnLog:
         curve.append((step, ms, loss))
 
     def check_consistency(self) -> None:
-        """Faults between lines: the result, which no hash covers, and the ledger."""
+        """Faults between lines, which a new hash would not mend: of the result and the ledger."""
         run, ledger = self.run, self.run.ledger
         if run.val_curve and run.finished:
             last, config = "last validation", "config"
