@@ -90,7 +90,8 @@ def cpu_model() -> str:
 
 def environment(on_gpu: bool) -> dict:
     """Software and hardware of this machine; the machine itself only as a salted hash."""
-    host = hashlib.sha256(f"photofinish {platform.node()} {uuid.getnode()}".encode()).hexdigest()
+    told = f"photofinish {platform.node()} {uuid.getnode()} {cpu_model()}"
+    host = hashlib.sha256(told.encode()).hexdigest()
     entries = {
         "python": platform.python_version(),
         "torch": torch.__version__,

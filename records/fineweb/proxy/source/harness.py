@@ -135,12 +135,13 @@ def check_shards(task: Task) -> tuple[str, list[str]]:
 
     ShardError for anything that cannot train.
     """
-    lines, digests = [], []
+    lines, digests, trained = [], [], set()
     for kind, pattern in (("train", task.train_files), ("val", task.val_files)):
         for path in task_shards(pattern):
             tokens, digest = check_tokens(path, task.vocab_size)
             lines.append(f"{kind}_shard: {path.name} tokens:{len(tokens)} sha256:{digest}")
-            if kind == "val" and digest in digests:
+            trained |= {digest} if kind == "train" else set()
+            if kind == "val" and digest in trained:
                 raise ShardError(f"{path} is a training shard too", "change --train_files")
             digests.append(digest)
     found = hashlib.sha256(" ".join(digests).encode()).hexdigest()
@@ -229,7 +230,7 @@ class Prefetcher:
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How this run is carried out; nothing here changes what is trained, except the seed."""
+    """How this run is carried out; of what is trained only the seed, and the arithmetic."""
 
     seed: int = option(0, "seed of the initial weights and of the order of data")
     slug: str = option("run", "word in the log's name that says what was tried")
@@ -627,7 +628,7 @@ class Run:
         first_val_loss = self.curve[0][1] if self.curve else 0.0
         start = max(math.log(self.task.vocab_size), first_val_loss)
         self.bad_steps = self.bad_steps + 1 if loss > start + DIVERGED_NATS else 0
-        if not math.isfinite(loss) or self.bad_steps > DIVERGED_STEPS:
+        if not math.isfinite(loss) or self.bad_steps >= DIVERGED_STEPS:
             self.status = "diverged"
         elif stop and step < num_steps:
             self.status = self.status or "aborted"

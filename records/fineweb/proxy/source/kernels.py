@@ -6,9 +6,9 @@
 
 A change of a definition needs the same change of its kernel and of its backward pass; an idea is
 tried faster in plain torch, in train_gpt.py. Shapes: B sequences, T tokens, N = B * T, H heads, K
-head_dim, V vocabulary, D model_dim, M mlp_dim, J targets per token. On an H200 head_loss of 16,384
-tokens takes 6.6 ms in fp8 and 7.6 in bf16; nothing else was timed. tools/preflight.py compiles all
-kernels of a run without a GPU, and names those that spill or ask for too much shared memory.
+head_dim, V vocabulary, D model_dim, M mlp_dim, J targets per token. tools/preflight.py compiles all
+kernels of a run without a GPU, and names those that spill or ask for too much shared memory; what
+was timed on one: docs/gpus.md.
 """
 
 from collections import namedtuple
@@ -26,7 +26,7 @@ SMALL_FLEX_BLOCKS = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_M1": 32, "BLOCK_N1": 6
                      "BLOCK_M2": 64, "BLOCK_N2": 32}  # fmt: skip
 HEAD_CHUNK_TOKENS = 16384  # tokens whose logits are in memory at a time
 # fp8 value 1 means so much: in x, in the weight (both e4m3, up to 448), and in the gradient of a
-# token's loss (e5m2), which is divided by N after the product, for it would underflow before.
+# token's loss by its logits (e5m2), which is divided by N after the product, lest it underflow.
 FP8_UNITS = (100 / 448, 1.6 / 448, 0.75 / 448)
 # 8 logits a thread, so that bf16 and fp8 are stored from the same threads.
 LOSS_TILE = dict(COLS=1024, num_warps=4)
@@ -48,7 +48,7 @@ if HAS_TRITON:
         logits_ptr, targets_ptr, weights_ptr, loss_ptr, copy_ptr, V, stride,
         height, shift, slope, grad_scale, J: tl.constexpr, COLS: tl.constexpr,
     ):  # fmt: skip
-        """softcapped_loss of one row, whose logits its gradient replaces.
+        """softcapped_loss of one row; grad_scale times its gradient replaces the logits.
 
         Any float: logits (N, V) of this row stride; a copy of the gradient (N, V), or None.
         Targets (N, J) int64; weights (J,), loss (N,) fp32. Tested to 1e-5 in fp32.
@@ -267,7 +267,7 @@ def loss_by_kernel(logits_NV, targets_NJ, weights_J, cap, scale=1.0, copy_NV=Non
 
 
 def matmul_NT(A_NK: Tensor, B_MK: Tensor, scale: float, dtype: torch.dtype, fast=False) -> Tensor:
-    """A @ B.T in dtype; of fp8 operands, times scale. fast: accumulate fp8 in fewer bits."""
+    """A @ B.T in dtype; of fp8 operands alone, times scale. fast: accumulate fp8 in fewer bits."""
     if A_NK.dtype.itemsize == 1:
         scales = [torch.full((), s, device=A_NK.device) for s in (scale, 1.0)]
         return torch._scaled_mm(A_NK, B_MK.T, *scales, out_dtype=dtype, use_fast_accum=fast)
@@ -277,33 +277,33 @@ def matmul_NT(A_NK: Tensor, B_MK: Tensor, scale: float, dtype: torch.dtype, fast
 
 
 def as_fp8(x: Tensor, unit: float) -> Tensor:
-    """x in such units, e4m3; clamped, for beyond its range some versions of torch cast to NaN."""
+    """x / unit in e4m3; clamped, for beyond its range some versions of torch cast to NaN."""
     top = torch.finfo(torch.float8_e4m3fn).max
     return (x.detach() / unit).clamp(-top, top).to(torch.float8_e4m3fn)
 
 
 def head_loss_and_gradients(
-    x_ND: Tensor, weight_VD: Tensor, low_x_ND: Tensor, low_weight_VD: Tensor, targets_NJ: Tensor,
-    weights_J: Tensor, cap: list[float], units: list[float],
+    x_ND: Tensor, weight_VD: Tensor, scaled_x_ND: Tensor, scaled_weight_VD: Tensor,
+    targets_NJ: Tensor, weights_J: Tensor, cap: list[float], units: list[float],
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """(mean loss, its gradients of x, and of weight in units of units[2]), by chunks of N.
+    """(mean loss, dx, dW / units[2]), by chunks of tokens. weight is there for autograd alone.
 
-    low, in units of units: operands of the logits and dx, perhaps in fp8. For dW it would need a
-    transposed copy of the gradient, which takes longer to write than bf16 takes longer to multiply.
+    scaled: x and weight over units[:2], perhaps in fp8, to multiply for the logits and dx. dW in
+    fp8 needs a transposed copy of the gradient, and writing it takes longer than fp8 saves.
     """
     N, dtype, (x_unit, W_unit, grad_unit) = len(x_ND), x_ND.dtype, units
     loss, dx_ND, dW_VD = x_ND.new_zeros((), dtype=torch.float32), torch.empty_like(x_ND), None
-    low_weight_DV = low_weight_VD.T.contiguous()
+    scaled_weight_DV = scaled_weight_VD.T.contiguous()
 
     def add_chunk(rows: slice) -> Tensor:
         """A function of its own, so that a chunk's logits are freed before the next one's."""
-        logits = matmul_NT(low_x_ND[rows], low_weight_VD, x_unit * W_unit, dtype, fast=True)
-        fp8 = low_x_ND.dtype != dtype
+        logits = matmul_NT(scaled_x_ND[rows], scaled_weight_VD, x_unit * W_unit, dtype, fast=True)
+        fp8 = scaled_x_ND.dtype != dtype
         copy = torch.empty_like(logits, dtype=torch.float8_e5m2) if fp8 else None
         chunk = (logits, targets_NJ[rows], weights_J, cap, 1 / (N * grad_unit), copy)
         loss.add_(loss_by_kernel(*chunk).sum() / N)
         grad = logits  # which the kernel replaced
-        dx_ND[rows] = matmul_NT(copy if fp8 else grad, low_weight_DV, grad_unit * W_unit, dtype)
+        dx_ND[rows] = matmul_NT(copy if fp8 else grad, scaled_weight_DV, grad_unit * W_unit, dtype)
         return matmul_NT(grad.T, x_ND[rows].T, 1.0, torch.float32)
 
     for start in range(0, N, HEAD_CHUNK_TOKENS):
@@ -336,18 +336,18 @@ head_op.register_autograd(head_backward, setup_context=head_setup)
 def head_loss(x_ND, weight_VD, targets_NJ, weights_J, cap: Softcap, dtype, fp8: bool) -> Tensor:
     """Mean over N tokens of softcapped_loss of x @ weight.T, 0-D fp32, multiplied in dtype.
 
-    weight is fp32. fp8: multiply in fp8 where there is a kernel, and N, V and D divide by 16. On a
-    GPU the gradients are computed with the loss, and only one chunk of logits is in memory.
+    weight is fp32. fp8: all but dW in fp8, where there is a kernel and N, V and D divide by 16. On
+    a GPU the gradients are computed with the loss, and only one chunk of logits is in memory.
     """
-    x_ND, low_weight_VD = x_ND.to(dtype), weight_VD.to(dtype)
+    x_ND, cast_weight_VD = x_ND.to(dtype), weight_VD.to(dtype)
     if not use_kernels(x_ND):
-        logits_NV = F.linear(x_ND, low_weight_VD)
+        logits_NV = F.linear(x_ND, cast_weight_VD)
         return softcapped_loss(logits_NV, targets_NJ, weights_J, cap).mean()
-    low, units = (x_ND.detach(), low_weight_VD.detach()), [1.0, 1.0, 1.0]
+    operands, units = (x_ND.detach(), cast_weight_VD.detach()), [1.0, 1.0, 1.0]
     if fp8 and all(size % 16 == 0 for size in (*x_ND.shape, len(weight_VD))):
-        low = map(as_fp8, (x_ND, weight_VD), FP8_UNITS)
+        operands = map(as_fp8, (x_ND, weight_VD), FP8_UNITS)
         units = [*FP8_UNITS[:2], FP8_UNITS[2] / len(x_ND)]
-    return head_op(x_ND, weight_VD, *low, targets_NJ, weights_J, list(cap), units)[0]
+    return head_op(x_ND, weight_VD, *operands, targets_NJ, weights_J, list(cap), units)[0]
 
 
 # ------------------------------------------------------------------------------ MLP

@@ -59,7 +59,7 @@ SOURCES = {  # what a log embeds
 
 # ------------------------------------------------------------------------------ Hyperparameters
 
-HEAD_LR = 0.008  # the head's learning rate; the embedding's too, while the two are tied
+HEAD_LR = 0.008  # the head's learning rate; with tied_frac above 0 the embedding's too
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ class Hyperparameters:
 
     task: str = option("fineweb", "data, validation rows and target: a task of harness.py")
     # Each is option(default, help, least value).
-    # Budget. Of several values, each holds for an equal share of the steps (a stage).
+    # Budget. Batch, cap, windows, stage_lr: each value holds for an equal share of steps, a stage.
     num_steps: int = option(1500, "optimizer steps", 1)
     batch_tokens: tuple[int, ...] = option((131_072, 262_144, 393_216), "tokens per step", 1)
     seq_len: int = option(16384, "tokens per training row, into which documents are packed", 2)
@@ -85,15 +85,14 @@ class Hyperparameters:
     attn_scale: float = option(0.1, "factor on q.k after both are normed, in the first stage")
     softcap: tuple[float, float] = option((23.0, 5.0), "height and shift, see kernels.Softcap")
     value_layers: tuple[int, ...] = option((1, 2, 8, 9, 10), "with a value table; -1: none", -1)
-    bigram_rows: int = option(251_520, "rows of the hashed table of token pairs; 0: none")
-    mix_init: tuple[float, ...] = option((1.1, 0.0, 0.1), "a layer's first weights of stream, embed"
-                                         "ding, pair; if two, it embeds pairs")  # fmt: skip
+    bigram_rows: int = option(251_520, "rows of the hashed table of bigrams; 0: none")
+    mix_init: tuple[float, ...] = option((1.1, 0.0, 0.1), "first weights in a layer of stream, "
+                           "embedding, bigram; if two, the embedding holds both")  # fmt: skip
     head_gates: bool = option(True, "gate each head's output by the token")
     shift_taps: int = option(0, "earlier tokens that are mixed into each sublayer's input")
-    skip: tuple[int, int] = option((3, 6), "layers from and to which one skips; -1,-1: none", -1)
-    backout_from: int = option(7, "layer whose output is subtracted before the head; -1: none", -1)
-    mix_from: tuple[int, ...] = option((3, 7, 9), "layers whose outputs the token mixes into the "
-                                       "last one and the head; -1: none", -1)  # fmt: skip
+    mix_at: tuple[int, ...] = option((6, 10, 11), "layers before which StateMix adds earlier "
+                                     "states; one more: the head; -1: none", -1)  # fmt: skip
+    mix_from: tuple[int, ...] = option((3, 7, 9), "layers whose outputs are such states")
     window_tokens: tuple[int, ...] = option((384, 896, 1408), "long window, counting the token", 2)
     short_window_tokens: tuple[int, ...] = option((128, 384, 640), "short window", 2)
     val_window_tokens: int = option(2560, "long window in validation; 0: as in training")
@@ -103,9 +102,8 @@ class Hyperparameters:
     muon_decay: float = option(1.2, "their cautious weight decay, times the squared rate")
     mlp_down_lr: float = option(2.0, "factor on the rate of the MLP's second matrix")
     embed_lr: float = option(0.008, "learning rate of token embeddings")
-    adam_eps: float = option(1e-15, "added to Adam's root, below a rare row's 1e-9")
-    tied_frac: float = option(0.66, "fraction of steps with head and embedding tied")
-    bigram_lr: float = option(0.6, "learning rate of the table of token pairs")
+    tied_frac: float = option(0.66, "first fraction of steps, which tie head and embedding")
+    bigram_lr: float = option(0.6, "learning rate of the table of bigrams")
     scalar_lr: float = option(0.04, "learning rate of scalars; of gates a fifth")
     embed_betas: tuple[float, float] = option((0.5, 0.95), "Adam's betas of embedding and head")
     table_betas: tuple[float, float] = option((0.75, 0.95), "Adam's betas of the other tables")
@@ -115,9 +113,9 @@ class Hyperparameters:
     stage_lr: tuple[float, ...] = option((1.0, 1.52, 1.73), "factor on every learning rate")
     warmup_frac: float = option(0.0, "fraction of steps in which rates rise from 0")
     cooldown_frac: float = option(0.6, "fraction of steps in which rates fall linearly")
-    final_lr_frac: float = option(0.15, "fraction of each rate that is left at the end")
+    final_lr_frac: float = option(0.15, "fraction of each base rate that is left at the end")
     extension_steps: int = option(15, "last steps, which keep the final rates")
-    momentum_steps: tuple[int, int] = option((300, 50), "first of rising, last of falling momentum")
+    momentum_steps: tuple[int, int] = option((300, 50), "steps of rising, then of falling momentum")
 
     def __post_init__(self):
         check_ranges(self)
@@ -137,14 +135,12 @@ class Hyperparameters:
         tables = [i for i in self.value_layers if i >= 0]
         if len({i for i in tables if i <= last and self.layers[i] != "-"}) < len(tables):
             raise RunError("--value_layers must be layers of --layers that attend, each once")
-        if self.backout_from > last:
-            raise RunError("--backout_from must stay within --layers")
-        if max(self.mix_from) >= last or (min(self.mix_from) < 0 and len(self.mix_from) > 1):
-            raise RunError("--mix_from must be layers before the last of --layers; none: -1")
+        if self.mix_at != (-1,) and (min(self.mix_at) < 0 or max(self.mix_at) > last + 1):
+            raise RunError("--mix_at must be layers of --layers, or one more; none: -1")
+        if self.mix_at != (-1,) and max(self.mix_from) > last:
+            raise RunError("--mix_from must be layers of --layers")
         if len(self.mix_init) not in (2, 3):
             raise RunError("--mix_init must be two or three weights")
-        if self.skip[0] >= 0 and not self.skip[0] < self.skip[1] <= last:
-            raise RunError(f"--skip {as_flag(self.skip)} must rise in --layers; none: --skip -1,-1")
         if self.tied_frac and self.embed_lr != HEAD_LR:
             raise RunError(f"--embed_lr must be the head's, {HEAD_LR}, with --tied_frac above 0")
 
@@ -162,7 +158,7 @@ TRACKS = {  # what differs from the defaults, which are fineweb's
         task="fineweb_medium",
         num_steps=5960, batch_tokens=(524_288,), document_cap=(2048,), stage_lr=(1.0,),
         layers="sSsLSsSLSsSLSsSL", num_heads=8, model_dim=1024, mlp_dim=4096,
-        skip=(5, 11), backout_from=10, mix_from=(5, 10, 14), value_layers=(1, 2, 13, 14, 15),
+        mix_at=(11, 15, 16), mix_from=(5, 10, 14), value_layers=(1, 2, 13, 14, 15),
         muon_lr=0.025,
     ),
     "wikitext103": Hyperparameters(
@@ -174,11 +170,10 @@ TRACKS = {  # what differs from the defaults, which are fineweb's
         num_steps=800, batch_tokens=(2048,), seq_len=256, document_cap=(0,), val_every=160,
         layers="SL", num_heads=2, head_dim=64, model_dim=128, mlp_dim=512, vocab_multiple=1,
         attn_scale=0.12, softcap=(30.0, 0.0), value_layers=(-1,), bigram_rows=16384,
-        mix_init=(1.0, 0.0), head_gates=False, shift_taps=3,
-        skip=(-1, -1), backout_from=-1, mix_from=(-1,),
+        mix_init=(1.0, 0.0), head_gates=False, shift_taps=3, mix_at=(-1,),
         window_tokens=(256,), short_window_tokens=(128,), val_window_tokens=0, mtp_weight=0.0,
         muon_lr=0.02, muon_decay=0.0, mlp_down_lr=1.0, momentum_steps=(3000, 0),
-        embed_lr=0.02, bigram_lr=0.06, scalar_lr=0.02, tied_frac=0.0, adam_eps=1e-10,
+        embed_lr=0.02, bigram_lr=0.06, scalar_lr=0.02, tied_frac=0.0,
         embed_betas=(0.8, 0.95), table_betas=(0.8, 0.95), scalar_betas=(0.8, 0.95),
         adam_decay=0.0, adam_every=1,
         stage_lr=(1.0,), warmup_frac=0.02, cooldown_frac=0.5, final_lr_frac=0.0,
@@ -385,9 +380,9 @@ def step_inputs(step: int, hp: Hyperparameters, device, training: bool = True) -
 # Shapes: B sequences, T tokens, D model_dim, H heads, K head_dim, M mlp_dim, V vocabulary, J
 # targets per token, S earlier tokens, N = B * T. The residual stream x is (B, T, D).
 
-GATE_DIM = 12  # dimensions that gates read, the leading ones of the stream
-MIX_DIM = 64  # hidden width of what weights earlier states
-LOGIT_SLOPE = 7.5
+GATE_DIM = 12  # leading dimensions of their input that gates read
+MIX_DIM = 64  # hidden width of StateMix
+LOGIT_SLOPE = 7.5  # see kernels.Softcap
 LOGIT_CHUNK_TOKENS = 4096  # tokens whose fp32 logits are in memory at a time in validation
 
 
@@ -414,7 +409,7 @@ def rotate(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def pair_heads(x_BTHK: Tensor) -> Tensor:
-    """Heads h and h + H/2 in turns, (B, 2T, H/2, K): each query also sees its partner's keys."""
+    """Heads h and h + H/2 in turns, (B, 2T, H/2, K): both see each other's keys, half as far."""
     B, T, H, K = x_BTHK.shape
     return x_BTHK.view(B, T, 2, H // 2, K).reshape(B, 2 * T, H // 2, K)
 
@@ -490,19 +485,19 @@ class MLP(nn.Module):
         return relu_squared_mlp(x.flatten(0, 1), *self.up_down.unbind(), self.dtype).view_as(x)
 
 
-def mix_earlier_tokens(x: Tensor, taps_SD: Tensor, same_doc_SBT1: Tensor) -> Tensor:
+def add_earlier_tokens(x: Tensor, taps_SD: Tensor, same_doc_SBT1: Tensor) -> Tensor:
     """x plus the S tokens before it, weighted by channel: a causal depthwise convolution.
 
     Primer (arXiv 2109.08668) convolves queries, keys and values; here every sublayer's input is.
     """
-    mixed = x
+    total = x
     for i, (tap, same_doc) in enumerate(zip(taps_SD, same_doc_SBT1, strict=True)):
-        mixed = mixed + tap * same_doc * x.roll(i + 1, 1)
-    return mixed
+        total = total + tap * same_doc * x.roll(i + 1, 1)
+    return total
 
 
 class Block(nn.Module):
-    """Attention and MLP on the residual stream, into which embedding and pair are mixed again."""
+    """Attention and MLP on the residual stream, into which embedding and bigram are mixed again."""
 
     def __init__(self, hp: Hyperparameters, rt: Runtime, layer: Layer):
         super().__init__()
@@ -511,11 +506,11 @@ class Block(nn.Module):
         self.mix = nn.Parameter(torch.tensor(hp.mix_init))
         self.taps = parameter_if(hp.shift_taps, torch.zeros(2, hp.shift_taps, hp.model_dim))
 
-    def forward(self, x: Tensor, first: list[Tensor], value_BTHK, c: Context) -> Tensor:
-        """first: the embedding, and the pair's row where it is mixed in by layer."""
+    def forward(self, x: Tensor, injected: list[Tensor], value_BTHK, c: Context) -> Tensor:
+        """injected: the embedding, and the bigram's row where layers mix it in."""
         mix = self.mix.type_as(x)
         x = mix[0] * x
-        for weight, added in zip(mix[1:], first, strict=False):
+        for weight, added in zip(mix[1:], injected, strict=False):
             x = x + weight * added
         if self.attn is not None:
             x = x + self.attn(self.sublayer_input(x, 0, c), value_BTHK, c)
@@ -526,13 +521,14 @@ class Block(nn.Module):
         x = norm(x)
         if self.taps is None:
             return x
-        return mix_earlier_tokens(x, self.taps[sublayer].type_as(x), c.same_doc_SBT1)
+        return add_earlier_tokens(x, self.taps[sublayer].type_as(x), c.same_doc_SBT1)
 
 
 class StateMix(nn.Module):
-    """Adds earlier states to the stream, with weights by the token (MUDD: arXiv 2502.12170).
+    """Adds states to the stream with weights by the token (MUDD: arXiv 2502.12170); at first 0.
 
-    They are: embedding, pair, outputs of layers, and the last value table's row where it fits.
+    They are embedding, bigram (where layers mix it in), outputs of hp.mix_from so far, and the row
+    of the last value table where it is as wide as the stream.
     """
 
     def __init__(self, model_dim: int, states: int):
@@ -563,13 +559,12 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(Block(hp, rt, layer) for layer in self.layers)
         self.lm_head = nn.Parameter(torch.zeros(vocab, hp.model_dim))
         self.smear = nn.Parameter(torch.zeros(GATE_DIM + 1))  # gate weights, then strength
-        self.skip = parameter_if(hp.skip[0] >= 0, torch.tensor(-1.5))
-        self.backout = parameter_if(hp.backout_from >= 0, torch.tensor(0.5))
         self.mixes_values = bool(tables) and width == hp.model_dim
         states = len(hp.mix_init) - 1 if hp.bigram_rows else 1  # as embed_tokens returns them
-        states += len(hp.mix_from) + self.mixes_values
-        mixed = range(2 if min(hp.mix_from) >= 0 else 0)  # the last layer, and the head
-        self.mixes = nn.ModuleList(StateMix(hp.model_dim, states) for _ in mixed)
+        states += self.mixes_values
+        counts = {i: sum(j < i for j in hp.mix_from) for i in hp.mix_at if i >= 0}
+        self.mixes = nn.ModuleDict({str(i): StateMix(hp.model_dim, states + count)
+                                    for i, count in counts.items()})  # fmt: skip
         bound = 3**0.5 * 0.5 * hp.model_dim**-0.5  # uniform with std 0.5 / sqrt(D)
         for block in self.blocks:
             block.mlp.up_down.data.uniform_(-bound, bound)[1].zero_()
@@ -584,23 +579,23 @@ class GPT(nn.Module):
             self.lm_head.data.copy_(self.embed.data.mul_(0.005))
 
     def embed_tokens(self, inputs_BT: Tensor, same_doc_BT1: Tensor) -> list[Tensor]:
-        """What every layer mixes in: the embedding, smeared with the token before, and the pair.
+        """What every layer mixes in: [embedding, smeared with the token before; bigram's row].
 
-        Where layers have no weight for the pair, the embedding holds it. same_doc: 1 where the
-        token before lies in the same document; else that token is ignored.
+        If layers have no weight for the bigram, it is added to the embedding. same_doc: 1 where the
+        token before lies in the same document; else the bigram has document_start in its place.
         """
-        x, pairs = self.embed[inputs_BT].to(self.rt.stream_dtype), []
+        x, bigrams = self.embed[inputs_BT].to(self.rt.stream_dtype), []
         if self.hp.bigram_rows:  # arXiv 1709.03933
             in_document = same_doc_BT1[..., 0] > 0
             before_BT = torch.where(in_document, inputs_BT.roll(1, 1), self.document_start)
             row_BT = ((36313 * inputs_BT) ^ (27191 * before_BT)) % self.hp.bigram_rows
-            pairs = [self.bigram[row_BT].type_as(x)]
+            bigrams = [self.bigram[row_BT].type_as(x)]
         if len(self.hp.mix_init) == 2:
-            x, pairs = sum(pairs, x), []
+            x, bigrams = sum(bigrams, x), []
         x = norm(x)
         weights, strength = self.smear.type_as(x).split([GATE_DIM, 1])
         share_BT1 = strength * torch.sigmoid(x[..., :GATE_DIM] @ weights)[..., None]
-        return [norm(x + share_BT1 * same_doc_BT1 * x.roll(1, 1)), *pairs]
+        return [norm(x + share_BT1 * same_doc_BT1 * x.roll(1, 1)), *bigrams]
 
     def context(self, docs_BT: Tensor, per_step: StepInputs) -> Context:
         hp, T = self.hp, docs_BT.size(1)
@@ -623,26 +618,24 @@ class GPT(nn.Module):
         """The normed stream (B, T, D) that the head reads."""
         hp, (B, T) = self.hp, inputs_BT.shape
         c = self.context(self.document_index(inputs_BT), per_step)
-        x, *_ = first = self.embed_tokens(inputs_BT, c.same_doc_SBT1[0])
+        x, *_ = injected = self.embed_tokens(inputs_BT, c.same_doc_SBT1[0])
         if self.value_embeds is not None:  # one gradient of the whole parameter, not one a table
             rows = self.value_embeds[:, inputs_BT].type_as(x)
             values = rows.view(-1, B, T, hp.num_heads, hp.head_dim).unbind()
         outputs = []  # of each layer
+
+        def mixed(x: Tensor, i: int) -> Tensor:
+            """What layer i, or after the last the head, starts from."""
+            if str(i) not in self.mixes:
+                return x
+            states = [*injected, *(outputs[j] for j in hp.mix_from if j < i)]
+            return self.mixes[str(i)](x, states + ([rows[-1]] if self.mixes_values else []))
+
         for i, (layer, block) in enumerate(zip(self.layers, self.blocks, strict=True)):
-            if i == hp.skip[1] and self.skip is not None:
-                x = x + torch.sigmoid(self.skip).type_as(x) * outputs[hp.skip[0]]
-            if i == len(self.layers) - 1 and self.mixes:
-                states = [*first, *(outputs[j] for j in hp.mix_from)]
-                states += [rows[-1]] if self.mixes_values else []
-                x = self.mixes[0](x, states)
             value_BTHK = None if layer.value_embed is None else values[layer.value_embed]
-            x = block(x, first, value_BTHK, c)
+            x = block(mixed(x, i), injected, value_BTHK, c)
             outputs.append(x)
-        if self.mixes:
-            x = self.mixes[1](x, states)
-        if self.backout is not None:
-            x = x - self.backout.type_as(x) * outputs[hp.backout_from]
-        return norm(x)
+        return norm(mixed(x, len(outputs)))
 
     def document_index(self, inputs_BT: Tensor) -> Tensor:
         """int32 (B, T), counts up along a row where documents begin."""
@@ -673,6 +666,7 @@ def further_targets(targets_BT: Tensor, docs_BT: Tensor, ahead: int) -> Tensor:
 
 # ------------------------------------------------------------------------------ Optimizer
 
+ADAM_EPS = 1e-15  # below 1e-9, the second moment's root in a rare row
 POLAR_EXPRESS = (  # arXiv 2505.16932: the best quintic for each Newton-Schulz step
     (8.1566, -22.4833, 15.8788),
     (4.0429, -2.8089, 0.5000),
@@ -713,9 +707,10 @@ def weights_to_decay(W: Tensor, U: Tensor) -> Tensor:
 def muon_update(G, lr, decay, beta, factors, dtype, W, momentum, second, low=None):
     """Update matrices W (N, rows, cols) in place with gradients G; lr, decay, beta: 0-D tensors.
 
-    W is fp32, or the bf16 part of split_fp32 with low, as bf16, the other. Nesterov momentum is
+    W is fp32, or the upper half of split_fp32, and low the lower one, as bf16. Nesterov momentum is
     orthogonalised (Muon: kellerjordan.github.io/posts/muon), then each row is divided by its
-    running root mean square at unchanged norm (NorMuon, arXiv 2510.05491). second: (N, rows, 1).
+    running root mean square; the matrix keeps its norm (NorMuon, arXiv 2510.05491), times
+    sqrt(rows / cols) where that is above 1. second: (N, rows, 1).
     factors (N, 1, 1): on each matrix's rate, and thereby on its decay.
     """
     momentum.add_((1 - beta) * (G.float() - momentum))
@@ -735,12 +730,12 @@ def muon_update(G, lr, decay, beta, factors, dtype, W, momentum, second, low=Non
         low.view(torch.int16).copy_(new_low)
 
 
-def adam_update(G, lr, decay, count, beta1, beta2, eps, W, mean, square):
+def adam_update(G, lr, decay, count, beta1, beta2, W, mean, square):
     """Update numbers W (N,) in place by Adam (arXiv 1412.6980); lr, decay, count: 0-D tensors."""
     mean.lerp_(G.float(), 1 - beta1)
     square.lerp_(G.float() ** 2, 1 - beta2)
     root = (square / (1 - beta2**count)).sqrt()
-    W.sub_(lr * (mean / (1 - beta1**count)) / (root + eps))
+    W.sub_(lr * (mean / (1 - beta1**count)) / (root + ADAM_EPS))
     W.sub_(lr * lr * decay * weights_to_decay(W, mean))
 
 
@@ -762,7 +757,7 @@ class Optimizer:
     stream is; then state holds the lower 16 bits of their fp32.
     """
 
-    def __init__(self, group: Group, rt: Runtime, compile_fn: Callable, adam_eps: float = 1e-15):
+    def __init__(self, group: Group, rt: Runtime, compile_fn: Callable):
         self.group, self.rt, is_adam = group, rt, group.betas is not None
         self.update = compile_fn(adam_update if is_adam else muon_update)
         self.item = () if is_adam else group.params[0].shape[1:]
@@ -776,7 +771,7 @@ class Optimizer:
         sizes = [p.numel() // math.prod(self.item) for p in group.params]
         for p, view in zip(group.params, bank.split(sizes), strict=True):
             p.data = view.view(p.shape)
-        self.fixed = (*group.betas, adam_eps) if is_adam else ()
+        self.fixed = group.betas if is_adam else ()
         if not is_adam:
             factors = group.factors * (len(bank) // len(group.factors))
             factors_N11 = torch.tensor(factors, device=bank.device)[:, None, None]
@@ -818,7 +813,7 @@ def parameter_groups(model: GPT, hp: Hyperparameters) -> dict[str, Group]:
     def named(*ends: str) -> list[nn.Parameter]:
         return [p for name, p in model.named_parameters() if name.endswith(ends)]
 
-    scalars = named("mix", "taps", "smear", "skip", "backout")
+    scalars = named("mix", "taps", "smear")
     gates = named("_gate", "mix_in", "mix_out")
     tables, decay, every = hp.table_betas, hp.adam_decay, hp.adam_every
     rows = {  # parameters, learning rate, betas of Adam, decay, steps per update, factors
@@ -839,7 +834,7 @@ def make_optimizers(model: GPT, hp: Hyperparameters, rt: Runtime, compile_fn: Ca
     groups = parameter_groups(model, hp)
     grouped = sorted(id(p) for group in groups.values() for p in group.params)
     assert grouped == sorted(map(id, model.parameters())), "a parameter is not in just one group"
-    return {name: Optimizer(group, rt, compile_fn, hp.adam_eps) for name, group in groups.items()}
+    return {name: Optimizer(group, rt, compile_fn) for name, group in groups.items()}
 
 
 # ------------------------------------------------------------------------------ Train
