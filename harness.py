@@ -754,6 +754,7 @@ def execute(
     parse_flags. sources: what the log embeds, by path, the entry file first. started: perf_counter
     at first import.
     """
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # where it is closed
     sys.stdout.reconfigure(errors="backslashreplace")  # a path that it cannot show ends no run
     stop = StopRequest()
     rt = run = None

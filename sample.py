@@ -9,6 +9,7 @@ Tokens beyond the tokenizer's, by which a vocabulary is padded, are never drawn.
 import argparse
 import codecs
 import math
+import os
 import signal
 import sys
 from collections.abc import Iterable, Iterator
@@ -104,6 +105,7 @@ def parse() -> argparse.Namespace:
 def main() -> int:
     args = parse()
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends this without a complaint
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # where it is closed
     sys.stdout.reconfigure(errors="replace")  # what a terminal cannot show must end nothing
     try:
         show_samples(load_model(args.checkpoint, args.other_source), args)

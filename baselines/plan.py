@@ -8,6 +8,7 @@ graphs keep fewer. Sizes are bytes.
 
 import math
 import os
+import signal
 import sys
 from dataclasses import dataclass, fields, replace
 
@@ -240,14 +241,15 @@ def print_plan(argv: list[str], tracks: dict, gpu_track: str) -> int:
     if options.gpus < 1 or not 0 < options.mfu <= 1 or options.micro_batch_seqs < 0:
         raise RunError("--gpus must be at least 1, --mfu above 0 and at most 1, "
                        "--micro_batch_seqs at least 0")  # fmt: skip
-    print("\n".join(report(track, hp, options)))
+    print("\n".join(report(track, hp, options)), flush=True)
     return 0
 
 
 def planned(argv: list[str], tracks: dict, gpu_track: str) -> int:
-    """print_plan for a terminal: errors in one line."""
+    """print_plan for a terminal: errors in one line; `| head` ends it without a complaint."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     try:
         return print_plan(argv, tracks, gpu_track)
-    except RunError as error:
+    except (RunError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

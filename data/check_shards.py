@@ -9,6 +9,7 @@ them. Exit code 0: sound; 1: not sound, each reason on stderr; 2: misuse.
 import argparse
 import hashlib
 import json
+import signal
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -63,7 +64,8 @@ def compare(facts: dict[Path, dict], known: dict[str, dict], where: str, report:
 def check_manifest(manifest: Path, report: Report) -> None:
     """Compare the shards of one folder with the manifest in it."""
     try:
-        known = {entry["name"]: entry for entry in json.loads(manifest.read_text())["shards"]}
+        shards = json.loads(manifest.read_text())["shards"]
+        known = {Path(entry["name"]).name: entry for entry in shards}
     except (OSError, ValueError, KeyError, TypeError) as error:
         report.problems.append(f"{manifest} is damaged ({type(error).__name__}: {error})")
         return
@@ -122,19 +124,21 @@ def main() -> int:
         "--document_start", type=int, default=50256, help="token (default: %(default)s)"
     )
     args = parser.parse_args()
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends this without a complaint
     try:
         paths = {path for pattern in args.globs for path in find_shards(pattern)}
         report = check_all(paths, args.vocab_size, args.document_start)
-    except ShardError as error:
+        for manifest in sorted({path.with_name("manifest.json") for path in report.facts}):
+            if manifest.exists():
+                check_manifest(manifest, report)
+        facts = report.facts.values()
+        tokens, documents = (sum(f[k] for f in facts) for k in ("tokens", "documents"))
+        print(f"{len(facts)} shards, {tokens:,} tokens, {documents:,} documents", flush=True)
+    except OSError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130
-    for manifest in sorted({path.with_name("manifest.json") for path in report.facts}):
-        if manifest.exists():
-            check_manifest(manifest, report)
-    tokens, documents = (sum(f[k] for f in report.facts.values()) for k in ("tokens", "documents"))
-    print(f"{len(report.facts)} shards, {tokens:,} tokens, {documents:,} documents")
     return print_problems(report)
 
 

@@ -11,6 +11,7 @@ import argparse
 import hashlib
 import importlib.util
 import random
+import signal
 import sys
 from pathlib import Path
 
@@ -79,13 +80,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder (default: %(default)s)")
     args = parser.parse_args()
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends this without a complaint
     try:
-        counts = build(args.out, torch_folder())
+        for name, count in build(args.out, torch_folder()).items():
+            print(f"{args.out / name}  {count:,} tokens", flush=True)
     except OSError as error:
         print(f"error: cannot build the embedded corpus: {error}", file=sys.stderr)
         return 1
-    for name, count in counts.items():
-        print(f"{args.out / name}  {count:,} tokens")
     return 0
 
 

@@ -109,9 +109,28 @@ def test_shards_are_compared_with_their_manifest(folder):
     assert done.returncode == 1 and len(reasons) == 4
     for word in ("has tokens", "has sha256", "is not in", "my_other_000000.bin"):
         assert sum(word in line for line in reasons) == 1, word
-    manifest.write_text('{"shards": [')
+    for damaged in ('{"shards": [', '{"shards": [{"name": 5}]}', "[]"):
+        manifest.write_text(damaged)
+        done = check(folder / "*.bin")
+        assert done.returncode == 1 and "manifest.json is damaged" in done.stderr
+    manifest.write_text('{"shards": [{"name": "elsewhere/x.bin"}]}')
     done = check(folder / "*.bin")
-    assert done.returncode == 1 and "manifest.json is damaged" in done.stderr
+    assert done.returncode == 1 and "x.bin is not there, but in" in done.stderr
+
+
+SCRIPTS = ["data/check_shards.py {}", "tools/validate.py records/embedded/2026-11-26_Muon",
+           "baselines/train_gpt2.py --plan"]  # fmt: skip
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("output, code", [(">&-", 0), (">/dev/full", 1), ("| true", 0)])
+def test_output_that_is_closed_full_or_unread_is_no_traceback(folder, script, output, code):
+    shards = f"'{folder}'/*.bin --vocab_size={VOCAB} --document_start={START}"
+    done = subprocess.run(
+        ["bash", "-c", f"{sys.executable} {script.format(shards)} {output}"],
+        cwd=ROOT, env=clean_environment(), capture_output=True, text=True, timeout=120,
+    )  # fmt: skip
+    assert "Traceback" not in done.stderr and bool(done.returncode) == bool(code), done.stderr
 
 
 def test_misuse_and_missing_files_end_without_a_traceback(tmp_path):

@@ -1230,6 +1230,14 @@ def test_misuse_and_missing_files_have_their_exit_codes(tmp_path):
     for name, problem in (("x.gif", "ends with .png"), ("nowhere/x.png", "No such file")):
         done = tool("diff", REAL_LOGS[0], REAL_LOGS[0], "--plot", tmp_path / name)
         assert done.returncode == 2 and done.stderr.splitlines()[-1].count(problem) == 1
+    loop = tmp_path / "loop"
+    loop.symlink_to("loop")
+    done = tool("diff", loop, REAL_LOGS[0])
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and str(loop) in done.stderr
+    (tmp_path / "mine/source").mkdir(parents=True)
+    (tmp_path / "mine/source/train_gpt.py").write_bytes(b"name = '\xe9'\n")
+    done = tool("race", tmp_path / "mine", "-n", 1)
+    assert done.returncode == 2 and "train_gpt.py is no text in UTF-8" in done.stderr
 
 
 def test_a_reader_that_leaves_gets_no_traceback():

@@ -46,6 +46,10 @@ def finish(main: Callable[[], int], failed: int = EXIT_FAILED) -> None:
     except OSError as error:
         what = f"{error.filename}: {error.strerror}" if error.filename else error
         code = tell(f"error: {what}", failed)
+    except RuntimeError as error:
+        if "Symlink loop" not in str(error):
+            raise
+        code = tell(f"error: {error}", failed)
     except ToolError as error:
         code = tell(f"error: {error}", failed)
     except Terminated:

@@ -131,6 +131,8 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     args, flags = parser.parse_known_args()
     if not 1 <= len(args.sources) <= 2 or args.n < 1 or args.steps < 40:
         parser.error("one or two sources, -n of at least 1, --steps of at least 40")
+    if not 0 <= args.document_start < 1 << 16:
+        parser.error("--document_start must be 0 to 65535")
     args.train_files, args.val_files = map(absolute_glob, (args.train_files, args.val_files))
     return args, flags
 

@@ -58,13 +58,20 @@ def imported_modules(path: str, text: str) -> list[list[str]]:
     return [[f"{name.replace('.', '/')}.py" for name in names] for names in found]
 
 
+def read_source(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ToolError(f"{path} is no text in UTF-8: {error.reason}") from None
+
+
 def project_files(folder: Path, entry: str) -> list[str]:
     """The entry file and every module of the project that it imports, as relative paths."""
     found, waiting = set(), {entry}
     while waiting:
         path = waiting.pop()
         found.add(path)
-        modules = chain(*imported_modules(path, (folder / path).read_text()))
+        modules = chain(*imported_modules(path, read_source(folder / path)))
         waiting |= {m for m in modules if m not in found and (folder / m).exists()}
     return sorted(found)
 
@@ -75,7 +82,7 @@ def entry_of(folder: Path) -> str | None:
 
 def source_texts(folder: Path, entry: str) -> dict[str, str]:
     """The project's files of a checkout, by path."""
-    return {path: whole_lines((folder / path).read_text())
+    return {path: whole_lines(read_source(folder / path))
             for path in project_files(folder, entry)}  # fmt: skip
 
 
@@ -105,7 +112,9 @@ def kept_texts(folder: Path) -> dict[str, str]:
     whole = folder / "source"
     if whole.is_dir():
         files = sorted(whole.rglob("*.py"))
-        return {path.relative_to(whole).as_posix(): whole_lines(path.read_text()) for path in files}
+        return {
+            path.relative_to(whole).as_posix(): whole_lines(read_source(path)) for path in files
+        }
     diff = diff_of(folder)
     return made_by(diff) if diff else {}
 
