@@ -8,7 +8,6 @@ graphs keep fewer. Sizes are bytes.
 
 import math
 import os
-import signal
 import sys
 from dataclasses import dataclass, fields, replace
 
@@ -246,8 +245,7 @@ def print_plan(argv: list[str], tracks: dict, gpu_track: str) -> int:
 
 
 def planned(argv: list[str], tracks: dict, gpu_track: str) -> int:
-    """print_plan for a terminal: errors in one line; `| head` ends it without a complaint."""
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    """print_plan for a terminal: errors in one line."""
     try:
         return print_plan(argv, tracks, gpu_track)
     except (RunError, OSError) as error:

@@ -124,7 +124,6 @@ def main() -> int:
         "--document_start", type=int, default=50256, help="token (default: %(default)s)"
     )
     args = parser.parse_args()
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends this without a complaint
     try:
         paths = {path for pattern in args.globs for path in find_shards(pattern)}
         report = check_all(paths, args.vocab_size, args.document_start)
@@ -143,4 +142,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends this without a complaint
     sys.exit(main())
