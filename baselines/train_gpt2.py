@@ -423,10 +423,11 @@ class Trainer:
 
 def main() -> int:
     if "--plan" in sys.argv[1:]:
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends this without a complaint
         return planned([a for a in sys.argv[1:] if a != "--plan"], TRACKS, "124M")
     return execute(Trainer, TRACKS, "124M", SOURCES, PROCESS_START)
 
 
 if __name__ == "__main__":
+    if "--plan" in sys.argv:
+        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends this without a complaint
     sys.exit(main())
