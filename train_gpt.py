@@ -92,7 +92,7 @@ class Hyperparameters:
     shift_taps: int = option(0, "earlier tokens that are mixed into each sublayer's input")
     mix_at: tuple[int, ...] = option((6, 10, 11), "layers before which StateMix adds earlier "
                                      "states; one more: the head; -1: none", -1)  # fmt: skip
-    mix_from: tuple[int, ...] = option((3, 7, 9), "layers whose outputs are such states")
+    mix_from: tuple[int, ...] = option((3, 7, 9), "layers whose outputs are such states", 0)
     window_tokens: tuple[int, ...] = option((384, 896, 1408), "long window, counting the token", 2)
     short_window_tokens: tuple[int, ...] = option((128, 384, 640), "short window", 2)
     val_window_tokens: int = option(2560, "long window in validation; 0: as in training")

@@ -357,6 +357,7 @@ BAD_FLAGS = [
     ("--mix_at=5", r"--mix_at must be layers of --layers, or one more; none: -1"),
     ("--mix_at=-1,2", r"--mix_at must be layers of --layers, or one more; none: -1"),
     ("--mix_from=4", r"--mix_from must be layers of --layers"),
+    ("--mix_from=-1", r"--mix_from -1 is out of range"),
     ("--seed=-1", r"--seed -1 is out of range"),
     ("--seed=99999999999999999999999", r"--seed 9+ is out of range"),
     ("--micro_batch_seqs=-1", r"--micro_batch_seqs -1 is out of range"),
