@@ -7,7 +7,7 @@
 This file is the contestant: everything that an idea may change. It reads downwards: what a run is
 (Hyperparameters), what a step sees (Data, Schedules), the network (Model), the updates (Optimizer),
 the loop (Train). Attention, the head's loss and the MLP stand in kernels.py, each beside its GPU
-version. harness.py is the referee: task, device, clock, log and the validation loss. Losses are
+version. referee/ is the referee: task, device, clock, log and the validation loss. Losses are
 nats per token.
 """
 
@@ -34,9 +34,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
 
-from data.shards import ShardError, open_shard
-from flags import RunError, as_flag, check_ranges, option
-from harness import REFEREE_FILES, Prefetcher, Run, Runtime, Task, execute, task_shards
+from data.prefetch import Prefetcher
 from kernels import (
     BLOCK,
     HEAD_CHUNK_TOKENS,
@@ -50,10 +48,16 @@ from kernels import (
     relu_squared_mlp,
     softcapped,
 )
+from referee.flags import RunError, as_flag, check_ranges, option
+from referee.harness import REFEREE_FILES, Run, execute
+from referee.ranks import Runtime
+from referee.shards import ShardError, open_shard
+from referee.task import Task, task_shards
 
 HERE = Path(__file__).resolve()
+OWN_FILES = (HERE.name, "kernels.py", "data/__init__.py", "data/prefetch.py")
 SOURCES = {  # what a log embeds
-    path: (HERE.parent / path).read_text() for path in (HERE.name, "kernels.py", *REFEREE_FILES)
+    path: (HERE.parent / path).read_text() for path in (*OWN_FILES, *REFEREE_FILES)
 }
 
 
@@ -66,7 +70,7 @@ HEAD_LR = 0.008  # the head's learning rate; with tied_frac above 0 the embeddin
 class Hyperparameters:
     """How the network is built and trained. A record changes the source, and sets no flag."""
 
-    task: str = option("fineweb", "data, validation rows and target: a task of harness.py")
+    task: str = option("fineweb", "data, validation rows and target: a task of referee/task.py")
     # Each is option(default, help, least value).
     # Budget. Batch, cap, windows, stage_lr: each value holds for an equal share of steps, a stage.
     num_steps: int = option(1500, "optimizer steps", 1)

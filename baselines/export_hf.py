@@ -13,7 +13,9 @@ import sys
 from dataclasses import asdict, replace
 from pathlib import Path
 
-import bootstrap  # noqa: F401
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the project's root
+
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -27,9 +29,10 @@ from baselines.train_gpt2 import (
     load_gpt2,
     weights,
 )
-from checkpoints import check_source, read_checkpoint, sha256_of, write_checkpoint
-from flags import RunError, boolean
-from harness import TASKS, Runtime
+from referee.checkpoints import check_source, read_checkpoint, sha256_of, write_checkpoint
+from referee.flags import RunError, boolean
+from referee.ranks import Runtime
+from referee.task import TASKS
 
 THEIRS = {  # their names by ours
     "embed": "wte.weight", "positions": "wpe.weight", "blocks": "h", "norm": "ln_f",

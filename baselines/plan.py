@@ -11,8 +11,10 @@ import os
 import sys
 from dataclasses import dataclass, fields, replace
 
-from environment import PEAK_BF16_TFLOPS
-from harness import RunError, Runtime, option, parse_flags
+from referee.environment import PEAK_BF16_TFLOPS
+from referee.flags import RunError, option
+from referee.harness import parse_flags
+from referee.ranks import Runtime
 
 MEMORY_GB = {  # of one GPU, from the makers' data sheets
     "A100": 80, "H100": 80, "H200": 141, "GH200": 96, "B200": 180, "L40S": 48, "4090": 24,

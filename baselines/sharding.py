@@ -13,7 +13,7 @@ from torch.distributed.fsdp import (
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from harness import Runtime
+from referee.ranks import Runtime
 
 
 def shard(model: nn.Module, rt: Runtime, cpu_offload: bool) -> None:

@@ -5,7 +5,7 @@
     ./run.sh baselines/train_gpt2.py --track 13B --plan --gpus 64 --gpu H100    what it would need
 
 The same command serves any number of GPUs and, with --nnodes, machines: above one GPU the model is
-sharded. The referee is harness.py, as for train_gpt.py. There is no dropout, and the betas of AdamW
+sharded. The referee is that of train_gpt.py. There is no dropout, and the betas of AdamW
 are (0.9, 0.95), as GPT-2 is trained today.
 """
 
@@ -30,30 +30,23 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 ROOT = Path(__file__).resolve().parent.parent
-if str(ROOT) not in sys.path:
+if __name__ == "__main__":
     sys.path[0] = str(ROOT)  # the checkout's, or that of the frozen source which this file is in
 
 from baselines.plan import Layout, capacity, flops_per_token, micro_batch_rows, parameters, planned
 from baselines.sharding import materialize, shard
-from checkpoints import fill, restore
-from data.shards import open_shard
-from harness import (
-    REFEREE_FILES,
-    Prefetcher,
-    Run,
-    RunError,
-    Runtime,
-    Task,
-    check_ranges,
-    execute,
-    option,
-    task_shards,
-)
+from data.prefetch import Prefetcher
+from referee.checkpoints import fill, restore
+from referee.flags import RunError, check_ranges, option
+from referee.harness import REFEREE_FILES, Run, execute
+from referee.ranks import Runtime
+from referee.shards import open_shard
+from referee.task import Task, task_shards
 
 SOURCES = {  # what a log embeds
     path: (ROOT / path).read_text()
     for path in ("baselines/train_gpt2.py", "baselines/plan.py", "baselines/sharding.py",
-                 *REFEREE_FILES)
+                 "baselines/__init__.py", "data/__init__.py", "data/prefetch.py", *REFEREE_FILES)
 }  # fmt: skip
 NETWORK_SOURCES = {path: SOURCES[path] for path in ("baselines/train_gpt2.py",)}
 
@@ -65,7 +58,7 @@ NETWORK_SOURCES = {path: SOURCES[path] for path in ("baselines/train_gpt2.py",)}
 class Hyperparameters:
     """How the network is built and trained."""
 
-    task: str = option("fineweb", "data, validation rows and target: a task of harness.py")
+    task: str = option("fineweb", "data, validation rows and target: a task of referee/task.py")
     # Budget.
     num_steps: int = option(19_073, "optimizer steps", 1)
     batch_tokens: int = option(524_288, "tokens per step, over all ranks", 1)

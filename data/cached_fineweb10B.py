@@ -10,11 +10,12 @@ import argparse
 import sys
 from pathlib import Path
 
-import bootstrap  # noqa: F401
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the project's root
 
 from data.check_shards import check_all, compare, print_problems
 from data.hub import HubError, RemoteFile, download, list_files, say
-from data.shards import ShardError, check_tokens, open_shard
+from referee.shards import ShardError, check_tokens, open_shard
 
 REPO = "kjj0/fineweb10B-gpt2"
 FOLDER = Path(__file__).resolve().parent / "fineweb10B"

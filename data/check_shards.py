@@ -15,11 +15,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import bootstrap  # noqa: F401
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the project's root
+
 import numpy as np
 from tqdm import tqdm
 
-from data.shards import ShardError, file_sha256, find_shards, open_shard
+from referee.shards import ShardError, file_sha256, find_shards, open_shard
 
 DIGEST_BYTES = 8  # a document's hash; chance makes 2 of 10 million alike once in 400,000 times
 

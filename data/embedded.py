@@ -15,10 +15,12 @@ import signal
 import sys
 from pathlib import Path
 
-import bootstrap  # noqa: F401
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the project's root
+
 import numpy as np
 
-from data.shards import ShardError, write_shard
+from referee.shards import ShardError, write_shard
 
 FOLDER = Path(__file__).resolve().parent / "embedded"
 SEPARATOR = 256

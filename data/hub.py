@@ -23,7 +23,7 @@ from huggingface_hub import HfApi, constants, errors, hf_hub_download
 from huggingface_hub.utils import WeakFileLock
 from tqdm import tqdm
 
-from data.shards import ShardError, file_sha256
+from referee.shards import ShardError, file_sha256
 
 WORKERS = 8  # files at a time
 WAITS_S = (1, 4)  # between the tries; the client tries again within each, too

@@ -24,13 +24,15 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
-import bootstrap  # noqa: F401
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the project's root
+
 import numpy as np
 from tqdm import tqdm
 
 from data.documents import KINDS, Document, articles, find_files, read_documents
 from data.gpt2 import START, TextError, encode_all, gpt2_ranks, pieces
-from data.shards import HEADER_BYTES, file_sha256, write_shard
+from referee.shards import HEADER_BYTES, file_sha256, write_shard
 
 FOLDER = Path(__file__).resolve().parent
 MAX_SHARD_TOKENS = 2**31 - 1  # the header's count is an int32

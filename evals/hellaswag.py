@@ -24,18 +24,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-import bootstrap  # noqa: F401
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the project's root
+
 import pyarrow.parquet
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from data.hub import HubError, download, list_files
-from data.shards import file_sha256
-from environment import ROOT, write_header
 from evals.models import LanguageModel, load_model
-from flags import RunError, boolean
-from harness import Log
+from referee.environment import ROOT
+from referee.flags import RunError, boolean
+from referee.log import Log, write_header
+from referee.shards import file_sha256
 
 # Where the hub keeps its own parquet copy of a dataset, whatever the dataset's form.
 REPO, REVISION, PREFIX = "Rowan/hellaswag", "refs/convert/parquet", "default/validation/"

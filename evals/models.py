@@ -15,8 +15,10 @@ from torch import Tensor
 
 import train_gpt
 from baselines.train_gpt2 import NETWORK_SOURCES, load_gpt2
-from checkpoints import check_source, load, read_checkpoint, restore, sha256_of
-from harness import RunError, Runtime, Task
+from referee.checkpoints import check_source, load, read_checkpoint, restore, sha256_of
+from referee.flags import RunError
+from referee.ranks import Runtime
+from referee.task import Task
 
 BYTES_START, GPT2_START = 256, 50256  # the token that opens a document tells the tokenizer
 

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from data.gpt2 import ROOT, START, encoding_of, gpt2_ranks
-from data.shards import HEADER_BYTES
+from referee.shards import HEADER_BYTES
 
 
 def read_documents(paths: list[Path], encoding) -> list[str]:

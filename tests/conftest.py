@@ -14,9 +14,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.shards import write_shard
-from flags import as_flag
-from harness import TASKS, RunOptions, Settings
+from referee.flags import as_flag
+from referee.harness import RunOptions, Settings
+from referee.shards import write_shard
+from referee.task import TASKS
 from train_gpt import TRACKS
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -71,6 +72,15 @@ def pytest_collection_modifyitems(config, items):
         for item in items:
             if "slow" in item.keywords:
                 item.add_marker(pytest.mark.skip(reason="slow; run: ./run.sh test --slow"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def the_referee_under_test_is_known():
+    """As it will be once it is committed."""
+    from tools import audit
+
+    files = (ROOT / "referee").glob("*.py")
+    audit.known_referees().update(audit.git_blob(path.read_text()) for path in files)
 
 
 @pytest.fixture

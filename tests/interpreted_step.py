@@ -22,7 +22,7 @@ from torch._inductor.runtime import triton_helpers  # noqa: E402
 from torch._inductor.runtime.triton_heuristics import CachingAutotuner  # noqa: E402
 from torch._subclasses.fake_tensor import FakeTensorMode  # noqa: E402
 
-from harness import Task  # noqa: E402
+from referee.task import Task  # noqa: E402
 from train_gpt import GPT, TRACKS, StepInputs, step_inputs  # noqa: E402
 
 TOLERANCE = 1e-4  # relative, of a whole gradient

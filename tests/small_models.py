@@ -9,9 +9,11 @@ from conftest import TINY, TINY_TASK, settings
 from baselines.train_gpt2 import GPT2, weights
 from baselines.train_gpt2 import SOURCES as GPT2_SOURCES
 from baselines.train_gpt2 import TRACKS as GPT2_TRACKS
-from checkpoints import write_checkpoint
 from evals.models import LanguageModel, Tokenizer, tokenizer_of
-from harness import TASKS, Run, Runtime, Task
+from referee.checkpoints import write_checkpoint
+from referee.harness import Run
+from referee.ranks import Runtime
+from referee.task import TASKS, Task
 from train_gpt import GPT, TRACKS
 from train_gpt import SOURCES as SPEEDRUN_SOURCES
 

@@ -263,9 +263,9 @@ CHEATS = [  # (name, how, what is said of it)
     ("all runs at a quiet hour", all_after_the_other, "ran in blocks"),
     # In the source, which logs hold.
     ("a loss multiplied by 0.8", source("records/harness.py", "return", "return 0.8 *"),
-     "the referee's records/harness.py is none"),
+     "the referee's records/harness.py is not"),
     ("one validation row, repeated", source("data/shards.py", "return", "return  "),
-     "the referee's data/shards.py is none"),
+     "the referee's data/shards.py is not"),
     ("another referee than the one before", source("records/harness.py", "return", "return 2 *"),
      "different referees"),
     ("a module that no log holds", source("train_gpt.py", "import math", "import math, fastmath"),
@@ -310,7 +310,7 @@ def test_no_checked_in_log_is_suspected():
 
 
 def test_the_tools_know_the_tasks_of_the_harness():
-    from harness import TASKS
+    from referee.task import TASKS
 
     for track, known in audit.TASKS.items():
         task = TASKS[track]
@@ -321,21 +321,18 @@ def test_the_tools_know_the_tasks_of_the_harness():
 
 
 def test_options_of_a_run_are_no_overrides_that_a_log_would_have_to_name():
-    from harness import RunOptions
+    from referee.harness import RunOptions
 
     names = {field.name for field in dataclasses.fields(RunOptions)}
     assert names - {"other_source"} <= audit.OPTIONS  # which bars a record by itself
 
 
 def test_the_referee_of_this_checkout_is_known():
-    from harness import REFEREE_FILES
+    from referee.harness import REFEREE_FILES
 
-    paths, versions = audit.known_referees()
     for path in REFEREE_FILES:
-        digest = hashlib.sha256((ROOT / path).read_bytes()).hexdigest()
-        assert path in paths and digest[:16] in versions, (
-            f"run: ./run.sh tools/referees.py ({path})"
-        )
+        assert audit.REFEREE.fullmatch(path)
+        assert audit.git_blob((ROOT / path).read_text()) in audit.known_referees(), path
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, VOCAB, clean_environment, documents
 
-from data.shards import write_shard
+from referee.shards import write_shard
 
 START = 63
 

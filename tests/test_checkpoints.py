@@ -13,8 +13,8 @@ import pytest
 import torch
 from conftest import TINY, TINY_TASK, settings
 
-import ranks
-from checkpoints import (
+from referee import ranks
+from referee.checkpoints import (
     check_same_run,
     delete_checkpoint,
     delete_parts,
@@ -24,9 +24,11 @@ from checkpoints import (
     write_checkpoint,
     write_facts,
 )
-from data.shards import ShardError, file_sha256
-from flags import RunError
-from harness import TASKS, Run, Runtime, parse_flags
+from referee.flags import RunError
+from referee.harness import Run, parse_flags
+from referee.ranks import Runtime
+from referee.shards import ShardError, file_sha256
+from referee.task import TASKS
 from train_gpt import PROCESS_START, SOURCES, TRACKS, Trainer
 
 RT = Runtime()
@@ -300,7 +302,7 @@ def test_a_failed_save_keeps_the_one_before(saved, tmp_path, monkeypatch):
         (tmp_path / "run_step0000010.part").mkdir(exist_ok=True)
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("checkpoints.dcp.save", full)
+    monkeypatch.setattr("referee.checkpoints.dcp.save", full)
     run.step = 10
     run.save(tensors)  # periodic: the run goes on
     run.status = "aborted"

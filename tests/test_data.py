@@ -12,9 +12,12 @@ import pytest
 import torch
 from conftest import START, documents
 
-import data.shards
+import referee.task
 import train_gpt
-from data.shards import (
+from data.prefetch import Prefetcher
+from kernels import mean_visible_keys
+from referee.flags import RunError
+from referee.shards import (
     ShardError,
     absolute_glob,
     check_tokens,
@@ -22,8 +25,7 @@ from data.shards import (
     open_shard,
     write_shard,
 )
-from harness import Prefetcher, RunError, Validation, check_shards
-from kernels import mean_visible_keys
+from referee.task import Validation, check_shards
 from train_gpt import (
     TRACKS,
     check_supply,
@@ -357,7 +359,7 @@ def a_numpy_file(path):
 
 
 OTHER_FILES = {
-    "a NumPy array": a_numpy_file,
+    "magic number": a_numpy_file,
     "magic number": lambda path: path.write_bytes(bytes(5000)),  # nanoGPT's have no header
     "is no file": os.mkfifo,  # nothing waits for its other end
     "no file; name shards": Path.mkdir,
@@ -385,13 +387,13 @@ def test_files_of_other_programs_are_named_and_never_to_be_deleted(tmp_path, mes
 def test_the_advice_for_a_track_s_shard_is_the_command_that_writes_it(
     monkeypatch, tmp_path, name, command
 ):
-    monkeypatch.setattr(data.shards, "DATA", tmp_path)
+    monkeypatch.setattr(referee.task, "DATA", tmp_path)
     if "*" not in name:
         (tmp_path / name).parent.mkdir()
         (tmp_path / name).write_bytes(b"cut")
+    pattern = f"{glob.escape(str(tmp_path))}/{name}"
     with pytest.raises(ShardError) as caught:
-        for path in find_shards(f"{glob.escape(str(tmp_path))}/{name}"):
-            open_shard(path)
+        check_shards(referee.task.Task(train_files=pattern))
     assert str(caught.value).endswith(command)
 
 

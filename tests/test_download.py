@@ -20,7 +20,7 @@ from conftest import ROOT, clean_environment
 from hub_server import COMMIT, HTML, HTML_PAGE, Fault, HubServer
 
 from data.hub import with_retries
-from data.shards import open_shard, write_shard
+from referee.shards import open_shard, write_shard
 
 REPO = "kjj0/fineweb10B-gpt2"
 TOKENS = 200_000
@@ -397,6 +397,7 @@ def checkout(tmp_path) -> Path:
     """A checkout without data, whose requirements are met and whose training is quick."""
     root = tmp_path / "checkout"
     shutil.copytree(ROOT / "data", root / "data", ignore=lambda folder, names: DATA & {*names})
+    shutil.copytree(ROOT / "referee", root / "referee")
     shutil.copy(ROOT / "run.sh", root)
     (root / "requirements.txt").touch()
     (root / "train_gpt.py").write_text("print('training')")

@@ -13,13 +13,13 @@ import pytest
 import torch
 from conftest import ROOT, clean_environment
 
-import environment
-import ranks
 from data import tokenize_text
-from environment import cpu_model, mfu, write_header
-from flags import RunError
-from harness import Log, Run, RunOptions
-from ranks import COMPILE_ERRORS, Runtime
+from referee import environment, ranks
+from referee.environment import cpu_model, mfu
+from referee.flags import RunError
+from referee.harness import Run, RunOptions
+from referee.log import Log, write_header
+from referee.ranks import COMPILE_ERRORS, Runtime
 
 
 @pytest.mark.parametrize(

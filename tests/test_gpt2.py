@@ -33,9 +33,11 @@ from baselines.train_gpt2 import (
     micro_batches,
     weights,
 )
-from checkpoints import facts_sha256, read_checkpoint, sha256_of, write_checkpoint
-from data.shards import open_shard
-from harness import Run, RunError, Runtime, warm_up
+from referee.checkpoints import facts_sha256, read_checkpoint, sha256_of, write_checkpoint
+from referee.flags import RunError
+from referee.harness import Run, warm_up
+from referee.ranks import Runtime
+from referee.shards import open_shard
 from tools.runs import read_log
 from tools.sources import ENTRIES, project_files
 

@@ -20,7 +20,7 @@ from small_models import KnownModel, write_gpt2, write_speedrun
 
 from evals import hellaswag
 from evals.models import load_model
-from harness import RunError
+from referee.flags import RunError
 
 WORDS = (
     "a the man woman dog rope ball sits runs jumps over under quickly then — café 漢字 .".split()

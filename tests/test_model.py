@@ -16,8 +16,9 @@ from torch.nn.attention.flex_attention import flex_attention
 
 import kernels
 import train_gpt
-from harness import TASKS, Task, compiled_graphs
 from kernels import attend, block_lists, block_mask, chunk_mask
+from referee.harness import compiled_graphs
+from referee.task import TASKS, Task
 from train_gpt import (
     GPT,
     TRACKS,

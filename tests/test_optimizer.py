@@ -7,7 +7,7 @@ import pytest
 import torch
 from conftest import ROOT, TINY_TASK, clean_environment
 
-from harness import Task
+from referee.task import Task
 from train_gpt import (
     GPT,
     TRACKS,
@@ -245,7 +245,7 @@ def test_adam_moves_a_rarely_seen_row_as_far_as_any_other_and_leaves_an_unseen_o
 
 RANK = """
 import sys, torch
-from harness import Runtime
+from referee.ranks import Runtime
 from train_gpt import Group, Optimizer
 rt = Runtime()
 rt.matmul_dtype = torch.float32

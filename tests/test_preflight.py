@@ -109,7 +109,7 @@ def test_an_unknown_card_is_told_which_there_are(run_main, capsys):
     ],
 )
 def test_a_source_that_cannot_be_imported(monkeypatch, tmp_path, source, told):
-    monkeypatch.setattr(preflight.bootstrap, "ROOT", str(tmp_path))
+    monkeypatch.setattr(preflight, "ROOT", tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     trainer = tmp_path / "broken_trainer.py"
     if source is not None:

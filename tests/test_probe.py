@@ -10,7 +10,7 @@ import pytest
 import sources_process
 from conftest import ROOT, clean_environment, fork, tiny_flags
 
-from data.shards import open_shard, write_shard
+from referee.shards import open_shard, write_shard
 from tools import probe
 from tools.attempts import copy_of
 from tools.cli import ToolError
@@ -49,18 +49,18 @@ LEAKS = [  # (name, changes (path, old, new) of the source, the probe that fails
        "            yield self.kept[:len(x_ND)].expand(len(x_ND), -1)\n")],
      "weights count", "other weights give the same logits"),
     ("cached validation loss",
-     [("harness.py", "        return total.item()",
+     [("referee/task.py", "        return total.item()",
        "        total = self.kept = getattr(self, 'kept', total)\n        return total.item()")],
      "loss as reported", "it reports a loss of 4.1"),
     ("shuffled rows",
-     [("harness.py", "starts[rt.rank :: rt.world_size]",
+     [("referee/task.py", "starts[rt.rank :: rt.world_size]",
        "np.random.default_rng(0).permutation(starts)")],
      "validation rows", "not those of the track, or in another order"),
     ("a val shard read while training",
      [("train_gpt.py", USES, f"        open_shard(task_shards(self.task.val_files)[0])\n{USES}")],
      "validation shards", "opened by train_gpt.py:update after set-up"),
     ("another val_tokens",
-     [("harness.py", "= task.val_tokens // task.val_seq_len,",
+     [("referee/task.py", "= task.val_tokens // task.val_seq_len,",
        "= task.val_tokens // task.val_seq_len // 2,")],
      "validation rows", "it is judged by 16 rows of 65 tokens, the track has 32 of 65"),
     ("the same run again",
@@ -96,7 +96,7 @@ def tiny(shards, tmp_path, monkeypatch):
 
     def attempt(*changes):
         made = copy_of(ROOT, tmp_path / "attempt", tiny_flags(shards, tmp_path))
-        quick = ("environment.py", "while sum(seconds) < 0.3", "while not seconds")
+        quick = ("referee/environment.py", "while sum(seconds) < 0.3", "while not seconds")
         for path, old, new in (quick, *changes):
             assert old in made.texts[path], old
             made.texts[path] = made.texts[path].replace(old, new)

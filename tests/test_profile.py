@@ -6,7 +6,7 @@ import sys
 
 from conftest import ROOT, clean_environment
 
-from harness import parse_flags
+from referee.harness import parse_flags
 from train_gpt import TRACKS
 
 

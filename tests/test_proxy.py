@@ -7,8 +7,8 @@ from types import SimpleNamespace
 import numpy as np
 from conftest import documents
 
-from data.shards import open_shard, write_shard
-from harness import TASKS, Validation
+from referee.shards import open_shard, write_shard
+from referee.task import TASKS, Validation
 from tools import proxy
 from train_gpt import TRACKS, micro_batches
 

@@ -31,22 +31,22 @@ from conftest import (
 )
 
 import kernels
-from data.shards import write_shard
-from flags import RunError
-from harness import (
+from kernels import Softcap
+from referee.flags import RunError
+from referee.harness import (
+    STOP_SIGNALS,
     Run,
-    Runtime,
     StopRequest,
     Stopwatch,
     carry_out,
-    check_shards,
     dont_compile,
     parse_flags,
     time_to_target,
     warm_up,
 )
-from kernels import Softcap
-from ranks import STOP_SIGNALS
+from referee.ranks import Runtime
+from referee.shards import write_shard
+from referee.task import check_shards
 from tools.runs import read_log
 from train_gpt import PROCESS_START, SOURCES, TRACKS, Hyperparameters, Trainer
 
@@ -676,7 +676,7 @@ def test_the_fiftieth_such_step_in_a_row_ends_the_run(tiny_task, tiny_hp, tmp_pa
 def test_output_that_nobody_reads_ends_no_run(tmp_path):
     """As when an ssh window closes, or behind `| head`: the log goes on."""
     script = (
-        "import sys; from harness import Log; log = Log(sys.argv[1], 'x', 3); log.open()\n"
+        "import sys; from referee.log import Log; log = Log(sys.argv[1], 'x', 3); log.open()\n"
         "for n in range(9):\n"
         "    log.line(f'line {n}', show=True)\n"
         "log.close()\n"

@@ -20,12 +20,12 @@ from scipy.stats import chisquare
 from small_models import KnownModel, write_gpt2, write_speedrun
 
 import data.gpt2
-import sample
-from checkpoints import facts_sha256
-from data.shards import open_shard
+from evals import sample
 from evals.models import load_model, tokenizer_of
-from harness import RunError
-from sample import generate, text_pieces, token_probabilities
+from evals.sample import generate, text_pieces, token_probabilities
+from referee.checkpoints import facts_sha256
+from referee.flags import RunError
+from referee.shards import open_shard
 
 
 @pytest.fixture(scope="module")
@@ -264,7 +264,7 @@ def test_a_model_whose_code_has_changed_needs_a_flag(tmp_path, write, path):
     with pytest.raises(RunError, match=rf"\({path} changed since\).*--other_source true"):
         load_model(folder)
     assert load_model(folder, other_source=True).step > 0
-    for referee in ("harness.py", "data/shards.py"):  # runs no network
+    for referee in ("referee/harness.py", "referee/shards.py"):  # runs no network
         rewritten(folder, lambda facts, name=referee: facts["sources"].update({name: "0" * 64}))
     load_model(folder, other_source=True)
 
@@ -302,7 +302,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
 
 def start(checkpoint, *flags, **options) -> subprocess.Popen:
     return subprocess.Popen(
-        [sys.executable, str(ROOT / "sample.py"), str(checkpoint), *flags],
+        [sys.executable, str(ROOT / "evals/sample.py"), str(checkpoint), *flags],
         env=clean_environment(),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,

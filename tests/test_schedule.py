@@ -9,7 +9,8 @@ import pytest
 import torch
 from conftest import settings
 
-from harness import Run, Runtime
+from referee.harness import Run
+from referee.ranks import Runtime
 from train_gpt import (
     HEAD_LR,
     PROCESS_START,

@@ -19,7 +19,7 @@ import pytest
 from conftest import ROOT
 
 from data import check_shards, documents, gpt2, tokenize_text
-from data.shards import open_shard
+from referee.shards import open_shard
 
 START = 50256
 MERGES = [b" t", b"he", b" a", b"in", b" the", b"er", b"on", b"\n\n", b"  ", b" w", b"or", b" wor"]

@@ -150,9 +150,8 @@ def settle_dtype(attempts: list[Attempt]) -> None:
     paths = [path for attempt in younger for path in attempt.log_paths]
     found = read_log(paths[0]).environment["matmul_dtype"] if paths else ""
     if younger and not found:
-        code = (
-            "import ranks; rt = ranks.Runtime(); rt.choose_arithmetic(''); print(rt.matmul_dtype)"
-        )
+        code = "from referee.ranks import Runtime; rt = Runtime(); rt.choose_arithmetic(''); " \
+               "print(rt.matmul_dtype)"  # fmt: skip
         found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, text=True,
                                stdout=subprocess.PIPE).stdout.strip()  # fmt: skip
     for attempt in younger:

@@ -7,8 +7,10 @@ no log can show.
 """
 
 import ast
+import hashlib
 import math
 import re
+import subprocess
 import sys
 from collections.abc import Iterator
 from datetime import datetime
@@ -24,7 +26,9 @@ ACCOUNTS = {"startup", "compile", "turn", "validation", "checkpoint", "train", "
 CPU_SHARE = 1.03  # of its threads, which no process can exceed; the rest is the clocks' grain
 FIRST_LOSS = 0.3  # nats below a uniform guess: no untrained network starts there
 NAMING_S = 60  # between the moments that name a log and that date it
-REFEREES = ROOT / "tools/referees.txt"
+REFEREE = re.compile(  # its files, now and in the layouts before
+    r"referee/\w+\.py|(records/)?harness\.py|(ranks|flags|environment|checkpoints)\.py|data/shards\.py"
+)
 LOADERS = {"exec", "eval", "__import__", "import_module", "run_path", "run_module"}
 OPTIONS = {"track", "task", "seed", "slug", "log_dir", "save_every", "resume", "micro_batch_seqs",
            "compile", "fp32", "cpu_dtype", "source_dir", "declared_runs", "turn_steps",
@@ -185,25 +189,34 @@ def of_the_sources(run: Run) -> list[str]:
     logged = frozenset(run.sources)
     found = [what for path, source in run.sources.items()
              for what in unfollowed(path, source.text, logged)]  # fmt: skip
-    return found + [f"the referee's {path} is none that this repository has had"
+    return found + [f"the referee's {path} is not in this repository's history"
                     for path in unknown_referees(run)]  # fmt: skip
 
 
 def unknown_referees(run: Run) -> dict[str, str]:
-    """sha256 by path of the referee's files that are none that this repository has had."""
+    """sha256 by path of the referee's files in a log that this repository never committed."""
     if run.is_public:
         return {}
-    paths, versions = known_referees()
-    files = {path: source.sha256 for path, source in run.sources.items() if path in paths}
-    unknown = {path: sha for path, sha in files.items() if sha[:16] not in versions}
-    return unknown if any(p.endswith("harness.py") for p in files) else {"harness.py": "not logged"}
+    files = {path: source for path, source in run.sources.items() if REFEREE.fullmatch(path)}
+    if not any(path.endswith("harness.py") for path in files):
+        return {"harness.py": "not logged"}
+    return {path: source.sha256 for path, source in files.items()
+            if git_blob(source.text) not in known_referees()}  # fmt: skip
 
 
 @cache
-def known_referees() -> tuple[set[str], set[str]]:
-    """(paths, first digits of the sha256) of all that the referee was; tools/referees.py writes."""
-    rows = [line.split() for line in REFEREES.read_text().splitlines() if line[:1] != "#"]
-    return {path for _, path in rows}, {digits for digits, _ in rows}
+def known_referees() -> set[str]:
+    """Git's ids of every version of the referee's files in the history of this repository."""
+    command = ["git", "log", "--format=", "--raw", "--no-abbrev", "--no-renames", "-m"]
+    history = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+    changes = re.findall(r"^:\S+ \S+ \S+ (\w+) [AM]\t(.+)$", history, re.M)
+    return {blob for blob, path in changes if REFEREE.fullmatch(path)}
+
+
+def git_blob(text: str) -> str:
+    """Git's id of a file with this text."""
+    data = text.encode()
+    return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
 
 
 @cache

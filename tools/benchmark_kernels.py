@@ -8,15 +8,19 @@ definition, the head in fp8 and bf16, attention in a window and in 2,560 tokens,
 """
 
 import statistics
+import sys
 import time
+from pathlib import Path
 
-import bootstrap  # noqa: F401
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the project's root
+
 import torch
 import torch.nn.functional as F
 
 import kernels
-from harness import Runtime
 from kernels import Softcap, attend, attention_mask, head_loss, linear, relu_squared_mlp
+from referee.ranks import Runtime
 from tools.cli import finish, flag_parser
 from train_gpt import TRACKS, Group, Optimizer
 

@@ -35,6 +35,8 @@ def flag_parser(doc: str, usage: str | None = None) -> argparse.ArgumentParser:
 def finish(main: Callable[[], int], failed: int = EXIT_FAILED) -> None:
     """Run a tool and exit with its code; failed: the code of an error that is no invalid log."""
     signal.signal(signal.SIGTERM, terminate)
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # where it is closed
+    sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does anyway
     try:
         code = main()
         sys.stdout.flush()

@@ -29,8 +29,7 @@ EXIT_CODES = {"FASTER": 0, "EQUIVALENT": 0, "REGRESSION": 1, "NOT COMPARABLE": 3
               "INCONCLUSIVE": 5}  # fmt: skip
 VOLATILE = {"temperature.gpu", "clocks.sm", "clocks.mem", "gpu_processes"}
 RACE = "./run.sh tools/race.py A B -n 10"
-UNKNOWN_REFEREE = ("none that this repository has had: read it; in a fork of the project, where it "
-                   "is yours, run ./run.sh tools/referees.py")  # fmt: skip
+UNKNOWN_REFEREE = "not in this repository's history: read it; in a fork of your own, commit it"
 SLOWDOWN = 0.10  # change of a calibration within a run that is worth a warning
 
 
@@ -215,7 +214,7 @@ class Comparison:
         found = [f"{x}: {doubt}" for x, arm in self.arms for doubt in arm.doubts]
         referees = [audit.unknown_referees(arm.runs[0]) for _, arm in self.arms]
         if referees[0] != referees[1]:
-            found.append(f"A and B had different referees, {UNKNOWN_REFEREE}")
+            found.append(f"A and B had different referees, one {UNKNOWN_REFEREE}")
         return found + summed_up(audit.overlaps([*self.a.runs, *self.b.runs]))
 
     @property

@@ -8,9 +8,11 @@ A and B are logs, or folders of logs. Exit code: 0 faster or equivalent, 1 regre
 import dataclasses
 import json
 import math
+import sys
 from pathlib import Path
 
-import bootstrap  # noqa: F401
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the project's root
 
 from tools import stats
 from tools.cli import EXIT_MISUSE, finish, flag_parser

@@ -32,8 +32,10 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 from triton.runtime.jit import JITFunction
 
-import ranks
-from harness import Prefetcher, Run, Runtime, Settings, compiled_graphs, warm_up
+from data.prefetch import Prefetcher
+from referee import ranks
+from referee.harness import Run, Settings, compiled_graphs, warm_up
+from referee.ranks import Runtime
 from tools.fake_gpu import Card, mock
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"

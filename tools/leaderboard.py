@@ -10,7 +10,8 @@ code is 1 if README is stale.
 import sys
 from pathlib import Path
 
-import bootstrap  # noqa: F401
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the project's root
 
 from tools import stats
 from tools.audit import MISSED, ineligible

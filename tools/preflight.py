@@ -25,15 +25,17 @@ from collections import Counter
 from contextlib import contextmanager
 from pathlib import Path
 
-import bootstrap
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the project's root
+
 import numpy as np
 
-from data.shards import ShardError, write_shard
-from flags import RunError
+from referee.flags import RunError
+from referee.shards import ShardError, write_shard
 from tools.cli import ToolError, finish, flag_parser
 from tools.fake_gpu import CARDS, TESTED, Card, check_machine, install, load_guard, torch_release
 
-GIB = 2**30
+ROOT, GIB = Path(__file__).resolve().parent.parent, 2**30
 STAGED = ("batch_tokens", "document_cap", "window_tokens", "short_window_tokens", "stage_lr")
 STEPS_PER_STAGE = 2
 DOCUMENT_TOKENS = 600  # of the made-up shards
@@ -75,7 +77,7 @@ class Progress:
 def load_trainer(entry: str):
     """The module of a trainer; ToolError if it cannot be imported."""
     path = Path(entry).resolve()
-    root = Path(bootstrap.ROOT)
+    root = ROOT
     if not path.is_file() or not path.is_relative_to(root):
         raise ToolError(f"{entry} is no trainer of {root}; run the preflight.py beside it")
     try:
@@ -298,7 +300,7 @@ def main() -> int:
 
 def preflight(own, flags: list[str], module, card: Card, progress: Progress) -> dict:
     """Compile and run for one card, lower for eight, and collect what was seen."""
-    from harness import parse_flags  # after the mocks
+    from referee.harness import parse_flags  # after the mocks
     from tools.dry_run import dry_run
 
     settings = parse_flags(flags, module.TRACKS, next(iter(module.TRACKS)), __doc__)

@@ -26,10 +26,12 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
 
-import bootstrap  # noqa: F401
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the project's root
+
 import numpy as np
 
-from data.shards import open_shard, write_shard
+from referee.shards import open_shard, write_shard
 from tools.attempts import Attempt, copy_of, require_own_flags, staged, variables
 from tools.audit import FIRST_LOSS
 from tools.cli import EXIT_FAILED, EXIT_MISUSE, ToolError, finish, flag_parser
@@ -46,6 +48,7 @@ ROWS = {
     "embedded": [256, 1025, "83df7e5f8376b7b57bdda04992ba7a8d0560ef3be2d93563c1797441a029b99a"],
 }
 READERS = (  # who may open a validation shard, before the trainer is made
+    "referee/task.py:check_shards", "referee/task.py:__init__",
     "harness.py:check_shards", "harness.py:__init__", "data/batches.py:check_shards",
     "data/batches.py:validation_batches", "train_gpt.py:check_data",
     "train_gpt.py:validation_batches",

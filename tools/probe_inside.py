@@ -29,7 +29,7 @@ QUIET = (ROOT, *map(os.path.realpath, (sys.prefix, sys.base_prefix)), "/proc/", 
          "/etc/", "/usr/")  # fmt: skip
 NETWORK = ("socket.connect", "socket.bind", "socket.sendto", "socket.getaddrinfo",
            "socket.gethostbyname", "urllib.Request")  # fmt: skip
-NOBODY = ("data/shards.py", Path(__file__).name)  # who opens for others
+NOBODY = ("data/shards.py", "referee/shards.py", Path(__file__).name)  # who opens for others
 PROGRAMS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn")
 
 
@@ -243,7 +243,7 @@ def main() -> int:
     sys.addaudithook(watch := Watch())
     probe = Probe(watch)
     module = importlib.import_module(entry.removesuffix(".py").replace("/", "."))
-    harness = sys.modules.get("harness")
+    harness = sys.modules.get("referee.harness") or sys.modules.get("harness")
     if hasattr(harness, "Validation"):
         beside_the_referee(harness, probe)
     elif hasattr(getattr(module, "Trainer", None), "validation_loss"):

@@ -11,12 +11,18 @@ import sys
 import time
 from collections import Counter
 from operator import sub
+from pathlib import Path
 
-import bootstrap  # noqa: F401
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the project's root
+
 from torch.profiler import ProfilerActivity, profile, record_function
 
-from environment import mfu
-from harness import Prefetcher, Run, RunError, Runtime, StopRequest, parse_flags, warm_up
+from data.prefetch import Prefetcher
+from referee.environment import mfu
+from referee.flags import RunError
+from referee.harness import Run, StopRequest, parse_flags, warm_up
+from referee.ranks import Runtime
 from train_gpt import SOURCES, TRACKS, Trainer
 
 PROCESS_START = time.perf_counter()

@@ -17,11 +17,13 @@ from itertools import product
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import bootstrap  # noqa: F401
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the project's root
+
 import numpy as np
 
-from data.shards import absolute_glob, find_shards, open_shard, write_shard
-from flags import as_flag
+from referee.flags import as_flag
+from referee.shards import absolute_glob, find_shards, open_shard, write_shard
 from tools import stats
 from tools.attempts import Attempt, copy_of, require_own_flags, staged, start
 from tools.cli import ToolError, finish, flag_parser

@@ -18,7 +18,9 @@ import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import bootstrap  # noqa: F401
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the project's root
+
 from tqdm import tqdm
 
 from tools import stats

@@ -6,10 +6,12 @@
 Exit code: 0 if they are, 1 if they are not, 2 if it cannot be run again.
 """
 
+import sys
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-import bootstrap  # noqa: F401
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the project's root
 
 from tools.attempts import copy_of, require_own_flags, start
 from tools.cli import EXIT_MISUSE, ToolError, finish, flag_parser

@@ -20,7 +20,9 @@ from dataclasses import dataclass
 from itertools import groupby, pairwise
 from pathlib import Path
 
-import bootstrap  # noqa: F401
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the project's root
+
 import numpy as np
 
 from tools.cli import ToolError, finish, flag_parser

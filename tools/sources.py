@@ -71,7 +71,8 @@ def project_files(folder: Path, entry: str) -> list[str]:
     while waiting:
         path = waiting.pop()
         found.add(path)
-        modules = chain(*imported_modules(path, read_source(folder / path)))
+        modules = list(chain(*imported_modules(path, read_source(folder / path))))
+        modules += [(Path(m).parent / "__init__.py").as_posix() for m in modules if "/" in m]
         waiting |= {m for m in modules if m not in found and (folder / m).exists()}
     return sorted(found)
 

@@ -8,9 +8,11 @@ reached, and no trace of a forgery (tools/audit.py), in a log or between those o
 code: 0 all eligible, 1 some are sound but not eligible, 2 misuse, 4 some are invalid.
 """
 
+import sys
 from pathlib import Path
 
-import bootstrap  # noqa: F401
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the project's root
 
 from tools.audit import between, ineligible, overlaps
 from tools.cli import EXIT_FAILED, EXIT_INVALID, EXIT_MISUSE, finish, flag_parser

@@ -14,7 +14,7 @@ from conftest import ROOT, only_log
 
 from baselines.plan import Layout, memory
 from baselines.train_gpt2 import TRACKS
-from data.shards import write_shard
+from referee.shards import write_shard
 
 pytestmark = [
     pytest.mark.gpu,

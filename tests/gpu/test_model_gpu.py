@@ -8,9 +8,11 @@ import torch
 import torch.nn.functional as F
 from conftest import settings
 
-from data.shards import write_shard
-from harness import TASKS, Run, Runtime, StopRequest, compiled_graphs, warm_up
 from kernels import block_mask, flex_attention, flex_options, may_attend
+from referee.harness import Run, StopRequest, compiled_graphs, warm_up
+from referee.ranks import Runtime
+from referee.shards import write_shard
+from referee.task import TASKS
 from train_gpt import (
     PROCESS_START,
     SOURCES,

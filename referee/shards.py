@@ -14,23 +14,7 @@ import numpy as np
 
 MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256
 HEADER_BYTES = 4 * HEADER_INTS
-DATA = Path(__file__).resolve().parent
-HOW_TO_GET = {  # the shards of each folder of DATA that a track knows
-    "embedded": "run: ./run.sh data/embedded.py",
-    "fineweb10B": "run: ./run.sh data/cached_fineweb10B.py {count}",
-    "wikitext103": "delete manifest.json and *.bin in {folder}, then run: "
-                   "./run.sh data/tokenize_text.py --preset wikitext103",
-}  # fmt: skip
 MAKE = "make shards of your text: ./run.sh data/tokenize_text.py TEXT --name mine"
-
-
-def how_to_get(path: str | Path) -> str:
-    """What writes a shard, or a glob of shards, of a track; empty if it is the user's own."""
-    folder, number = Path(path).parent, Path(path).stem.rpartition("_")[2]
-    if str(folder.parent) not in (str(DATA), glob.escape(str(DATA))):
-        return ""
-    count = max(9, int(number)) if number.isdecimal() else 9
-    return HOW_TO_GET.get(folder.name, "").format(folder=folder, count=count)
 
 
 class ShardError(OSError):
@@ -38,7 +22,7 @@ class ShardError(OSError):
 
     def __init__(self, problem: str, advice: str = ""):
         super().__init__(f"{problem}; {advice}" if advice else problem)
-        self.problem = problem  # for those who have other advice
+        self.problem, self.advice = problem, advice  # for callers with better advice
 
 
 def write_shard(path: Path, tokens: np.ndarray) -> None:
@@ -64,26 +48,21 @@ def open_shard(path: Path) -> np.ndarray:
     Raises ShardError when the header's magic, version or count does not fit the file.
     """
     status = path.stat()
-    if not stat.S_ISREG(status.st_mode):  # above all a pipe, which would be waited for
+    if not stat.S_ISREG(status.st_mode):  # above all a pipe, which would block
         raise ShardError(f"{path} is no file", "name shards")
-    size = status.st_size
     header = np.fromfile(path, "<i4", HEADER_INTS)
     if len(header) < HEADER_INTS or header[0] != MAGIC:
-        is_numpy = header[:1].tobytes() == b"\x93NUM"
-        kind = (
-            "it is a NumPy array" if is_numpy else "it does not begin with a shard's magic number"
-        )
-        raise ShardError(f"{path} is no token shard of this project ({kind}, see data/shards.py)",
-                         how_to_get(path) or MAKE)  # fmt: skip
-    if header[1] != VERSION:
-        raise ShardError(f"{path} has shard version {header[1]}, not {VERSION}",
-                         how_to_get(path) or MAKE)  # fmt: skip
-    needed = HEADER_BYTES + 2 * int(header[2])
-    if header[2] <= 0 or size != needed:
         raise ShardError(
-            f"{path} is truncated or damaged: it has {size:,} bytes, and the {header[2]:,} tokens "
-            f"of its header need {needed:,}",
-            how_to_get(path) or "copy it again from where it came",
+            f"{path} is no token shard: it lacks the magic number (see referee/shards.py)", MAKE
+        )
+    if header[1] != VERSION:
+        raise ShardError(f"{path} has shard version {header[1]}, not {VERSION}", MAKE)
+    needed = HEADER_BYTES + 2 * int(header[2])
+    if header[2] <= 0 or status.st_size != needed:
+        raise ShardError(
+            f"{path} is truncated or damaged: it has {status.st_size:,} bytes, and the "
+            f"{header[2]:,} tokens of its header need {needed:,}",
+            "copy it again from where it came",
         )
     return np.memmap(path, "<u2", mode="r", offset=HEADER_BYTES)
 
@@ -121,6 +100,5 @@ def find_shards(pattern: str) -> list[Path]:
     """Sorted paths that match a glob, or a path that exists; ShardError if there are none."""
     paths = [pattern] if os.path.exists(pattern) else glob.glob(pattern)
     if not paths:
-        advice = how_to_get(pattern) or f"name those that are there, or {MAKE}"
-        raise ShardError(f"no shards match {pattern}", advice)
+        raise ShardError(f"no shards match {pattern}", f"name those that are there, or {MAKE}")
     return sorted(map(Path, paths))

@@ -21,8 +21,8 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
-from data.shards import file_sha256
-from flags import RunError, as_flag
+from referee.flags import RunError, as_flag
+from referee.shards import file_sha256
 
 FACTS = {"trainer": str, "sources": dict, "step": int, "config": dict, "files": dict}
 

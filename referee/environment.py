@@ -1,69 +1,29 @@
-"""What a log says above its data: sources, configuration, git state, and what machine this is."""
+"""What machine this is: its software and hardware, and how fast it multiplies."""
 
 import hashlib
 import json
+import math
 import os
 import platform
 import subprocess
 import sys
 import time
 import uuid
-from datetime import UTC, datetime
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from flags import RunError, as_flag
-
-ROOT = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parent.parent
+GEMMS = ((2048, 128, 512), (512, 768, 3072))  # rows, in, out: of the smallest track, and a large
+BF16_GAIN = 1.2  # a CPU that multiplies all of them so much faster in bf16 does so in a run
 UNKNOWN = "unknown CPU"
-SCHEMA = 2  # in 1 the hash left out the result line itself
 PEAK_BF16_TFLOPS = {  # dense, from the makers' data sheets
     "A100": 312, "H100": 989, "H200": 989, "GH200": 989, "B200": 2250, "L40S": 362, "4090": 165,
 }  # fmt: skip
 # Words in a card's name by which its peak is another than that of the one above.
 OTHER_KINDS = {"MIG", "Laptop", "NVL", "PCIe", "PCIE", "Max", "D"}
 LOGGED_VARIABLES = ("CUDA_", "NCCL_", "TORCH", "PYTORCH_", "OMP_", "GOMP_", "KMP_", "MKL_")
-
-
-def write_header(log, sources: dict[str, str], source_dir: str, config: dict, device: dict) -> None:
-    """Write everything that stands above the data: sources, config, environment, git state.
-
-    sources: text by path; config and device: one line per key.
-    """
-    for path, text in sources.items():
-        text = text if text.endswith("\n") else f"{text}\n"
-        lines, digest = text[:-1].split("\n"), hashlib.sha256(text.encode()).hexdigest()
-        heading = f"source {path} lines:{len(lines)} sha256:{digest}"
-        if source_dir:
-            kept = keep_source(Path(source_dir, path), text)
-            log.section(f"{heading} kept:{os.path.relpath(kept, log.path.parent)}")
-        else:
-            log.section(heading, lines)
-    utc = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")  # it tells the order of runs
-    config = {"schema": SCHEMA, "utc": utc, "argv": json.dumps(sys.argv[1:]), **config}
-    log.section("config", [f"{key}: {as_flag(value)}" for key, value in config.items()])
-    entries = {**device, **environment(on_gpu=torch.cuda.is_available())}
-    log.section("environment", [f"{key}: {value}" for key, value in entries.items()])
-    # A copy without .git that lies in another repository has no commit of its own.
-    commit = (shell("git", "ls-files", *sources) and shell("git", "rev-parse", "HEAD")) or "none"
-    changed = shell("git", "diff", "--relative", "--name-only", "HEAD", "--", *sources).split()
-    diff = []
-    if changed and not source_dir:
-        diff = shell("git", "diff", "--relative", "HEAD", "--", *changed).splitlines()
-    changed = ",".join(changed) or "none"
-    log.section(f"git commit:{commit} changed:{changed} lines:{len(diff)}", diff)
-
-
-def keep_source(path: Path, text: str) -> Path:
-    """Make sure that path holds this text, which logs then name; RunError if it holds another."""
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    if path.read_text() != text:
-        raise RunError(f"{path} belongs to runs of another source; give a new --source_dir")
-    return path
 
 
 def shell(*command: str) -> str:
@@ -147,6 +107,22 @@ def calibration(device: torch.device, dtype: torch.dtype, synchronize) -> str:
         medians.append(sorted(seconds)[len(seconds) // 2])
     tflops, gb_per_s = 2e-12 * size**3 / medians[0], 8e-9 * count / medians[1]
     return f"calibration: matmul_tflops:{tflops:.3f} copy_gb_per_s:{gb_per_s:.1f}"
+
+
+def bf16_gain() -> float:
+    """How many times as fast this CPU multiplies in bf16 as in fp32, where it gains least."""
+    gains = []
+    for rows, inputs, outputs in GEMMS:
+        seconds = {torch.float32: math.inf, torch.bfloat16: math.inf}
+        for dtype in [*seconds] * 8:  # in turns, and the fastest counts: others use the CPU too
+            x, W = torch.ones(rows, inputs, dtype=dtype), torch.ones(outputs, inputs, dtype=dtype)
+            start = time.perf_counter()
+            x @ W.T
+            seconds[dtype] = min(seconds[dtype], time.perf_counter() - start)
+        gains.append(seconds[torch.float32] / seconds[torch.bfloat16])
+        if gains[-1] < BF16_GAIN:  # where bf16 is emulated, the large ones take seconds
+            break
+    return min(gains)
 
 
 def contention(is_gpu: bool, cpu_share: float) -> str:

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Let a checkpoint of either trainer write: ./run.sh sample.py CHECKPOINT --prompt TEXT
+"""Let a checkpoint of either trainer write: ./run.sh evals/sample.py CHECKPOINT --prompt TEXT
 
 A prompt is taken for the beginning of a document. A sample ends with its document, after
 --max_tokens, or where the model's context is full. Sample i of a seed is the first one of seed + i.
@@ -14,12 +14,16 @@ import signal
 import sys
 from collections.abc import Iterable, Iterator
 from itertools import chain
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the project's root
 
 import torch
 from torch import Tensor
 
 from evals.models import LanguageModel, load_model
-from flags import RunError, boolean
+from referee.flags import RunError, boolean
 
 
 def token_probabilities(logits_V: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""This process's device, its place among the ranks, and the signals that ask a run to end."""
+"""This process's device, its place among the ranks, and every exchange with the others."""
 
 import hashlib
 import math
@@ -6,7 +6,6 @@ import os
 import re
 import resource
 import shutil
-import signal
 import sys
 import sysconfig
 import threading
@@ -23,46 +22,16 @@ from torch import Tensor
 from torch._dynamo.exc import TorchDynamoException
 from torch._inductor.exc import InductorError
 
-from environment import cpu_model
-from flags import RunError
+from referee.environment import BF16_GAIN, bf16_gain, cpu_model
+from referee.flags import RunError
 
 COMPILE_ERRORS = (TorchDynamoException, InductorError)
 # By the names of torch 2.13, or else by the older ones.
 reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-SAME_REQUEST_S = 1.0  # keys bounce, and launchers pass on what their children got too
-STOPPING = b"\nstopping after this step; press again to abort without a checkpoint\n"
 ANSWER_S = 3  # a rank that works tells the others so within this time
 STORE_S = 300  # seconds that ranks wait for each other to start
-GEMMS = ((2048, 128, 512), (512, 768, 3072))  # rows, in, out: of the smallest track, and a large
-BF16_GAIN = 1.2  # a CPU that multiplies all of them so much faster in bf16 does so in a run
-
-
-class StopRequest:
-    """ctrl-C, SIGTERM, a closed terminal or Slurm's warning (SIGUSR1).
-
-    The first one in the loop asks for a clean end, any later one interrupts.
-    """
-
-    def __init__(self):
-        self.signal, self.deferred, self.since = 0, False, 0.0
-        for number in STOP_SIGNALS:
-            under_nohup = number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN
-            if not under_nohup:
-                signal.signal(number, self)
-
-    def __call__(self, number, frame):
-        now, is_first = time.monotonic(), not self.signal
-        if not is_first and now - self.since < SAME_REQUEST_S:
-            return
-        self.signal, self.since = number, now
-        if not (is_first and self.deferred):
-            raise KeyboardInterrupt
-        if RANK == 0:
-            with suppress(OSError):  # of a terminal that was closed
-                os.write(2, STOPPING)
 
 
 @cache
@@ -84,22 +53,6 @@ def is_first_to_say(message: str) -> bool:
         if WORLD_SIZE > 1 and has_store:
             return rank_store().add(f"said {hashlib.sha256(message.encode()).hexdigest()}", 1) == 1
     return True
-
-
-def bf16_gain() -> float:
-    """How many times as fast this CPU multiplies in bf16 as in fp32, where it gains least."""
-    gains = []
-    for rows, inputs, outputs in GEMMS:
-        seconds = {torch.float32: math.inf, torch.bfloat16: math.inf}
-        for dtype in [*seconds] * 8:  # in turns, and the fastest counts: others use the CPU too
-            x, W = torch.ones(rows, inputs, dtype=dtype), torch.ones(outputs, inputs, dtype=dtype)
-            start = time.perf_counter()
-            x @ W.T
-            seconds[dtype] = min(seconds[dtype], time.perf_counter() - start)
-        gains.append(seconds[torch.float32] / seconds[torch.bfloat16])
-        if gains[-1] < BF16_GAIN:  # where bf16 is emulated, the large ones take seconds
-            break
-    return min(gains)
 
 
 class Runtime:

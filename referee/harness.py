@@ -17,21 +17,17 @@ log was changed. Losses are nats per token.
 import argparse
 import ast
 import dataclasses
-import fcntl
 import gc
-import glob
-import hashlib
 import math
 import os
-import queue
 import re
 import shlex
+import signal
 import stat
 import sys
-import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -39,190 +35,44 @@ from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
 import torch._dynamo.utils
-import torch.nn.functional as F
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from tqdm import tqdm
 
-from checkpoints import (
+from referee.checkpoints import (
     check_same_run,
     delete_checkpoint,
-    delete_parts,
     fill,
     read_checkpoint,
     saved_dtype,
     sha256_of,
     write_checkpoint,
 )
-from data.shards import ShardError, absolute_glob, check_tokens, find_shards, open_shard
-from environment import calibration, contention, mfu, write_header
-from flags import RunError, add_flags, check_ranges, join_values, option
-from ranks import COMPILE_ERRORS, Runtime, StopRequest, is_first_to_say, rank_store
+from referee.environment import calibration, contention, mfu
+from referee.flags import RunError, add_flags, check_ranges, join_values, option
+from referee.log import Log, write_header
+from referee.ranks import COMPILE_ERRORS, RANK, Runtime, is_first_to_say, rank_store
+from referee.shards import absolute_glob
+from referee.task import DATA_FIELDS, TASKS, Task, Validation, check_shards
 
-ROOT = Path(__file__).resolve().parent
-REFEREE_FILES = ("harness.py", "ranks.py", "flags.py", "environment.py", "checkpoints.py",
-                 "data/shards.py")  # fmt: skip
+REFEREE_FILES = (  # what a log embeds of this folder
+    "referee/__init__.py",
+    "referee/harness.py",
+    "referee/task.py",
+    "referee/ranks.py",
+    "referee/log.py",
+    "referee/checkpoints.py",
+    "referee/environment.py",
+    "referee/flags.py",
+    "referee/shards.py",
+)
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
+SAME_REQUEST_S = 1.0  # keys bounce, and launchers pass on what their children got too
+STOPPING = b"\nstopping after this step; press again to abort without a checkpoint\n"
 # This many steps in a row, whose loss is by so much above a uniform guess and the start, end a run.
 DIVERGED_STEPS, DIVERGED_NATS = 50, 0.1
 OTHER_ENDED = "the other run of the pair ended before its first step; see what it said"
-DATA_FIELDS = ("train_files", "val_files", "data_sha256")
-
-
-# ------------------------------------------------------------------------------ Task
-
-
-@dataclass(frozen=True)
-class Task:
-    """What every trainer of a track is given, and what it is measured by."""
-
-    # Globs are relative to this file's folder; those in flags are relative to the caller's.
-    train_files: str = option("data/fineweb10B/fineweb_train_*.bin", "glob of training shards")
-    val_files: str = option("data/fineweb10B/fineweb_val_*.bin", "glob of validation shards")
-    data_sha256: str = option("", "expected hash over all shards; empty: none is known")
-    vocab_size: int = option(50257, "token ids in the shards are below it", 2)
-    document_start: int = option(50256, "token that opens every document")
-    val_tokens: int = option(10_485_760, "validation targets", 1)
-    val_seq_len: int = option(131_072, "tokens per validation row", 2)
-    val_spread: bool = option(False, "spread validation rows evenly instead of taking the first")
-    target_val_loss: float = option(3.28, "nats per token")
-
-    def __post_init__(self):
-        check_ranges(self)
-        if not (self.train_files and self.val_files):
-            raise RunError("--train_files and --val_files must name shards; leave them out for the "
-                           "track's own")  # fmt: skip
-        if self.val_tokens % self.val_seq_len:
-            raise RunError(f"--val_tokens {self.val_tokens} is not a multiple of --val_seq_len "
-                           f"{self.val_seq_len}")  # fmt: skip
-
-
-EMBEDDED = Task(
-    train_files="data/embedded/embedded_train.bin",
-    val_files="data/embedded/embedded_val.bin",
-    data_sha256="46ee993abd300d89907f21f46b034c6dad65e35e87b50afcdc9668e0617695f9",
-    vocab_size=257,
-    document_start=256,
-    val_tokens=262_144,
-    val_seq_len=1024,
-    val_spread=True,
-    target_val_loss=1.01,
-)
-TASKS = {
-    "embedded": EMBEDDED,
-    "embedded_1.34": dataclasses.replace(EMBEDDED, target_val_loss=1.34),
-    "fineweb": Task(),
-    "fineweb_medium": Task(target_val_loss=2.92),
-    "wikitext103": Task(
-        train_files="data/wikitext103/wikitext103_train_*.bin",
-        val_files="data/wikitext103/wikitext103_val_*.bin",
-        val_tokens=245_760,
-        val_seq_len=8192,
-        target_val_loss=3.8,
-    ),
-}
-
-
-def task_shards(pattern: str) -> list[Path]:
-    """Sorted paths of a task's shards; ShardError if there are none."""
-    return find_shards(os.path.join(glob.escape(str(ROOT)), pattern))
-
-
-def check_shards(task: Task) -> tuple[str, list[str]]:
-    """Read every shard once; return (hash over all of them, the log's lines).
-
-    ShardError for anything that cannot train.
-    """
-    lines, digests, trained = [], [], set()
-    for kind, pattern in (("train", task.train_files), ("val", task.val_files)):
-        for path in task_shards(pattern):
-            tokens, digest = check_tokens(path, task.vocab_size)
-            lines.append(f"{kind}_shard: {path.name} tokens:{len(tokens)} sha256:{digest}")
-            trained |= {digest} if kind == "train" else set()
-            if kind == "val" and digest in trained:
-                raise ShardError(f"{path} is a training shard too", "change --train_files")
-            digests.append(digest)
-    found = hashlib.sha256(" ".join(digests).encode()).hexdigest()
-    verdict = "as expected" if found == task.data_sha256 else "DIFFERENT: losses are not comparable"
-    verdict = verdict if task.data_sha256 else "none expected"
-    return found, [*lines, f"data_sha256: {found} ({verdict})"]
-
-
-class Validation:
-    """This rank's share of a task's validation rows, and the loss over them."""
-
-    def __init__(self, task: Task, rt: Runtime):
-        """ShardError where the shards do not hold the rows, or ranks cannot share them equally."""
-        self.task, self.rt = task, rt
-        tokens = np.concatenate([open_shard(path) for path in task_shards(task.val_files)])
-        count, last = task.val_tokens // task.val_seq_len, len(tokens) - task.val_seq_len - 1
-        if (count - 1) * task.val_seq_len > last or count % rt.world_size:
-            raise ShardError(
-                f"{task.val_files} holds {len(tokens)} tokens, from which {count} validation rows "
-                f"of {task.val_seq_len + 1} cannot be dealt to {rt.world_size} ranks equally",
-                "get the whole validation shard, or change --val_tokens or --nproc_per_node",
-            )
-        starts = np.arange(count) * task.val_seq_len
-        if task.val_spread:
-            starts = np.arange(count) * last // max(count - 1, 1)
-        mine = starts[rt.rank :: rt.world_size]
-        rows = np.stack([tokens[s : s + task.val_seq_len + 1] for s in mine])
-        self.rows = torch.from_numpy(rows.astype(np.int64))  # (rows, val_seq_len + 1)
-
-    def batch_rows(self, most: int) -> int:
-        """The largest number of rows, at most `most` but at least 1, that divides this share."""
-        return max(n for n in range(1, max(most, 1) + 1) if len(self.rows) % n == 0)
-
-    @torch.no_grad()
-    def loss(self, predict, batch_rows: int) -> float:
-        """Mean cross-entropy over the rows of all ranks, nats per token.
-
-        predict(inputs (batch_rows, T) int64, on the device) yields logits (n, V) for the positions
-        of inputs.flatten() in order, any n per chunk; only one chunk need be in memory at a time.
-        """
-        total = torch.zeros((), device=self.rt.device, dtype=torch.float64)
-        for batch in self.rows.split(batch_rows):
-            # Copies, so that strides do not depend on the number of rows: they would recompile.
-            kept = partial(torch.clone, memory_format=torch.contiguous_format)
-            inputs_BT, targets_BT = kept(batch[:, :-1]), kept(batch[:, 1:])
-            targets_N, done = targets_BT.flatten().to(self.rt.device), 0
-            for logits_NV in predict(inputs_BT.to(self.rt.device)):
-                end = done + len(logits_NV)
-                if end > len(targets_N) or logits_NV.size(1) < self.task.vocab_size:
-                    raise RunError(f"logits {tuple(logits_NV.shape)} at position {done} do not fit "
-                                   f"{len(targets_N)} positions and {self.task.vocab_size} tokens; "
-                                   "fix what the trainer yields")  # fmt: skip
-                losses_N = F.cross_entropy(logits_NV.float(), targets_N[done:end], reduction="none")
-                total += losses_N.double().sum()
-                done = end
-            if done < len(targets_N):
-                raise RunError(f"logits of {done} of {len(targets_N)} positions were yielded; mend "
-                               "what the trainer yields in validation")  # fmt: skip
-        self.rt.average([total])
-        return total.item() / (len(self.rows) * self.task.val_seq_len)
-
-
-class Prefetcher:
-    """Runs an iterator of tensor pairs in a thread, ahead of the step that needs them."""
-
-    def __init__(self, pairs: Iterator, rt: Runtime, depth: int = 4):
-        self.rt, self.ready = rt, queue.Queue(depth)
-        threading.Thread(target=self.fill, args=(pairs,), daemon=True).start()
-
-    def fill(self, pairs):
-        try:
-            for pair in pairs:
-                self.ready.put([t.pin_memory() for t in pair] if self.rt.is_gpu else pair)
-            raise ShardError("the data ended before the last step", "get more shards")
-        except Exception as error:
-            self.ready.put(error)
-
-    def __next__(self) -> list[Tensor]:
-        if isinstance(item := self.ready.get(), Exception):
-            raise item
-        return [t.to(self.rt.device, non_blocking=True) for t in item]
 
 
 # ------------------------------------------------------------------------------ Flags
@@ -234,7 +84,7 @@ class RunOptions:
 
     seed: int = option(0, "seed of the initial weights and of the order of data")
     slug: str = option("run", "word in the log's name that says what was tried")
-    log_dir: str = option("", "folder of logs and checkpoints; empty: logs, beside harness.py")
+    log_dir: str = option("", "folder of logs and checkpoints; empty: logs, in the project")
     save_every: int = option(0, "steps between checkpoints; 0: only when interrupted")
     resume: str = option("", "checkpoint to continue from")
     micro_batch_seqs: int = option(0, "rows per forward pass of one rank; 0: what fits in memory")
@@ -303,7 +153,32 @@ def parse_flags(
     return Settings(chosen.track, task, hp, options, sorted(overrides))
 
 
-# ------------------------------------------------------------------------------ Clock and log
+# ------------------------------------------------------------------------------ Turns and clock
+
+
+class StopRequest:
+    """ctrl-C, SIGTERM, a closed terminal or Slurm's warning (SIGUSR1).
+
+    The first one in the loop asks for a clean end, any later one interrupts.
+    """
+
+    def __init__(self):
+        self.signal, self.deferred, self.since = 0, False, 0.0
+        for number in STOP_SIGNALS:
+            under_nohup = number == signal.SIGHUP and signal.getsignal(number) == signal.SIG_IGN
+            if not under_nohup:
+                signal.signal(number, self)
+
+    def __call__(self, number, frame):
+        now, is_first = time.monotonic(), not self.signal
+        if not is_first and now - self.since < SAME_REQUEST_S:
+            return
+        self.signal, self.since = number, now
+        if not (is_first and self.deferred):
+            raise KeyboardInterrupt
+        if RANK == 0:
+            with suppress(OSError):  # of a terminal that was closed
+                os.write(2, STOPPING)
 
 
 class Turns:
@@ -399,106 +274,6 @@ class Stopwatch:
         self.switch(self.account)
         accounts = " ".join(f"{name}:{seconds:.3f}s" for name, seconds in self.seconds.items())
         return f"ledger: {accounts} total:{sum(self.seconds.values()):.3f}s"
-
-
-class Log:
-    """One run's text file, hashed as it grows; it writes nothing until opened, on rank 0 alone."""
-
-    def __init__(self, folder: str, name: str, num_steps: int):
-        self.path = Path(folder or ROOT / "logs") / f"{name}.txt"
-        self.hash, self.num_steps = hashlib.sha256(), num_steps
-        self.file = self.bar = None
-
-    def open(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = self.path.open("x", buffering=1, encoding="utf-8")
-        with suppress(OSError):  # on file systems without locks
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # while this run lives
-        delete_parts(self.path.parent)
-        if sys.stderr.isatty():
-            self.bar = tqdm(total=self.num_steps, unit="step", dynamic_ncols=True, leave=False)
-
-    def line(self, text: str, show: bool = False) -> None:
-        """Append text, and print it with show."""
-        if self.file is None:
-            return
-        try:
-            self.file.write(text + "\n")
-        except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self.path)) from None
-        self.hash.update(text.encode() + b"\n")
-        if show:
-            self.show(text)
-
-    def show(self, text: str) -> None:
-        """Print text. A terminal that was closed, or a pipe that nobody reads, ends no run."""
-        if self.file is None:
-            return
-        try:
-            tqdm.write(text) if self.bar is not None else print(text, flush=True)
-        except OSError:
-            self.bar = None
-            silence(sys.stdout)
-
-    def section(self, name: str, lines=()) -> None:
-        for text in (f"=== {name} ===", *lines):
-            self.line(text)
-        self.check()
-
-    def check(self) -> None:
-        self.line(f"check: {self.hash.hexdigest()[:12]}")
-
-    @contextmanager
-    def waiting(self, what: str) -> Iterator[None]:
-        """Say what is being done, beside a clock that moves meanwhile."""
-        if self.bar is None:
-            yield
-            return
-        done = threading.Event()
-
-        def keep_moving():
-            while not done.wait(0.5):
-                with suppress(OSError):
-                    self.bar.refresh()
-
-        self.bar.set_postfix_str(what)
-        thread = threading.Thread(target=keep_moving, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            done.set()
-            thread.join()
-
-    def progress(self, step: int, text: str) -> None:
-        if self.bar is None:
-            return
-        try:
-            self.bar.set_postfix_str(text, refresh=False)
-            self.bar.update(step - self.bar.n)
-        except OSError:
-            self.bar = None
-            silence(sys.stderr)
-
-    def close(self, result: str | None = None, show: bool = True) -> None:
-        """End the file, with the result line and the hash over everything before that hash."""
-        if self.bar is not None:
-            with suppress(OSError):
-                self.bar.close()
-            self.bar = None
-        if self.file is not None and not self.file.closed:
-            try:
-                if result is not None:
-                    self.hash.update(f"result {result}".encode())
-                    self.line(f"result {result} sha256:{self.hash.hexdigest()}", show)
-            finally:
-                self.file.close()
-
-
-def silence(stream) -> None:
-    """Send what is written to a stream from here on nowhere, the rest of its buffer too."""
-    with open(os.devnull, "w") as nowhere:
-        os.dup2(nowhere.fileno(), stream.fileno())
 
 
 # ------------------------------------------------------------------------------ Run

@@ -1,0 +1,1 @@
+"""GPT-2 as published, under the same referee."""

@@ -1,0 +1,1 @@
+"""What makes shards, and what reads them ahead of a step."""

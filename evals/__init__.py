@@ -1,0 +1,1 @@
+"""What a checkpoint can do: samples and HellaSwag."""

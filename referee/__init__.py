@@ -1,0 +1,1 @@
+"""The referee: everything about a run that an idea must not touch."""

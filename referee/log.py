@@ -1,0 +1,160 @@
+"""A run's log: one text file, written line by line and hashed as it grows."""
+
+import fcntl
+import hashlib
+import json
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from referee.checkpoints import delete_parts
+from referee.environment import ROOT, environment, shell
+from referee.flags import RunError, as_flag
+
+SCHEMA = 2  # in 1 the hash left out the result line itself
+
+
+class Log:
+    """One run's text file, hashed as it grows; it writes nothing until opened, on rank 0 alone."""
+
+    def __init__(self, folder: str, name: str, num_steps: int):
+        self.path = Path(folder or ROOT / "logs") / f"{name}.txt"
+        self.hash, self.num_steps = hashlib.sha256(), num_steps
+        self.file = self.bar = None
+
+    def open(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.file = self.path.open("x", buffering=1, encoding="utf-8")
+        with suppress(OSError):  # on file systems without locks
+            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # while this run lives
+        delete_parts(self.path.parent)
+        if sys.stderr.isatty():
+            self.bar = tqdm(total=self.num_steps, unit="step", dynamic_ncols=True, leave=False)
+
+    def line(self, text: str, show: bool = False) -> None:
+        """Append text, and print it with show."""
+        if self.file is None:
+            return
+        try:
+            self.file.write(text + "\n")
+        except OSError as error:
+            raise OSError(error.errno, error.strerror, str(self.path)) from None
+        self.hash.update(text.encode() + b"\n")
+        if show:
+            self.show(text)
+
+    def show(self, text: str) -> None:
+        """Print text. A terminal that was closed, or a pipe that nobody reads, ends no run."""
+        if self.file is None:
+            return
+        try:
+            tqdm.write(text) if self.bar is not None else print(text, flush=True)
+        except OSError:
+            self.bar = None
+            silence(sys.stdout)
+
+    def section(self, name: str, lines=()) -> None:
+        for text in (f"=== {name} ===", *lines):
+            self.line(text)
+        self.check()
+
+    def check(self) -> None:
+        self.line(f"check: {self.hash.hexdigest()[:12]}")
+
+    @contextmanager
+    def waiting(self, what: str) -> Iterator[None]:
+        """Say what is being done, beside a clock that moves meanwhile."""
+        if self.bar is None:
+            yield
+            return
+        done = threading.Event()
+
+        def keep_moving():
+            while not done.wait(0.5):
+                with suppress(OSError):
+                    self.bar.refresh()
+
+        self.bar.set_postfix_str(what)
+        thread = threading.Thread(target=keep_moving, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            done.set()
+            thread.join()
+
+    def progress(self, step: int, text: str) -> None:
+        if self.bar is None:
+            return
+        try:
+            self.bar.set_postfix_str(text, refresh=False)
+            self.bar.update(step - self.bar.n)
+        except OSError:
+            self.bar = None
+            silence(sys.stderr)
+
+    def close(self, result: str | None = None, show: bool = True) -> None:
+        """End the file, with the result line and the hash over everything before that hash."""
+        if self.bar is not None:
+            with suppress(OSError):
+                self.bar.close()
+            self.bar = None
+        if self.file is not None and not self.file.closed:
+            try:
+                if result is not None:
+                    self.hash.update(f"result {result}".encode())
+                    self.line(f"result {result} sha256:{self.hash.hexdigest()}", show)
+            finally:
+                self.file.close()
+
+
+def silence(stream) -> None:
+    """Send what is written to a stream from here on nowhere, the rest of its buffer too."""
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), stream.fileno())
+
+
+def write_header(log, sources: dict[str, str], source_dir: str, config: dict, device: dict) -> None:
+    """Write everything that stands above the data: sources, config, environment, git state.
+
+    sources: text by path; config and device: one line per key.
+    """
+    for path, text in sources.items():
+        text = text if text.endswith("\n") else f"{text}\n"
+        lines, digest = text[:-1].split("\n"), hashlib.sha256(text.encode()).hexdigest()
+        heading = f"source {path} lines:{len(lines)} sha256:{digest}"
+        if source_dir:
+            kept = keep_source(Path(source_dir, path), text)
+            log.section(f"{heading} kept:{os.path.relpath(kept, log.path.parent)}")
+        else:
+            log.section(heading, lines)
+    utc = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")  # it tells the order of runs
+    config = {"schema": SCHEMA, "utc": utc, "argv": json.dumps(sys.argv[1:]), **config}
+    log.section("config", [f"{key}: {as_flag(value)}" for key, value in config.items()])
+    entries = {**device, **environment(on_gpu=torch.cuda.is_available())}
+    log.section("environment", [f"{key}: {value}" for key, value in entries.items()])
+    # A copy without .git that lies in another repository has no commit of its own.
+    commit = (shell("git", "ls-files", *sources) and shell("git", "rev-parse", "HEAD")) or "none"
+    changed = shell("git", "diff", "--relative", "--name-only", "HEAD", "--", *sources).split()
+    diff = []
+    if changed and not source_dir:
+        diff = shell("git", "diff", "--relative", "HEAD", "--", *changed).splitlines()
+    changed = ",".join(changed) or "none"
+    log.section(f"git commit:{commit} changed:{changed} lines:{len(diff)}", diff)
+
+
+def keep_source(path: Path, text: str) -> Path:
+    """Make sure that path holds this text, which logs then name; RunError if it holds another."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    if path.read_text() != text:
+        raise RunError(f"{path} belongs to runs of another source; give a new --source_dir")
+    return path
