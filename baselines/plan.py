@@ -11,14 +11,11 @@ import os
 import sys
 from dataclasses import dataclass, fields, replace
 
-from referee.environment import PEAK_BF16_TFLOPS
+from referee.cards import CARDS
 from referee.flags import RunError, option
 from referee.harness import parse_flags
 from referee.ranks import Runtime
 
-MEMORY_GB = {  # of one GPU, from the makers' data sheets
-    "A100": 80, "H100": 80, "H200": 141, "GH200": 96, "B200": 180, "L40S": 48, "4090": 24,
-}  # fmt: skip
 USABLE = 0.9  # of a GPU's memory; the rest is for CUDA, NCCL and fragmentation
 GIB = 2**30
 
@@ -197,7 +194,7 @@ class PlanOptions:
     """For what to plan."""
 
     gpus: int = option(8, "number of GPUs")
-    gpu: str = option("H100", f"their kind: {', '.join(MEMORY_GB)}")
+    gpu: str = option("H100", f"their kind: {', '.join(CARDS)}")
     mfu: float = option(0.4, "share of the GPUs' dense bf16 peak that is used")
     micro_batch_seqs: int = option(0, "rows per forward pass of one GPU; 0: what fits")
 
@@ -205,7 +202,7 @@ class PlanOptions:
 def report(track: str, hp, options: PlanOptions) -> list[str]:
     """The plan's lines; it need not fit."""
     layout = Layout(options.gpus, hp.checkpoint_blocks, hp.cpu_offload)
-    available, verdict, note = 1e9 * MEMORY_GB[options.gpu], "fits: yes", []
+    available, verdict, note = CARDS[options.gpu].memory_bytes, "fits: yes", []
     asked = options.micro_batch_seqs
     if problem := dealing_problem(hp, layout, available, asked):
         hp = replace(hp, batch_tokens=dealable_tokens(hp, layout, available, asked))
@@ -215,7 +212,7 @@ def report(track: str, hp, options: PlanOptions) -> list[str]:
     except RunError as error:
         verdict, micro_seqs = f"fits: no: {error}", asked or 1
     needed = memory(hp, layout, micro_seqs)
-    rate = options.gpus * 1e12 * PEAK_BF16_TFLOPS[options.gpu] * options.mfu / flops_per_token(hp)
+    rate = options.gpus * 1e12 * CARDS[options.gpu].bf16_tflops * options.mfu / flops_per_token(hp)
     budget = hp.num_steps * hp.batch_tokens
     return [
         f"track: {track}    parameters: {parameters(hp):,}",
@@ -237,8 +234,8 @@ def print_plan(argv: list[str], tracks: dict, gpu_track: str) -> int:
     """Carry out --plan; return the exit code. RunError for what cannot be planned."""
     description = __doc__.splitlines()[0]
     track, _, hp, options, _ = parse_flags(argv, tracks, gpu_track, description, PlanOptions())
-    if options.gpu not in MEMORY_GB:
-        raise RunError(f"--gpu {options.gpu} is not known; known are {', '.join(MEMORY_GB)}")
+    if options.gpu not in CARDS:
+        raise RunError(f"--gpu {options.gpu} is not known; known are {', '.join(CARDS)}")
     if options.gpus < 1 or not 0 < options.mfu <= 1 or options.micro_batch_seqs < 0:
         raise RunError("--gpus must be at least 1, --mfu above 0 and at most 1, "
                        "--micro_batch_seqs at least 0")  # fmt: skip

@@ -14,15 +14,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from referee.cards import card_of
+
 ROOT = Path(__file__).resolve().parent.parent
 GEMMS = ((2048, 128, 512), (512, 768, 3072))  # rows, in, out: of the smallest track, and a large
 BF16_GAIN = 1.2  # a CPU that multiplies all of them so much faster in bf16 does so in a run
 UNKNOWN = "unknown CPU"
-PEAK_BF16_TFLOPS = {  # dense, from the makers' data sheets
-    "A100": 312, "H100": 989, "H200": 989, "GH200": 989, "B200": 2250, "L40S": 362, "4090": 165,
-}  # fmt: skip
-# Words in a card's name by which its peak is another than that of the one above.
-OTHER_KINDS = {"MIG", "Laptop", "NVL", "PCIe", "PCIE", "Max", "D"}
 LOGGED_VARIABLES = ("CUDA_", "NCCL_", "TORCH", "PYTORCH_", "OMP_", "GOMP_", "KMP_", "MKL_")
 
 
@@ -83,11 +80,9 @@ def environment(on_gpu: bool) -> dict:
 
 
 def mfu(flops_per_second: float, device_name: str, devices: int) -> str:
-    """Share of the devices' dense bf16 peak; `unknown` for one that PEAK_BF16_TFLOPS lacks."""
-    words = device_name.replace("-", " ").split()
-    known = PEAK_BF16_TFLOPS if not OTHER_KINDS.intersection(words) else {}
-    peaks = [tflops for name, tflops in known.items() if name in words]
-    return f"{flops_per_second / (peaks[-1] * 1e12 * devices):.4f}" if peaks else "unknown"
+    """Share of the devices' dense bf16 peak; `unknown` for a device that is no known card."""
+    card = card_of(device_name)
+    return f"{flops_per_second / (card.bf16_tflops * 1e12 * devices):.4f}" if card else "unknown"
 
 
 def calibration(device: torch.device, dtype: torch.dtype, synchronize) -> str:

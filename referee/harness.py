@@ -64,6 +64,7 @@ REFEREE_FILES = (  # what a log embeds of this folder
     "referee/log.py",
     "referee/checkpoints.py",
     "referee/environment.py",
+    "referee/cards.py",
     "referee/flags.py",
     "referee/shards.py",
 )

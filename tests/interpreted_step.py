@@ -10,7 +10,8 @@ import dataclasses
 import sys
 from types import SimpleNamespace
 
-from tools.fake_gpu import CARDS, install, load_guard
+from referee.cards import CARDS
+from tools.fake_gpu import install, load_guard
 
 install(CARDS["H100"], load_guard(), interpret=True)
 

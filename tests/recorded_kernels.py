@@ -7,7 +7,8 @@ card is installed.
 import json
 from functools import partial
 
-from tools.fake_gpu import CARDS, install, load_guard
+from referee.cards import CARDS
+from tools.fake_gpu import install, load_guard
 
 install(CARDS["H100"], load_guard())
 

@@ -353,13 +353,7 @@ def test_two_equal_validation_shards_are_no_training_shards(tiny_task, tmp_path)
     assert sum(line.startswith("val_shard") for line in lines) == 2
 
 
-def a_numpy_file(path):
-    np.save(path.with_suffix(".npy"), np.arange(2000, dtype=np.uint16))
-    path.with_suffix(".npy").rename(path)
-
-
 OTHER_FILES = {
-    "magic number": a_numpy_file,
     "magic number": lambda path: path.write_bytes(bytes(5000)),  # nanoGPT's have no header
     "is no file": os.mkfifo,  # nothing waits for its other end
     "no file; name shards": Path.mkdir,

@@ -34,9 +34,10 @@ from triton.runtime.jit import JITFunction
 
 from data.prefetch import Prefetcher
 from referee import ranks
+from referee.cards import Card
 from referee.harness import Run, Settings, compiled_graphs, warm_up
 from referee.ranks import Runtime
-from tools.fake_gpu import Card, mock
+from tools.fake_gpu import mock
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 MAX_SPILL_BYTES = 128  # per thread

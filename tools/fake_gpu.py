@@ -21,37 +21,14 @@ from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
 
+from referee.cards import Card
 from tools.cli import ToolError
 
 TESTED = ("2.11", "2.12", "2.13")
+COMPILED_FOR = ("H100", "H200", "A100", "4090")  # of CARDS, what the project is compiled for
 GUARD = Path(__file__).with_name("fake_gpu.cpp")
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "photofinish")
-
-
-class Card(NamedTuple):
-    """From the makers' data sheets; bandwidths per direction."""
-
-    name: str  # as torch.cuda.get_device_name gives it
-    capability: tuple[int, int]
-    processors: int
-    memory_bytes: int
-    shared_bytes: int  # most that one program may have
-    bf16_tflops: float  # dense; fp8 twice that
-    fp32_tflops: float
-    memory_gb_per_s: float
-    link_gb_per_s: float  # to the other cards of its machine
-
-
-CARDS = {
-    "H100": Card("NVIDIA H100 80GB HBM3", (9, 0), 132, 85_017_755_648, 232_448, 989, 67, 3350, 450),
-    "H200": Card("NVIDIA H200", (9, 0), 132, 150_109_880_320, 232_448, 989, 67, 4800, 450),
-    "A100": Card("NVIDIA A100-SXM4-80GB", (8, 0), 108, 85_097_971_712, 166_912, 312, 19.5, 2039,
-                 300),
-    "4090": Card("NVIDIA GeForce RTX 4090", (8, 9), 128, 25_386_352_640, 101_376, 165, 82.6, 1008,
-                 32),
-}  # fmt: skip
 
 
 def check_machine() -> None:

@@ -30,10 +30,11 @@ if __name__ == "__main__":
 
 import numpy as np
 
+from referee.cards import CARDS, Card
 from referee.flags import RunError
 from referee.shards import ShardError, write_shard
 from tools.cli import ToolError, finish, flag_parser
-from tools.fake_gpu import CARDS, TESTED, Card, check_machine, install, load_guard, torch_release
+from tools.fake_gpu import COMPILED_FOR, TESTED, check_machine, install, load_guard, torch_release
 
 ROOT, GIB = Path(__file__).resolve().parent.parent, 2**30
 STAGED = ("batch_tokens", "document_cap", "window_tokens", "short_window_tokens", "stage_lr")
@@ -262,7 +263,9 @@ def card_counts(text: str) -> tuple[int, ...]:
 
 def main() -> int:
     parser = flag_parser(__doc__)
-    parser.add_argument("--gpu", default="H100", choices=CARDS, help="the card (default: H100)")
+    parser.add_argument(
+        "--gpu", default="H100", choices=COMPILED_FOR, help="the card (default: H100)"
+    )
     parser.add_argument("--entry", default="train_gpt.py", help="the trainer's file")
     parser.add_argument("--rows", type=at_least(0), default=0, help="rows per pass; 0: what fits")
     parser.add_argument("--cards", type=card_counts, help="numbers of cards, of which "
