@@ -30,6 +30,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import BlockMask
@@ -64,6 +65,7 @@ SOURCES = {  # what a log embeds
 # ------------------------------------------------------------------------------ Hyperparameters
 
 HEAD_LR = 0.008  # the head's learning rate; with tied_frac above 0 the embedding's too
+STAGE_LR = (1.0, 1.52, 1.73)  # factor on every rate while the batch is batch_tokens[0], [1], [2]
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class Hyperparameters:
 
     task: str = option("fineweb", "data, validation rows and target: a task of referee/task.py")
     # Each is option(default, help, least value).
-    # Budget. Batch, cap, windows, stage_lr: each value holds for an equal share of steps, a stage.
+    # Budget. Batch, cap, windows: each value holds for an equal share of the steps, a stage.
     num_steps: int = option(1500, "optimizer steps", 1)
     batch_tokens: tuple[int, ...] = option((131_072, 262_144, 393_216), "tokens per step", 1)
     seq_len: int = option(16384, "tokens per training row, into which documents are packed", 2)
@@ -81,22 +83,22 @@ class Hyperparameters:
     val_every: int = option(125, "steps between validations", 1)
     # Model.
     layers: str = option("sSsLSs-SSsL", "S short, L long; lowercase: paired heads; -: no attention")
-    num_heads: int = option(6, "attention heads per layer", 1)
-    head_dim: int = option(128, "width of a head, divisible by 4", 8)
+    num_heads: int = option(
+        6, "attention heads per layer, each as wide as model_dim / num_heads", 1
+    )
     model_dim: int = option(768, "width of the residual stream", 16)
-    mlp_dim: int = option(3072, "width of the MLP's hidden layer", 1)
-    vocab_multiple: int = option(128, "embedding and head are padded to a multiple of this", 1)
     attn_scale: float = option(0.1, "factor on q.k after both are normed, in the first stage")
     softcap: tuple[float, float] = option((23.0, 5.0), "height and shift, see kernels.Softcap")
-    value_layers: tuple[int, ...] = option((1, 2, 8, 9, 10), "with a value table; -1: none", -1)
+    value_layers: tuple[int, ...] = option((1, 2, 8, 9, 10), "layers with a value table, or none")
     bigram_rows: int = option(251_520, "rows of the hashed table of bigrams; 0: none")
-    mix_init: tuple[float, ...] = option((1.1, 0.0, 0.1), "first weights in a layer of stream, "
-                           "embedding, bigram; if two, the embedding holds both")  # fmt: skip
+    bigram_in_layers: bool = option(True, "mix bigrams into each layer, not into the embedding")
+    mix_init: tuple[float, float, float] = option((1.1, 0.0, 0.1), "first weights of stream, "
+                           "embedding and bigram in a layer's input")  # fmt: skip
     head_gates: bool = option(True, "gate each head's output by the token")
     shift_taps: int = option(0, "earlier tokens that are mixed into each sublayer's input")
-    mix_at: tuple[int, ...] = option((6, 10, 11), "layers before which StateMix adds earlier "
-                                     "states; one more: the head; -1: none", -1)  # fmt: skip
-    mix_from: tuple[int, ...] = option((3, 7, 9), "layers whose outputs are such states", 0)
+    mix_at: tuple[int, ...] = option((6, 10, 11), "layers that StateMix precedes, or none; one "
+                                     "beyond the last layer: the head")  # fmt: skip
+    mix_from: tuple[int, ...] = option((3, 7, 9), "layers whose outputs are such states, or none")
     window_tokens: tuple[int, ...] = option((384, 896, 1408), "long window, counting the token", 2)
     short_window_tokens: tuple[int, ...] = option((128, 384, 640), "short window", 2)
     val_window_tokens: int = option(2560, "long window in validation; 0: as in training")
@@ -114,7 +116,6 @@ class Hyperparameters:
     scalar_betas: tuple[float, float] = option((0.9, 0.99), "Adam's betas of gates and scalars")
     adam_decay: float = option(0.005, "cautious weight decay, see parameter_groups")
     adam_every: int = option(2, "Adam updates every n-th step, on accumulated gradients", 1)
-    stage_lr: tuple[float, ...] = option((1.0, 1.52, 1.73), "factor on every learning rate")
     warmup_frac: float = option(0.0, "fraction of steps in which rates rise from 0")
     cooldown_frac: float = option(0.6, "fraction of steps in which rates fall linearly")
     final_lr_frac: float = option(0.15, "fraction of each base rate that is left at the end")
@@ -129,61 +130,39 @@ class Hyperparameters:
         if 0 in self.document_cap and any(self.document_cap):
             raise RunError(f"--document_cap {as_flag(self.document_cap)} mixes 0 with caps; give "
                            f"{self.seq_len} for no cap in some steps")  # fmt: skip
-        letters, last = set(self.layers), len(self.layers) - 1
-        if not letters & set("SLsl") or letters - set("SLsl-"):
-            raise RunError("--layers must be of S, L, s, l and -, and not of - alone")
-        if self.head_dim % 4:
-            raise RunError(f"--head_dim {self.head_dim} does not divide by 4")
-        if self.num_heads % 2 and letters & set("sl"):
+        if self.model_dim % (4 * self.num_heads):
+            raise RunError(f"--model_dim {self.model_dim} does not divide by 4 times --num_heads "
+                           f"{self.num_heads}")  # fmt: skip
+        layers = parse_layers(self)
+        if self.num_heads % 2 and any(layer.is_paired for layer in layers):
             raise RunError(f"--num_heads {self.num_heads} is odd; --layers s and l pair heads")
-        tables = [i for i in self.value_layers if i >= 0]
-        if len({i for i in tables if i <= last and self.layers[i] != "-"}) < len(tables):
-            raise RunError("--value_layers must be layers of --layers that attend, each once")
-        if self.mix_at != (-1,) and (min(self.mix_at) < 0 or max(self.mix_at) > last + 1):
-            raise RunError("--mix_at must be layers of --layers, or one more; none: -1")
-        if self.mix_at != (-1,) and max(self.mix_from) > last:
-            raise RunError("--mix_from must be layers of --layers")
-        if len(self.mix_init) not in (2, 3):
-            raise RunError("--mix_init must be two or three weights")
+        if self.mix_at and max(self.mix_at) > len(layers):
+            raise RunError("--mix_at must be layers of --layers, or one more, or none")
+        if self.mix_at and self.mix_from and max(self.mix_from) >= len(layers):
+            raise RunError("--mix_from must be layers of --layers, or none")
+        if len(self.batch_tokens) > len(STAGE_LR):
+            raise RunError(f"--batch_tokens must be at most {len(STAGE_LR)} numbers, see STAGE_LR")
         if self.tied_frac and self.embed_lr != HEAD_LR:
             raise RunError(f"--embed_lr must be the head's, {HEAD_LR}, with --tied_frac above 0")
+
+    @property
+    def head_dim(self) -> int:
+        return self.model_dim // self.num_heads
+
+    @property
+    def mlp_dim(self) -> int:
+        return 4 * self.model_dim
 
     def stage(self, values: tuple, step: int) -> int:
         """Index of the value that holds in this step: each holds for an equal share of steps."""
         return min(len(values) * step // self.num_steps, len(values) - 1)
 
-    def at(self, values: tuple, step: int):
+    def first_step(self, stage: int, stages: int) -> int:
+        """The first step of a stage, of so many: num_steps * stage / stages, rounded up."""
+        return (self.num_steps * stage + stages - 1) // stages
+
+    def value_at_step(self, values: tuple, step: int):
         return values[self.stage(values, step)]
-
-
-TRACKS = {  # what differs from the defaults, which are fineweb's
-    "fineweb": Hyperparameters(),
-    "fineweb_medium": Hyperparameters(
-        task="fineweb_medium",
-        num_steps=5960, batch_tokens=(524_288,), document_cap=(2048,), stage_lr=(1.0,),
-        layers="sSsLSsSLSsSLSsSL", num_heads=8, model_dim=1024, mlp_dim=4096,
-        mix_at=(11, 15, 16), mix_from=(5, 10, 14), value_layers=(1, 2, 13, 14, 15),
-        muon_lr=0.025,
-    ),
-    "wikitext103": Hyperparameters(
-        task="wikitext103",
-        batch_tokens=(131_072,), document_cap=(0,), stage_lr=(1.0,), max_epochs=4,
-    ),
-    "embedded": Hyperparameters(
-        task="embedded",
-        num_steps=800, batch_tokens=(2048,), seq_len=256, document_cap=(0,), val_every=160,
-        layers="SL", num_heads=2, head_dim=64, model_dim=128, mlp_dim=512, vocab_multiple=1,
-        attn_scale=0.12, softcap=(30.0, 0.0), value_layers=(-1,), bigram_rows=16384,
-        mix_init=(1.0, 0.0), head_gates=False, shift_taps=3, mix_at=(-1,),
-        window_tokens=(256,), short_window_tokens=(128,), val_window_tokens=0, mtp_weight=0.0,
-        muon_lr=0.02, muon_decay=0.0, mlp_down_lr=1.0, momentum_steps=(3000, 0),
-        embed_lr=0.02, bigram_lr=0.06, scalar_lr=0.02, tied_frac=0.0,
-        embed_betas=(0.8, 0.95), table_betas=(0.8, 0.95), scalar_betas=(0.8, 0.95),
-        adam_decay=0.0, adam_every=1,
-        stage_lr=(1.0,), warmup_frac=0.02, cooldown_frac=0.5, final_lr_frac=0.0,
-        extension_steps=0,
-    ),
-}  # fmt: skip
 
 
 class Layer(NamedTuple):
@@ -196,13 +175,53 @@ class Layer(NamedTuple):
 
 
 def parse_layers(hp: Hyperparameters) -> list[Layer]:
-    tables = {layer: table for table, layer in enumerate(i for i in hp.value_layers if i >= 0)}
-    return [Layer(letter != "-", letter in "lL", letter in "ls", tables.get(i))
-            for i, letter in enumerate(hp.layers)]  # fmt: skip
+    """RunError for other letters, or for a value table in a layer that has no attention."""
+    if set(hp.layers) - set("SLsl-") or not set(hp.layers) & set("SLsl"):
+        raise RunError("--layers must be of S, L, s, l and -, and not of - alone")
+    layers = []
+    for i, letter in enumerate(hp.layers):
+        table = hp.value_layers.index(i) if i in hp.value_layers else None
+        layers.append(Layer(letter != "-", letter in "lL", letter in "ls", table))
+    attending = [i for i, layer in enumerate(layers) if layer.attends]
+    if len(set(hp.value_layers).intersection(attending)) < len(hp.value_layers):
+        raise RunError("--value_layers must be layers of --layers that attend, each once, or none")
+    return layers
 
 
-def padded_vocab(task: Task, hp: Hyperparameters) -> int:
-    return math.ceil(task.vocab_size / hp.vocab_multiple) * hp.vocab_multiple
+TRACKS = {  # what differs from the defaults, which are fineweb's
+    "fineweb": Hyperparameters(),
+    "fineweb_medium": Hyperparameters(
+        task="fineweb_medium",
+        num_steps=5960, batch_tokens=(524_288,), document_cap=(2048,),
+        layers="sSsLSsSLSsSLSsSL", num_heads=8, model_dim=1024,
+        mix_at=(11, 15, 16), mix_from=(5, 10, 14), value_layers=(1, 2, 13, 14, 15),
+        muon_lr=0.025,
+    ),
+    "wikitext103": Hyperparameters(
+        task="wikitext103",
+        batch_tokens=(131_072,), document_cap=(0,), max_epochs=4,
+    ),
+    "embedded": Hyperparameters(
+        task="embedded",
+        num_steps=800, batch_tokens=(2048,), seq_len=256, document_cap=(0,), val_every=160,
+        layers="SL", num_heads=2, model_dim=128,
+        attn_scale=0.12, softcap=(30.0, 0.0), value_layers=(), bigram_rows=16384,
+        bigram_in_layers=False, mix_init=(1.0, 0.0, 0.0), head_gates=False, shift_taps=3, mix_at=(),
+        window_tokens=(256,), short_window_tokens=(128,), val_window_tokens=0, mtp_weight=0.0,
+        muon_lr=0.02, muon_decay=0.0, mlp_down_lr=1.0, momentum_steps=(3000, 0),
+        embed_lr=0.02, bigram_lr=0.06, scalar_lr=0.02, tied_frac=0.0,
+        embed_betas=(0.8, 0.95), table_betas=(0.8, 0.95), scalar_betas=(0.8, 0.95),
+        adam_decay=0.0, adam_every=1,
+        warmup_frac=0.02, cooldown_frac=0.5, final_lr_frac=0.0,
+        extension_steps=0,
+    ),
+}  # fmt: skip
+
+
+def padded_vocab(task: Task) -> int:
+    """Rows of embedding and head: a multiple of 128 for GPUs; a small vocabulary as it is."""
+    multiple = 128 if task.vocab_size >= 1024 else 1
+    return math.ceil(task.vocab_size / multiple) * multiple
 
 
 # ------------------------------------------------------------------------------ Data
@@ -213,19 +232,13 @@ def padded_vocab(task: Task, hp: Hyperparameters) -> int:
 Piece = tuple[np.ndarray, int, int]
 
 
-def find_documents(tokens: np.ndarray, document_start: int) -> tuple[np.ndarray, np.ndarray]:
-    """(starts, lengths) of a shard's documents; its last token is a target only."""
-    starts = np.flatnonzero(tokens[:-1] == document_start)
-    return starts, np.diff(starts, append=len(tokens) - 1)
-
-
-def find_rows(tokens: np.ndarray, document_start: int, seq_len: int):
-    """(starts, lengths) of a shard's rows where documents have no cap; lengths are all seq_len.
+def find_rows(tokens: np.ndarray, document_start: int, seq_len: int) -> list[int]:
+    """Starts of the rows of a shard whose documents have no cap.
 
     Rows are cut one after another. If a document starts within the next seq_len tokens, the next
     row begins there, and what lies before is left out; else it continues the current document.
     """
-    documents = find_documents(tokens, document_start)[0].tolist()
+    documents = np.flatnonzero(tokens[:-1] == document_start).tolist()
     starts, position = [], documents[0] if documents else 0
     while position + seq_len < len(tokens):
         starts.append(position)
@@ -233,7 +246,7 @@ def find_rows(tokens: np.ndarray, document_start: int, seq_len: int):
         following = bisect_left(documents, position)
         if following < len(documents) and documents[following] < position + seq_len:
             position = documents[following]
-    return np.array(starts, np.int64), np.full(len(starts), seq_len)
+    return starts
 
 
 @cache  # check_supply asks first: a large shard takes 0.2 s, outside the timed part
@@ -241,8 +254,10 @@ def shard_pieces(path: Path, hp: Hyperparameters, document_start: int):
     """(tokens, starts, lengths) of a shard's documents, or of its rows where they have no cap."""
     tokens = open_shard(path)
     if max(hp.document_cap):
-        return tokens, *find_documents(tokens, document_start)
-    return tokens, *find_rows(tokens, document_start, hp.seq_len)
+        starts = np.flatnonzero(tokens[:-1] == document_start)  # the last token is a target only
+        return tokens, starts, np.diff(starts, append=len(tokens) - 1)
+    starts = np.array(find_rows(tokens, document_start, hp.seq_len), np.int64)
+    return tokens, starts, np.full(len(starts), hp.seq_len)
 
 
 def ordered_pieces(hp: Hyperparameters, task: Task, seed: int) -> Iterator[Piece]:
@@ -282,11 +297,12 @@ def micro_batches(hp: Hyperparameters, task: Task, rt: Runtime, micro_seqs, seed
     """
     pieces = ordered_pieces(hp, task, seed)
     for s in range(hp.num_steps):
-        cap, count = hp.at(hp.document_cap, s), hp.at(hp.batch_tokens, s) // hp.seq_len
+        cap = hp.value_at_step(hp.document_cap, s)
+        count = hp.value_at_step(hp.batch_tokens, s) // hp.seq_len
         step_rows = [pack_row(pieces, hp.seq_len, cap) for _ in range(count)]
         if s < step:
             continue
-        rows = hp.at(micro_seqs, s)
+        rows = hp.value_at_step(micro_seqs, s)
         for first in range(rt.rank * rows, count, rt.world_size * rows):
             chosen = step_rows[first : first + rows]
             inputs = np.stack([row_tokens(row, ahead=0) for row in chosen])
@@ -296,23 +312,25 @@ def micro_batches(hp: Hyperparameters, task: Task, rt: Runtime, micro_seqs, seed
 
 def check_supply(hp: Hyperparameters, task: Task, seed: int) -> None:
     """ShardError unless the shards fill every step, if every step had the shortest cap."""
-    stages, cap, room = len(hp.batch_tokens), min(hp.document_cap), hp.seq_len
-    firsts = [-(-i * hp.num_steps // stages) for i in range(stages + 1)]  # step of each stage
-    steps = [end - first for first, end in pairwise(firsts)]
-    needed = sum(n * t // hp.seq_len for n, t in zip(steps, hp.batch_tokens, strict=True))
+    stages, needed = len(hp.batch_tokens), 0
+    for stage, tokens in enumerate(hp.batch_tokens):
+        steps = hp.first_step(stage + 1, stages) - hp.first_step(stage, stages)
+        needed += steps * tokens // hp.seq_len
     tokens = sum(len(open_shard(path)) for path in task_shards(task.train_files))
     held = hp.max_epochs * tokens // hp.seq_len
-    if held >= needed:  # else there is no need to count them
-        held = 0
+    if held >= needed:  # else there is no need to count the rows
+        held, cap, room = 0, min(hp.document_cap), hp.seq_len
         for *_, length in ordered_pieces(hp, task, seed):
             room -= min(length, cap or length)
             if room <= 0:
                 held, room = held + 1, hp.seq_len
             if held == needed:
                 return
-    raise ShardError(f"{task.train_files} holds {held} rows of {hp.seq_len} tokens in "
-                     f"{hp.max_epochs} passes, {hp.num_steps} steps need {needed}",
-                     "get more shards, or lower --num_steps")  # fmt: skip
+    raise ShardError(
+        f"{task.train_files} holds {held} rows of {hp.seq_len} tokens in {hp.max_epochs} passes, "
+        f"{hp.num_steps} steps need {needed}",
+        "get more shards, or lower --num_steps",
+    )
 
 
 # ------------------------------------------------------------------------------ Schedules
@@ -325,13 +343,14 @@ def lr_scale(step: int, hp: Hyperparameters) -> float:
     """Factor on every rate: up to the stage's, then down to one end for all; level at the end."""
     rise = (step + 1) / max(hp.warmup_frac * hp.num_steps, 1)
     fall = (hp.num_steps - hp.extension_steps - step) / max(hp.cooldown_frac * hp.num_steps, 1)
-    left = min(1.0, max(0.0, fall))
-    return min(1.0, rise) * (left * hp.at(hp.stage_lr, step) + (1 - left) * hp.final_lr_frac)
+    left, peak = min(1.0, max(0.0, fall)), STAGE_LR[hp.stage(hp.batch_tokens, step)]
+    return min(1.0, rise) * (left * peak + (1 - left) * hp.final_lr_frac)
 
 
 def muon_momentum(step: int, hp: Hyperparameters) -> float:
-    rise, fall = (max(steps, 1) for steps in hp.momentum_steps)
-    rise, fall = step / rise, (hp.num_steps - step) / fall
+    rise_steps, fall_steps = hp.momentum_steps
+    rise = step / max(rise_steps, 1)
+    fall = (hp.num_steps - step) / max(fall_steps, 1)
     return MOMENTUM_LOW + MOMENTUM_RISE * min(1.0, rise, fall)
 
 
@@ -342,8 +361,9 @@ def mtp_weights(step: int, hp: Hyperparameters) -> list[float]:
     """
     if not hp.mtp_weight:
         return [1.0]
-    second, third = (min(1.0, max(0.0, ends - 3 * step / hp.num_steps)) for ends in (2, 1))
-    second, third = hp.mtp_weight * second, hp.mtp_weight / 2 * third
+    thirds = 3 * step / hp.num_steps
+    second = hp.mtp_weight * min(1.0, max(0.0, 2 - thirds))
+    third = hp.mtp_weight / 2 * min(1.0, max(0.0, 1 - thirds))
     return [weight / (1 + second + third) for weight in (1.0, second, third)]
 
 
@@ -371,7 +391,8 @@ class StepInputs(NamedTuple):
 
 def step_inputs(step: int, hp: Hyperparameters, device, training: bool = True) -> StepInputs:
     """Validation has its own long window, and does not use mtp_weights."""
-    window, short_window = hp.at(hp.window_tokens, step), hp.at(hp.short_window_tokens, step)
+    window = hp.value_at_step(hp.window_tokens, step)
+    short_window = hp.value_at_step(hp.short_window_tokens, step)
     if not training and hp.val_window_tokens:
         window = hp.val_window_tokens
     weights = mtp_weights(step, hp) if training else [1.0]
@@ -387,6 +408,7 @@ def step_inputs(step: int, hp: Hyperparameters, device, training: bool = True) -
 GATE_DIM = 12  # leading dimensions of their input that gates read
 MIX_DIM = 64  # hidden width of StateMix
 LOGIT_SLOPE = 7.5  # see kernels.Softcap
+TIED_INIT_SCALE = 0.005  # initial deviation of a tied embedding, whose logits then are small
 LOGIT_CHUNK_TOKENS = 4096  # tokens whose fp32 logits are in memory at a time in validation
 
 
@@ -440,11 +462,11 @@ class Attention(nn.Module):
         self.heads, self.dtype, self.layer = hp.num_heads, rt.matmul_dtype, layer
         self.kernel_options = flex_options(rt.shared_memory_bytes)
         has_table = layer.value_embed is not None
-        self.qkvo = nn.Parameter(torch.empty(4, hp.num_heads * hp.head_dim, hp.model_dim))
+        self.qkvo = nn.Parameter(torch.empty(4, hp.model_dim, hp.model_dim))
         self.value_gate = parameter_if(has_table, torch.zeros(hp.num_heads, GATE_DIM))
         self.head_gate = parameter_if(hp.head_gates, torch.zeros(hp.num_heads, GATE_DIM))
 
-    def forward(self, x: Tensor, value_BTHK: Tensor | None, c: Context) -> Tensor:
+    def forward(self, x: Tensor, value_BTHK: Tensor | None, ctx: Context) -> Tensor:
         """value: rows of a value-embedding table, added to v, or None."""
         B, T, _ = x.shape
         qkv, o = self.qkvo.split([3, 1])
@@ -452,17 +474,17 @@ class Attention(nn.Module):
         if value_BTHK is not None:  # arXiv 2410.17897, gated by 6 dimensions of x and 6 of the row
             both = [t[..., : GATE_DIM // 2] for t in (x, value_BTHK[:, :, 0])]
             v = v + gate(torch.cat(both, dim=-1), self.value_gate) * value_BTHK
-        q, k = norm(q) * c.attn_scale.type_as(q), norm(k)
+        q, k = norm(q) * ctx.attn_scale.type_as(q), norm(k)
         if self.layer.is_long:
             # The half of a key that is not rotated is the one of the token before: a query can then
             # find what followed its own token.
             rotated, fixed = k.chunk(2, dim=-1)
-            k = torch.cat([rotated, fixed.roll(1, 1) * c.same_doc_SBT1[0, ..., None]], dim=-1)
+            k = torch.cat([rotated, fixed.roll(1, 1) * ctx.same_doc_SBT1[0, ..., None]], dim=-1)
         if self.layer.is_paired:
             q, k, v = pair_heads(q), pair_heads(k), pair_heads(v)
-        q, k = rotate(q, c.cos, c.sin), rotate(k, c.cos, c.sin)
+        q, k = rotate(q, ctx.cos, ctx.sin), rotate(k, ctx.cos, ctx.sin)
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
-        mask = c.masks[self.layer.is_long, self.layer.is_paired]
+        mask = ctx.masks[self.layer.is_long, self.layer.is_paired]
         y_BHTK = attend(*(t.to(self.dtype) for t in (q, k, v)), mask, self.kernel_options)
         y_BTHK = y_BHTK.type_as(x).transpose(1, 2).reshape(B, T, self.heads, -1)  # unpairs heads
         if self.head_gate is not None:
@@ -500,6 +522,11 @@ def add_earlier_tokens(x: Tensor, taps_SD: Tensor, same_doc_SBT1: Tensor) -> Ten
     return total
 
 
+def count_injected(hp: Hyperparameters) -> int:
+    """How many tensors GPT.embed_tokens returns."""
+    return 2 if hp.bigram_rows and hp.bigram_in_layers else 1
+
+
 class Block(nn.Module):
     """Attention and MLP on the residual stream, into which embedding and bigram are mixed again."""
 
@@ -507,32 +534,49 @@ class Block(nn.Module):
         super().__init__()
         self.attn = Attention(hp, rt, layer) if layer.attends else None
         self.mlp = MLP(hp, rt.matmul_dtype)
-        self.mix = nn.Parameter(torch.tensor(hp.mix_init))
+        self.mix = nn.Parameter(torch.tensor(hp.mix_init[: 1 + count_injected(hp)]))
         self.taps = parameter_if(hp.shift_taps, torch.zeros(2, hp.shift_taps, hp.model_dim))
 
-    def forward(self, x: Tensor, injected: list[Tensor], value_BTHK, c: Context) -> Tensor:
+    @torch.no_grad()
+    def initialize(self, hp: Hyperparameters):
+        """Uniform matrices with a standard deviation of 0.5 / sqrt(D); both outputs start at 0."""
+        bound = 3**0.5 * 0.5 * hp.model_dim**-0.5  # uniform in +-b has a deviation of b / sqrt(3)
+        self.mlp.up_down.uniform_(-bound, bound)
+        self.mlp.up_down[1].zero_()
+        if self.attn is None:
+            return
+        qkvo = self.attn.qkvo
+        qkvo.uniform_(-bound, bound)
+        qkvo[3].zero_()
+        if self.attn.layer.is_long:
+            # Keys here are those of the token before, and queries start equal to them: a token
+            # seeks its like, and copying (arXiv 2209.11895) works from the first step.
+            halves = qkvo.unflatten(1, (hp.num_heads, 2, -1))
+            halves[0, :, 1] = halves[1, :, 1]
+
+    def forward(self, x: Tensor, injected: list[Tensor], value_BTHK, ctx: Context) -> Tensor:
         """injected: the embedding, and the bigram's row where layers mix it in."""
         mix = self.mix.type_as(x)
         x = mix[0] * x
-        for weight, added in zip(mix[1:], injected, strict=False):
+        for weight, added in zip(mix[1:], injected, strict=True):
             x = x + weight * added
         if self.attn is not None:
-            x = x + self.attn(self.sublayer_input(x, 0, c), value_BTHK, c)
-        return x + self.mlp(self.sublayer_input(x, 1, c))
+            x = x + self.attn(self.sublayer_input(x, 0, ctx), value_BTHK, ctx)
+        return x + self.mlp(self.sublayer_input(x, 1, ctx))
 
-    def sublayer_input(self, x: Tensor, sublayer: int, c: Context) -> Tensor:
+    def sublayer_input(self, x: Tensor, sublayer: int, ctx: Context) -> Tensor:
         """Normed, with earlier tokens mixed in; sublayer: attention 0, MLP 1."""
         x = norm(x)
         if self.taps is None:
             return x
-        return add_earlier_tokens(x, self.taps[sublayer].type_as(x), c.same_doc_SBT1)
+        return add_earlier_tokens(x, self.taps[sublayer].type_as(x), ctx.same_doc_SBT1)
 
 
 class StateMix(nn.Module):
     """Adds states to the stream with weights by the token (MUDD: arXiv 2502.12170); at first 0.
 
-    They are embedding, bigram (where layers mix it in), outputs of hp.mix_from so far, and the row
-    of the last value table where it is as wide as the stream.
+    They are the embedding, the bigram's row with bigram_in_layers, the outputs of hp.mix_from so
+    far, and the row of the last value table.
     """
 
     def __init__(self, model_dim: int, states: int):
@@ -554,38 +598,27 @@ class GPT(nn.Module):
     def __init__(self, hp: Hyperparameters, task: Task, rt: Runtime):
         super().__init__()
         self.hp, self.rt, self.document_start = hp, rt, task.document_start
-        self.layers, vocab = parse_layers(hp), padded_vocab(task, hp)
+        self.layers, vocab, D = parse_layers(hp), padded_vocab(task), hp.model_dim
         self.cap = Softcap(*hp.softcap, LOGIT_SLOPE)
-        self.embed = nn.Parameter(torch.randn(vocab, hp.model_dim))
-        tables, width = sum(i >= 0 for i in hp.value_layers), hp.num_heads * hp.head_dim
-        self.value_embeds = parameter_if(tables, 0.01 * torch.randn(tables, vocab, width))
-        self.bigram = parameter_if(hp.bigram_rows, torch.zeros(hp.bigram_rows, hp.model_dim))
+        self.embed, tables = nn.Parameter(torch.randn(vocab, D)), len(hp.value_layers)
+        self.value_embeds = parameter_if(tables, 0.01 * torch.randn(tables, vocab, D))
+        self.bigram = parameter_if(hp.bigram_rows, torch.zeros(hp.bigram_rows, D))
         self.blocks = nn.ModuleList(Block(hp, rt, layer) for layer in self.layers)
-        self.lm_head = nn.Parameter(torch.zeros(vocab, hp.model_dim))
+        self.lm_head = nn.Parameter(torch.zeros(vocab, D))
         self.smear = nn.Parameter(torch.zeros(GATE_DIM + 1))  # gate weights, then strength
-        self.mixes_values = bool(tables) and width == hp.model_dim
-        states = len(hp.mix_init) - 1 if hp.bigram_rows else 1  # as embed_tokens returns them
-        states += self.mixes_values
-        counts = {i: sum(j < i for j in hp.mix_from) for i in hp.mix_at if i >= 0}
-        self.mixes = nn.ModuleDict({str(i): StateMix(hp.model_dim, states + count)
-                                    for i, count in counts.items()})  # fmt: skip
-        bound = 3**0.5 * 0.5 * hp.model_dim**-0.5  # uniform with std 0.5 / sqrt(D)
+        self.mixes = nn.ModuleDict()  # by the layer before which it stands
+        for i in hp.mix_at:
+            outputs = sum(j < i for j in hp.mix_from)
+            self.mixes[str(i)] = StateMix(D, count_injected(hp) + outputs + min(tables, 1))
         for block in self.blocks:
-            block.mlp.up_down.data.uniform_(-bound, bound)[1].zero_()
-            if block.attn is not None:
-                block.attn.qkvo.data.uniform_(-bound, bound)[3].zero_()
-                if block.attn.layer.is_long:
-                    # Keys here are those of the token before, and queries start equal: a token
-                    # seeks its like, and copying (arXiv 2209.11895) sets in at once.
-                    halves = block.attn.qkvo.data.unflatten(1, (hp.num_heads, 2, -1))
-                    halves[0, :, 1] = halves[1, :, 1]
+            block.initialize(hp)
         if hp.tied_frac:  # Trainer.update keeps the two equal
-            self.lm_head.data.copy_(self.embed.data.mul_(0.005))
+            self.lm_head.data.copy_(self.embed.data.mul_(TIED_INIT_SCALE))
 
     def embed_tokens(self, inputs_BT: Tensor, same_doc_BT1: Tensor) -> list[Tensor]:
         """What every layer mixes in: [embedding, smeared with the token before; bigram's row].
 
-        If layers have no weight for the bigram, it is added to the embedding. same_doc: 1 where the
+        Without bigram_in_layers the bigram's row is added to the embedding. same_doc: 1 where the
         token before lies in the same document; else the bigram has document_start in its place.
         """
         x, bigrams = self.embed[inputs_BT].to(self.rt.stream_dtype), []
@@ -593,9 +626,11 @@ class GPT(nn.Module):
             in_document = same_doc_BT1[..., 0] > 0
             before_BT = torch.where(in_document, inputs_BT.roll(1, 1), self.document_start)
             row_BT = ((36313 * inputs_BT) ^ (27191 * before_BT)) % self.hp.bigram_rows
-            bigrams = [self.bigram[row_BT].type_as(x)]
-        if len(self.hp.mix_init) == 2:
-            x, bigrams = sum(bigrams, x), []
+            bigram = self.bigram[row_BT].type_as(x)
+            if self.hp.bigram_in_layers:
+                bigrams = [bigram]
+            else:
+                x = x + bigram
         x = norm(x)
         weights, strength = self.smear.type_as(x).split([GATE_DIM, 1])
         share_BT1 = strength * torch.sigmoid(x[..., :GATE_DIM] @ weights)[..., None]
@@ -606,14 +641,20 @@ class GPT(nn.Module):
         kinds = {(layer.is_long, layer.is_paired) for layer in self.layers if layer.attends}
         has_pairs = any(is_paired for _, is_paired in kinds)
         paired_docs = docs_BT.repeat_interleave(2, dim=1) if has_pairs else docs_BT
-        windows = per_step.short_window, per_step.window
-        longest = max(hp.short_window_tokens), max(*hp.window_tokens, hp.val_window_tokens)
-        masks = {(is_long, is_paired): attention_mask(paired_docs if is_paired else docs_BT,
-                                                      windows[int(is_long)], longest[int(is_long)])
-                 for is_long, is_paired in sorted(kinds)}  # fmt: skip
+        longest_short = max(hp.short_window_tokens)
+        longest = max(*hp.window_tokens, hp.val_window_tokens)
+        masks = {}
+        for is_long, is_paired in sorted(kinds):
+            docs = paired_docs if is_paired else docs_BT
+            if is_long:
+                mask = attention_mask(docs, per_step.window, longest)
+            else:
+                mask = attention_mask(docs, per_step.short_window, longest_short)
+            masks[is_long, is_paired] = mask
         place = torch.arange(T, device=docs_BT.device)
-        same_doc = [(docs_BT == docs_BT.roll(j, 1)) & (place >= j)
-                    for j in range(1, 1 + max(1, hp.shift_taps))]  # fmt: skip
+        same_doc = []
+        for distance in range(1, 1 + max(1, hp.shift_taps)):
+            same_doc.append((docs_BT == docs_BT.roll(distance, 1)) & (place >= distance))
         same_doc_SBT1 = torch.stack(same_doc)[..., None].to(self.rt.stream_dtype)
         tables = rotary_tables(2 * T if has_pairs else T, per_step.frequency)
         return Context(*tables, per_step.attn_scale, masks, same_doc_SBT1)
@@ -621,25 +662,26 @@ class GPT(nn.Module):
     def hidden(self, inputs_BT: Tensor, per_step: StepInputs) -> Tensor:
         """The normed stream (B, T, D) that the head reads."""
         hp, (B, T) = self.hp, inputs_BT.shape
-        c = self.context(self.document_index(inputs_BT), per_step)
-        x, *_ = injected = self.embed_tokens(inputs_BT, c.same_doc_SBT1[0])
-        if self.value_embeds is not None:  # one gradient of the whole parameter, not one a table
-            rows = self.value_embeds[:, inputs_BT].type_as(x)
+        ctx = self.context(self.document_index(inputs_BT), per_step)
+        injected = self.embed_tokens(inputs_BT, ctx.same_doc_SBT1[0])
+        states = list(injected)  # what StateMix adds: these, then outputs of hp.mix_from
+        value_states = []  # the last value table's rows
+        if self.value_embeds is not None:
+            # Indexed once: one gradient of the whole parameter instead of one per table.
+            rows = self.value_embeds[:, inputs_BT].type_as(injected[0])
             values = rows.view(-1, B, T, hp.num_heads, hp.head_dim).unbind()
-        outputs = []  # of each layer
-
-        def mixed(x: Tensor, i: int) -> Tensor:
-            """What layer i, or after the last the head, starts from."""
-            if str(i) not in self.mixes:
-                return x
-            states = [*injected, *(outputs[j] for j in hp.mix_from if j < i)]
-            return self.mixes[str(i)](x, states + ([rows[-1]] if self.mixes_values else []))
-
+            value_states = [rows[-1]]
+        x = injected[0]
         for i, (layer, block) in enumerate(zip(self.layers, self.blocks, strict=True)):
+            if i in hp.mix_at:
+                x = self.mixes[str(i)](x, states + value_states)
             value_BTHK = None if layer.value_embed is None else values[layer.value_embed]
-            x = block(mixed(x, i), injected, value_BTHK, c)
-            outputs.append(x)
-        return norm(mixed(x, len(outputs)))
+            x = block(x, injected, value_BTHK, ctx)
+            if i in hp.mix_from:
+                states.append(x)
+        if len(self.layers) in hp.mix_at:
+            x = self.mixes[str(len(self.layers))](x, states + value_states)
+        return norm(x)
 
     def document_index(self, inputs_BT: Tensor) -> Tensor:
         """int32 (B, T), counts up along a row where documents begin."""
@@ -670,7 +712,13 @@ def further_targets(targets_BT: Tensor, docs_BT: Tensor, ahead: int) -> Tensor:
 
 # ------------------------------------------------------------------------------ Optimizer
 
+VALUE_LR = 0.6  # of the value tables
+GATE_LR = 0.2  # of gates, times scalar_lr
+EMBED_DECAY, TABLE_DECAY = 150, 5  # of embedding and head, of the other tables; times adam_decay
 ADAM_EPS = 1e-15  # below 1e-9, the second moment's root in a rare row
+# By the names of torch 2.13, or else by the older ones.
+REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
+ALL_GATHER = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 POLAR_EXPRESS = (  # arXiv 2505.16932: the best quintic for each Newton-Schulz step
     (8.1566, -22.4833, 15.8788),
     (4.0429, -2.8089, 0.5000),
@@ -744,71 +792,138 @@ def adam_update(G, lr, decay, count, beta1, beta2, W, mean, square):
 
 
 class Group(NamedTuple):
-    """Parameters that are updated alike. The learning rate is scaled by lr_scale."""
+    """Parameters that are updated alike."""
 
     params: list[nn.Parameter]
     lr: float
-    betas: tuple[float, float] | None  # of Adam; None: Muon, with muon_momentum and 0.9
     decay: float  # cautious, of a weight w: decay * lr * its own rate * w
     every: int  # updated every n-th step, on accumulated gradients
-    factors: tuple[float, ...] = (1.0,)  # on Muon's rate, of the matrices of a parameter in turn
+    betas: tuple[float, float] | None = None  # of Adam; None: Muon, with muon_momentum and 0.9
+    lr_factors: tuple[float, ...] = (1.0,)  # of Muon, for the matrices of a parameter in turn
 
 
-class Optimizer:
-    """Muon of matrices, or Adam of numbers: items of a bank (N, ...) whose views are parameters.
+class Bank:
+    """The parameters of a group as views of one tensor `items` (N, ...), and its optimizer's state.
 
-    Each rank updates its part of them, then all parts are gathered. Matrices are bf16 where the
-    stream is; then state holds the lower 16 bits of their fp32.
+    Each rank updates its part of the N items; then all ranks gather the parts. state: tensors with
+    an entry for each item, by name.
     """
 
-    def __init__(self, group: Group, rt: Runtime, compile_fn: Callable):
-        self.group, self.rt, is_adam = group, rt, group.betas is not None
-        self.update = compile_fn(adam_update if is_adam else muon_update)
-        self.item = () if is_adam else group.params[0].shape[1:]
-        bank = torch.cat([p.data.view(-1, *self.item) for p in group.params]).float()
-        self.state = {"first": torch.zeros_like(bank)}
-        self.state["second"] = torch.zeros_like(bank if is_adam else bank[..., :1])
-        if rt.stream_dtype == torch.bfloat16 and not is_adam:
-            bank, low = split_fp32(bank)
-            self.state["low"] = low.view(torch.bfloat16)  # for collectives know no int16
-        self.bank, self.mine = bank, rt.my_part(len(bank))
-        sizes = [p.numel() // math.prod(self.item) for p in group.params]
-        for p, view in zip(group.params, bank.split(sizes), strict=True):
-            p.data = view.view(p.shape)
-        self.fixed = group.betas if is_adam else ()
-        if not is_adam:
-            factors = group.factors * (len(bank) // len(group.factors))
-            factors_N11 = torch.tensor(factors, device=bank.device)[:, None, None]
-            self.fixed = factors_N11[self.mine], rt.matmul_dtype
+    def __init__(self, group: Group, item: torch.Size, hp: Hyperparameters, rt: Runtime):
+        """item: shape of what is updated as one, such as a matrix; () for single numbers."""
+        self.group, self.item, self.hp, self.rt = group, item, hp, rt
+        self.items = torch.cat([p.data.view(-1, *item) for p in group.params]).float()
+        part = math.ceil(len(self.items) / rt.world_size)  # the last ones may be shorter
+        self.mine = slice(*(min(i * part, len(self.items)) for i in (rt.rank, rt.rank + 1)))
+        self.state: dict[str, Tensor] = {}
 
-    def reduce(self):
-        """Take the gradients, and start to average them; step waits for those of its part."""
+    def point_parameters(self):
+        """Make the parameters views of items."""
+        counts = [p.numel() // math.prod(self.item) for p in self.group.params]
+        for p, view in zip(self.group.params, self.items.split(counts), strict=True):
+            p.data = view.view(p.shape)
+
+    def padded(self, tensor: Tensor) -> Tensor:
+        """tensor (N, ...) with rows of zeros, so that it divides into equal parts."""
+        missing = -len(tensor) % self.rt.world_size
+        zeros = tensor.new_zeros(missing, *tensor.shape[1:])
+        return torch.cat([tensor, zeros]) if missing else tensor
+
+    def start_exchange(self):
+        """Take the gradients, and start to average this rank's part of them over the ranks."""
         gradients = [p.grad.reshape(-1, *self.item) for p in self.group.params]
         whole = torch.cat(gradients) if len(gradients) > 1 else gradients[0]
-        self.received = self.rt.start_average_of_parts(whole)
         for p in self.group.params:
             p.grad = None
+        self.gradients, self.exchange = whole, None
+        if self.rt.world_size > 1:
+            whole = self.padded(whole.to(self.rt.stream_dtype)).contiguous()
+            self.gradients = whole.new_zeros(len(whole) // self.rt.world_size, *whole.shape[1:])
+            if not self.rt.is_alone:  # then zeros stand in, of the dtype that is compiled for
+                with self.rt.collective():
+                    self.exchange = REDUCE_SCATTER(self.gradients, whole, async_op=True)
 
-    @torch.no_grad()
-    def step(self, scale: float, momentum: float, count: int):
-        """Update for the count-th time; by tensors, so that no value compiles anew."""
-        if len(gradients := self.received()):
-            third = momentum if self.group.betas is None else float(count)
-            numbers = map(torch.tensor, (self.group.lr * scale, self.group.decay, third))
-            mine = (tensor[self.mine] for tensor in (self.bank, *self.state.values()))
-            self.update(gradients, *numbers, *self.fixed, *mine)
-        self.rt.gather_parts(self.bank)
+    def averaged_gradients(self) -> Tensor:
+        """Those of this rank's items, once the exchange has ended."""
+        if self.exchange is not None:
+            with self.rt.collective():
+                self.exchange.wait()
+            self.gradients.div_(self.rt.world_size)
+        return self.gradients[: self.mine.stop - self.mine.start]
+
+    def gather(self, tensor: Tensor):
+        """Fill tensor (N, ...) on every rank with what each rank holds in its part."""
+        if self.rt.is_alone:
+            return
+        whole = self.padded(tensor)
+        part = len(whole) // self.rt.world_size
+        own = whole[self.rt.rank * part :][:part].clone()
+        with self.rt.collective():
+            ALL_GATHER(whole, own)
+        if whole is not tensor:
+            tensor.copy_(whole[: len(tensor)])
 
     def gather_state(self) -> dict[str, Tensor]:
         """State and waiting gradients, whole on every rank. A collective: every rank calls it."""
         tensors = dict(self.state)
         for tensor in self.state.values():
-            self.rt.gather_parts(tensor)
-        for i, p in enumerate(self.group.params if self.group.every > 1 else ()):
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            self.rt.average([p.grad])
-            tensors[f"grad{i}"] = p.grad
+            self.gather(tensor)
+        if self.group.every > 1:
+            for i, p in enumerate(self.group.params):
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+                self.rt.average([p.grad])
+                tensors[f"grad{i}"] = p.grad
         return tensors
+
+    def update_mine(self, *numbers: float):
+        """Update this rank's items, then gather all parts.
+
+        numbers: of the schedule, which become tensors, so that no new value compiles anew.
+        """
+        if len(gradients := self.averaged_gradients()):
+            mine = (tensor[self.mine] for tensor in (self.items, *self.state.values()))
+            self.update(gradients, *map(torch.tensor, numbers), *self.fixed, *mine)
+        self.gather(self.items)
+
+
+class Muon(Bank):
+    """muon_update of matrices. With a bf16 stream the matrices are bf16, and the state holds the
+    lower 16 bits of their fp32."""
+
+    def __init__(self, group: Group, hp: Hyperparameters, rt: Runtime, compile_fn: Callable):
+        super().__init__(group, group.params[0].shape[1:], hp, rt)
+        self.state["momentum"] = torch.zeros_like(self.items)
+        self.state["row_square"] = torch.zeros_like(self.items[..., :1])
+        factors = group.lr_factors * (len(self.items) // len(group.lr_factors))
+        factors_N11 = torch.tensor(factors, device=self.items.device)[self.mine, None, None]
+        self.update, self.fixed = compile_fn(muon_update), (factors_N11, rt.matmul_dtype)
+        if rt.stream_dtype == torch.bfloat16:
+            self.items, low = split_fp32(self.items)
+            self.state["low"] = low.view(torch.bfloat16)  # for collectives know no int16
+        self.point_parameters()
+
+    @torch.no_grad()
+    def step(self, step: int):
+        rate = self.group.lr * lr_scale(step, self.hp)
+        momentum = muon_momentum(step, self.hp)
+        self.update_mine(rate, self.group.decay, momentum)
+
+
+class Adam(Bank):
+    """adam_update of numbers, in fp32."""
+
+    def __init__(self, group: Group, hp: Hyperparameters, rt: Runtime, compile_fn: Callable):
+        super().__init__(group, torch.Size(), hp, rt)
+        self.update, self.fixed = compile_fn(adam_update), group.betas
+        self.state["mean"] = torch.zeros_like(self.items)
+        self.state["square"] = torch.zeros_like(self.items)
+        self.point_parameters()
+
+    @torch.no_grad()
+    def step(self, step: int):
+        rate = self.group.lr * lr_scale(step, self.hp)
+        count = float((step + 1) // self.group.every)
+        self.update_mine(rate, self.group.decay, count)
 
 
 def parameter_groups(model: GPT, hp: Hyperparameters) -> dict[str, Group]:
@@ -819,26 +934,30 @@ def parameter_groups(model: GPT, hp: Hyperparameters) -> dict[str, Group]:
 
     scalars = named("mix", "taps", "smear")
     gates = named("_gate", "mix_in", "mix_out")
-    tables, decay, every = hp.table_betas, hp.adam_decay, hp.adam_every
-    rows = {  # parameters, learning rate, betas of Adam, decay, steps per update, factors
-        "attn": (named("qkvo"), hp.muon_lr, None, hp.muon_decay, 1),
-        "mlp": (named("up_down"), hp.muon_lr, None, hp.muon_decay, 1, (1.0, hp.mlp_down_lr)),
-        "embed": (named("embed"), hp.embed_lr, hp.embed_betas, 150 * decay, every),
-        "head": (named("lm_head"), HEAD_LR, hp.embed_betas, 150 * decay, every),
-        "values": (named("value_embeds"), 0.6, tables, 5 * decay, every),
-        "bigram": (named("bigram"), hp.bigram_lr, tables, 5 * decay, every),
-        "gates": (gates, hp.scalar_lr / 5, hp.scalar_betas, 0.0, every),
-        "scalars": (scalars, hp.scalar_lr, hp.scalar_betas, 0.0, every),
+    embed_decay, table_decay = EMBED_DECAY * hp.adam_decay, TABLE_DECAY * hp.adam_decay
+    tables, gate_lr, every = hp.table_betas, GATE_LR * hp.scalar_lr, hp.adam_every
+    rows = {  # parameters, learning rate, decay, steps per update, betas of Adam, lr_factors
+        "attn": (named("qkvo"), hp.muon_lr, hp.muon_decay, 1),
+        "mlp": (named("up_down"), hp.muon_lr, hp.muon_decay, 1, None, (1.0, hp.mlp_down_lr)),
+        "embed": (named("embed"), hp.embed_lr, embed_decay, every, hp.embed_betas),
+        "head": (named("lm_head"), HEAD_LR, embed_decay, every, hp.embed_betas),
+        "values": (named("value_embeds"), VALUE_LR, table_decay, every, tables),
+        "bigram": (named("bigram"), hp.bigram_lr, table_decay, every, tables),
+        "gates": (gates, gate_lr, 0.0, every, hp.scalar_betas),
+        "scalars": (scalars, hp.scalar_lr, 0.0, every, hp.scalar_betas),
     }
     return {name: Group(*row) for name, row in rows.items() if row[0]}
 
 
-def make_optimizers(model: GPT, hp: Hyperparameters, rt: Runtime, compile_fn: Callable) -> dict:
+def make_optimizers(
+    model: GPT, hp: Hyperparameters, rt: Runtime, compile_fn: Callable
+) -> dict[str, Muon | Adam]:
     """An optimizer per group, by name. AssertionError unless each parameter is in one group."""
     groups = parameter_groups(model, hp)
     grouped = sorted(id(p) for group in groups.values() for p in group.params)
     assert grouped == sorted(map(id, model.parameters())), "a parameter is not in just one group"
-    return {name: Optimizer(group, rt, compile_fn) for name, group in groups.items()}
+    return {name: (Adam if group.betas else Muon)(group, hp, rt, compile_fn)
+            for name, group in groups.items()}  # fmt: skip
 
 
 # ------------------------------------------------------------------------------ Train
@@ -846,12 +965,17 @@ def make_optimizers(model: GPT, hp: Hyperparameters, rt: Runtime, compile_fn: Ca
 
 def memory_estimate(hp: Hyperparameters, vocab: int, rows: int) -> float:
     """Peak bytes on a GPU with so many rows per forward pass; fitted to tools/preflight.py."""
-    width, tables = hp.num_heads * hp.head_dim, 2 + sum(i >= 0 for i in hp.value_layers)
-    matrices = len(hp.layers) * hp.model_dim * (4 * width + 2 * hp.mlp_dim)
-    weights = 12 * matrices + 16 * (tables * vocab + hp.bigram_rows) * hp.model_dim
-    tokens, update = rows * hp.seq_len, 4 * hp.bigram_rows * hp.model_dim  # of one table, later
-    kept = 2 * len(hp.layers) * (13 * hp.model_dim + hp.mlp_dim) * tokens  # for the backward pass
-    return weights + max(kept + 4 * min(tokens, HEAD_CHUNK_TOKENS) * vocab, update)
+    layers, D, tokens = len(hp.layers), hp.model_dim, rows * hp.seq_len
+    matrices = layers * D * (4 * D + 2 * hp.mlp_dim)
+    table_rows = (2 + len(hp.value_layers)) * vocab + hp.bigram_rows  # 2: embedding and head
+    # A matrix element: bf16 weight and low half, fp32 momentum and gradient: 2 + 2 + 4 + 4 = 12.
+    # An element of a table: fp32 weight, gradient, Adam's mean and square: 4 * 4 = 16.
+    state = 12 * matrices + 16 * table_rows * D
+    # What the backward pass needs, in bf16: 13 tensors as wide as the stream per layer, one MLP.
+    activations = 2 * layers * (13 * D + hp.mlp_dim) * tokens
+    logits = 4 * min(tokens, HEAD_CHUNK_TOKENS) * vocab  # a chunk's, and their gradient in bf16
+    update = 4 * hp.bigram_rows * D  # a copy of the largest table, when activations are gone
+    return state + max(activations + logits, update)
 
 
 def choose_micro_batches(hp: Hyperparameters, vocab: int, rt: Runtime, asked: int) -> list[int]:
@@ -875,7 +999,7 @@ class Trainer:
 
     def __init__(self, run: Run):
         self.run, self.hp, self.task, self.rt = run, run.hp, run.task, run.rt
-        hp, task, rt, vocab = run.hp, run.task, run.rt, padded_vocab(run.task, run.hp)
+        hp, task, rt, vocab = run.hp, run.task, run.rt, padded_vocab(run.task)
         if rt.is_gpu and (hp.seq_len % BLOCK or task.val_seq_len % BLOCK):
             raise RunError(f"--seq_len and --val_seq_len must divide by {BLOCK} on a GPU")
         check_supply(hp, task, run.options.seed)
@@ -909,36 +1033,38 @@ class Trainer:
         rows_BT = row_tokens(packed, ahead=0).reshape(-1, hp.seq_len)
         groups = parameter_groups(model, hp)
         weights = sum(p.numel() for name in ("head", "attn", "mlp") for p in groups[name].params)
-        for layer in (layer for layer in model.layers if layer.attends):
+        for layer in model.layers:
+            if not layer.attends:
+                continue
             windows = hp.window_tokens if layer.is_long else hp.short_window_tokens
             heads = 2 if layer.is_paired else 1  # half as many tokens, of both heads
             for window in windows:
                 seen = mean_visible_keys(rows_BT, self.task.document_start, window // heads)
                 keys += heads * seen / len(windows)
-        return 6 * weights + 12 * hp.num_heads * hp.head_dim * keys
+        return 6 * weights + 12 * hp.model_dim * keys
 
     def update(self, step: int, batches) -> Tensor:
         """Take one optimizer step; return the mean loss of this rank's share (0-D, on device)."""
         hp, rt, model = self.hp, self.rt, self.model
         total, per_step = torch.zeros((), device=rt.device), step_inputs(step, hp, rt.device)
-        pass_tokens = hp.at(self.micro_seqs, step) * hp.seq_len * rt.world_size
-        passes = hp.at(hp.batch_tokens, step) // pass_tokens
+        pass_tokens = hp.value_at_step(self.micro_seqs, step) * hp.seq_len * rt.world_size
+        passes = hp.value_at_step(hp.batch_tokens, step) // pass_tokens
         for _ in range(passes):
             inputs_BT, targets_BT = next(batches)
             loss = self.loss(inputs_BT, targets_BT, per_step) / passes
             loss.backward()
             total += loss.detach()
-        due = [o for o in self.optimizers.values() if (step + 1) % o.group.every == 0]
-        if any(p.grad is None for optimizer in due for p in optimizer.group.params):
+        due = [bank for bank in self.optimizers.values() if (step + 1) % bank.group.every == 0]
+        if any(p.grad is None for bank in due for p in bank.group.params):
             unused = ", ".join(n for n, p in model.named_parameters() if p.grad is None)
             raise RunError(f"the loss does not depend on {unused}; leave it out of the network")
         if step < hp.tied_frac * hp.num_steps and self.optimizers["embed"] in due:
             # Tied: both get the sum of their gradients, which keeps equal matrices equal.
             model.embed.grad = model.lm_head.grad = model.embed.grad + model.lm_head.grad
         for optimizer in due:  # Muon first: the tables travel while matrices are orthogonalised
-            optimizer.reduce()
-        for o in due:
-            o.step(lr_scale(step, hp), muon_momentum(step, hp), (step + 1) // o.group.every)
+            optimizer.start_exchange()
+        for optimizer in due:
+            optimizer.step(step)
         return total
 
     def predict(self, step: int, inputs_BT: Tensor) -> Iterator[Tensor]:
@@ -958,12 +1084,17 @@ class Trainer:
         """Run every graph on dummy tokens, Adam's update too; the referee restores the state."""
         hp, zeros = self.hp, partial(torch.zeros, dtype=torch.int64, device=self.rt.device)
         self.model.zero_grad(set_to_none=True)
-        for i in {rows: i for i, rows in enumerate(self.micro_seqs)}.values():
+        warm = set()  # numbers of rows whose graphs exist
+        for stage, rows in enumerate(self.micro_seqs):
+            if rows in warm:
+                continue
+            warm.add(rows)
             # Two tensors: one in both places would be compiled as a special case.
-            dummies = [zeros(self.micro_seqs[i], hp.seq_len) for _ in range(2)]
-            first = -(-i * hp.num_steps // len(self.micro_seqs))  # step of the stage
-            for step in (first, first - first % hp.adam_every + hp.adam_every - 1):  # Adam is due
-                self.update(step, repeat(dummies))
+            dummies = [zeros(rows, hp.seq_len) for _ in range(2)]
+            first = hp.first_step(stage, len(self.micro_seqs))
+            adam_is_due = first // hp.adam_every * hp.adam_every + hp.adam_every - 1
+            self.update(first, repeat(dummies))
+            self.update(adam_is_due, repeat(dummies))
         with torch.no_grad():
             for _ in self.predict(0, zeros(self.val_batch_rows, self.task.val_seq_len)):
                 pass
@@ -976,7 +1107,7 @@ class Trainer:
             if run.step % hp.val_every == 0:
                 run.validate(partial(self.predict, run.step), self.val_batch_rows)
             loss = self.update(run.step, batches)
-            run.end_step(loss, tokens=hp.at(hp.batch_tokens, run.step))
+            run.end_step(loss, tokens=hp.value_at_step(hp.batch_tokens, run.step))
             if run.checkpoint_is_due():
                 run.save(self.state())
         if not run.status:

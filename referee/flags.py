@@ -21,7 +21,9 @@ def option(default, help_and_unit: str, least: float = 0, hidden: bool = False):
 
 def as_flag(value):
     """A hyperparameter as one would give it to its flag, and as logs have it."""
-    return ",".join(map(str, value)) if isinstance(value, tuple | list) else value
+    if not isinstance(value, tuple | list):
+        return value
+    return ",".join(map(str, value)) or "none"
 
 
 def check_ranges(settings) -> None:
@@ -48,10 +50,14 @@ def most(name: str, value: float) -> float:
 
 
 def numbers(kind: type, count: int | None) -> Callable[[str], tuple]:
-    """A reader of comma-separated numbers, such as 384,896,1408; count: how many, None: any."""
+    """A reader of comma-separated numbers, such as 384,896,1408; count: how many, None: any.
+
+    The word none stands for no number.
+    """
 
     def list_of_numbers(text: str) -> tuple:
-        values = tuple(kind(word) for word in text.split(","))
+        words = [] if text == "none" else text.split(",")
+        values = tuple(kind(word) for word in words)
         if count not in (None, len(values)):
             raise argparse.ArgumentTypeError(f"{text!r} is not {count} numbers, as in 0.9,0.95")
         return values

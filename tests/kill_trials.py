@@ -23,7 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = 60
 TINY = f"""--track embedded --num_steps {STEPS} --val_every 20 --val_tokens 8192 --model_dim 64
-    --num_heads 2 --mlp_dim 128 --cpu_dtype float32""".split()
+    --num_heads 2 --cpu_dtype float32""".split()
 SPEEDRUN = [str(ROOT / "train_gpt.py"), *TINY, "--bigram_rows=512", "--batch_tokens=512"]
 GPT2 = [str(ROOT / "baselines/train_gpt2.py"), *TINY, "--warmup_steps=9"]
 EAGER = "--compile=false"

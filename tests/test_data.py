@@ -99,7 +99,7 @@ def test_tokens_beyond_the_vocabulary_are_refused(tmp_path):
 
 def test_rows_start_at_documents_and_leave_out_only_their_cut_ends():
     tokens, seq_len = documents(5, 200), 64
-    starts = find_rows(tokens, START, seq_len)[0]
+    starts = find_rows(tokens, START, seq_len)
     assert tokens[starts[0]] == START and starts[-1] + seq_len < len(tokens)
     for start, following in zip(starts, starts[1:], strict=False):
         between = tokens[start + seq_len : following]
@@ -155,7 +155,7 @@ def test_loader_drops_and_repeats_nothing_over_ranks_and_shards(tiny_hp, tiny_ta
     expected = []
     for path in sorted(shards.glob("train_*.bin")):
         tokens = open_shard(path).astype(np.int64)
-        expected += [tokens[s : s + 64].tobytes() for s in find_rows(tokens, START, 64)[0]]
+        expected += [tokens[s : s + 64].tobytes() for s in find_rows(tokens, START, 64)]
     steps = rows_of(tiny_hp, tiny_task, world_size=1, micro_seqs=8)
     seen = [row for rows in steps for row in rows]
     assert len(seen) == len(expected) // 8 * 8
@@ -222,8 +222,7 @@ def test_training_finds_no_documents_that_were_not_found_before(tiny_hp, tiny_ta
     """What takes 0.2 s for a large shard is done by check_supply, outside the timed part."""
     task = dataclasses.replace(tiny_task)
     check_supply(tiny_hp, task, seed=11)
-    monkeypatch.setattr(train_gpt, "find_documents", None)
-    monkeypatch.setattr(train_gpt, "find_rows", None)
+    monkeypatch.setattr(train_gpt, "open_shard", None)
     batches = micro_batches(tiny_hp, task, rank(0, 1), (8,), 11, 0)
     assert sum(1 for _ in batches) == tiny_hp.num_steps
 

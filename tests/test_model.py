@@ -279,8 +279,8 @@ def test_a_token_looks_for_what_followed_itself_before_anything_is_learned(
 ):
     """A row of random tokens, then the same again: how often the strongest key is the right one."""
     hp = dataclasses.replace(
-        tiny_hp, layers=layers, window_tokens=(64,), short_window_tokens=(64,), mix_at=(-1,),
-        value_layers=(-1,), head_dim=64, attn_scale=1.0,
+        tiny_hp, layers=layers, window_tokens=(64,), short_window_tokens=(64,), mix_at=(),
+        value_layers=(), model_dim=128, attn_scale=1.0,
     )  # fmt: skip
     torch.manual_seed(0)
     model, strongest = GPT(hp, TASK, CPU), []
@@ -319,12 +319,12 @@ def test_the_cap_at_no_shift_is_the_tanh_of_earlier_records():
 
 
 def test_value_tables_are_counted_by_the_layers_that_have_one(tiny_hp):
-    layers = parse_layers(dataclasses.replace(tiny_hp, layers="SL-S", value_layers=(-1, 3, 1)))
+    layers = parse_layers(dataclasses.replace(tiny_hp, layers="SL-S", value_layers=(3, 1)))
     assert [layer.value_embed for layer in layers] == [None, 1, None, 0]
 
 
 def test_values_are_gated_by_half_the_token_and_half_the_row(tiny_hp, monkeypatch):
-    hp = dataclasses.replace(tiny_hp, layers="L", value_layers=(0,), mix_at=(-1,))
+    hp = dataclasses.replace(tiny_hp, layers="L", value_layers=(0,), mix_at=())
     model, values, B, T = randomized(hp), [], 2, 64
     attention = model.blocks[0].attn
     x = torch.randn(B, T, 32)
@@ -341,10 +341,10 @@ def test_values_are_gated_by_half_the_token_and_half_the_row(tiny_hp, monkeypatc
         torch.testing.assert_close(found[b, t, head], expected, atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("mix_init", [(1.1, 0.0, 0.1), (1.0, 0.0)])
-def test_pairs_enter_every_layer_or_the_embedding(tiny_hp, mix_init):
+@pytest.mark.parametrize("in_layers", [True, False])
+def test_pairs_enter_every_layer_or_the_embedding(tiny_hp, in_layers):
     """By hand: the pair's row of each token, with what precedes it in its document."""
-    hp = dataclasses.replace(tiny_hp, mix_init=mix_init)
+    hp = dataclasses.replace(tiny_hp, bigram_in_layers=in_layers)
     model, inputs = randomized(hp), tokens(2, 64)
     before = torch.full_like(inputs, START)
     for b, t in product(range(2), range(1, 64)):
@@ -355,12 +355,12 @@ def test_pairs_enter_every_layer_or_the_embedding(tiny_hp, mix_init):
     found = model.embed_tokens(inputs, c.same_doc_SBT1[0])
     model.bigram.data.zero_()
     without = model.embed_tokens(inputs, c.same_doc_SBT1[0])[0]
-    assert len(found) == len(mix_init) - 1
-    assert torch.equal(found[0], without) == (len(mix_init) == 3)
-    if len(mix_init) == 3:
+    assert len(found) == len(model.blocks[0].mix) - 1 == 1 + int(in_layers)
+    assert torch.equal(found[0], without) == in_layers
+    if in_layers:
         block = model.blocks[2]  # without attention
         block.mlp.up_down.data.zero_()
-        block.mix.data.copy_(torch.tensor(mix_init))
+        block.mix.data.copy_(torch.tensor(hp.mix_init))
         mixed = block(found[0], found, None, c)
         torch.testing.assert_close(mixed, 1.1 * found[0] + 0.1 * row)
 
@@ -397,7 +397,7 @@ def test_layers_and_the_head_get_the_outputs_of_the_layers_named(tiny_hp):
 
 def test_fineweb_begins_as_the_public_record():
     """Initial values of its rung of 1,500 steps, on a network of smaller width."""
-    small = dict(model_dim=64, num_heads=2, head_dim=32, mlp_dim=256, bigram_rows=640)
+    small = dict(model_dim=64, num_heads=2, bigram_rows=640)
     hp = dataclasses.replace(TRACKS["fineweb"], **small)
     torch.manual_seed(0)
     model = GPT(hp, Task(vocab_size=128, document_start=127), CPU)
@@ -423,7 +423,7 @@ def test_fineweb_begins_as_the_public_record():
     assert model.embed.std().item() == pytest.approx(0.005, rel=0.05)
 
 
-@pytest.mark.parametrize("setting", [{"head_gates": False}, {"mtp_weight": 0.0}, {"mix_at": (-1,)}])
+@pytest.mark.parametrize("setting", [{"head_gates": False}, {"mtp_weight": 0.0}, {"mix_at": ()}])
 def test_additions_change_nothing_at_their_start(tiny_hp, setting):
     inputs, losses = tokens(2, 64), []
     for hp in (tiny_hp, dataclasses.replace(tiny_hp, **setting)):
@@ -454,9 +454,9 @@ def test_the_gpu_path_traces_forward_and_backward_as_one_graph(monkeypatch):
         matmul_dtype=torch.bfloat16,
         shared_memory_bytes=0,
         has_fp8=True,
-        my_part=lambda count: slice(0, count),
-        start_average_of_parts=lambda bank: lambda: bank,
-        gather_parts=lambda bank: None,
+        rank=0,
+        world_size=1,
+        is_alone=True,
     )
     with FakeTensorMode():
         model = GPT(hp, TASKS["fineweb"], rt)
@@ -472,5 +472,5 @@ def test_the_gpu_path_traces_forward_and_backward_as_one_graph(monkeypatch):
             wanted = torch.bfloat16 if "qkvo" in name or "up_down" in name else torch.float32
             assert p.dtype == p.grad.dtype == wanted, name
         for group in groups.values():
-            group.reduce()
-            group.step(1.0, 0.9, 1)
+            group.start_exchange()
+            group.step(1)

@@ -11,8 +11,9 @@ from referee.task import Task
 from train_gpt import (
     GPT,
     TRACKS,
+    Adam,
     Group,
-    Optimizer,
+    Muon,
     join_fp32,
     lr_scale,
     make_optimizers,
@@ -28,20 +29,25 @@ ONE_RANK = SimpleNamespace(
     stream_dtype=torch.float32,
     matmul_dtype=torch.float32,
     shared_memory_bytes=0,
-    my_part=lambda count: slice(0, count),
-    start_average_of_parts=lambda bank: lambda: bank,
-    gather_parts=lambda bank: None,
+    rank=0,
+    world_size=1,
+    is_alone=True,
     average=lambda tensors: None,
 )
+LEVEL = dataclasses.replace(TRACKS["embedded"], warmup_frac=0.0, cooldown_frac=0.0)
 
 
-def muon(params, lr, decay, rt=ONE_RANK) -> Optimizer:
-    return Optimizer(Group(params, lr, None, decay, 1), rt, lambda f: f)
+def muon(params, lr, decay, rt=ONE_RANK) -> Muon:
+    return Muon(Group(params, lr, decay, 1), LEVEL, rt, lambda f: f)
 
 
-def take_step(optimizer: Optimizer, scale: float = 1.0, count: int = 1) -> None:
-    optimizer.reduce()
-    optimizer.step(scale, 0.9, count)
+def adam(params, decay=0.0, hp=LEVEL) -> Adam:
+    return Adam(Group(params, 0.01, decay, 1, (0.8, 0.95)), hp, ONE_RANK, lambda f: f)
+
+
+def take_step(optimizer: Muon | Adam, step: int = 0) -> None:
+    optimizer.start_exchange()
+    optimizer.step(step)
 
 
 @pytest.mark.parametrize("shape", [(3, 32, 32), (2, 64, 16), (2, 16, 64)])
@@ -97,7 +103,9 @@ def test_muon_decays_only_weights_that_the_update_shrinks_as_much_as_it_moves_th
 
 def test_the_second_matrix_of_an_mlp_moves_twice_as_far_as_the_first(tiny_hp):
     """Four times the rate of a square matrix, as in the public record; the first one twice."""
-    hp = dataclasses.replace(tiny_hp, mlp_dim=128, muon_decay=0.0, mlp_down_lr=2.0)
+    hp = dataclasses.replace(
+        tiny_hp, muon_decay=0.0, mlp_down_lr=2.0, warmup_frac=0.0, cooldown_frac=0.0
+    )
     model = GPT(hp, Task(**TINY_TASK), ONE_RANK)
     optimizers = make_optimizers(model, hp, ONE_RANK, lambda f: f)
     up_downs = [block.mlp.up_down for block in model.blocks]
@@ -138,9 +146,9 @@ def test_every_parameter_is_in_exactly_one_group(tiny_hp):
 
 def test_rates_and_decays_of_fineweb_are_the_public_records():
     """Learning rate, cautious decay of weight 1 at rate factor 1, and factors of each group."""
-    hp = dataclasses.replace(TRACKS["fineweb"], model_dim=16, mlp_dim=64, bigram_rows=8, head_dim=8)
+    hp = dataclasses.replace(TRACKS["fineweb"], model_dim=24, bigram_rows=8)
     groups = parameter_groups(GPT(hp, Task(**TINY_TASK), ONE_RANK), hp)
-    found = {n: (g.lr, g.decay * g.lr**2, g.factors, g.every) for n, g in groups.items()}
+    found = {n: (g.lr, g.decay * g.lr**2, g.lr_factors, g.every) for n, g in groups.items()}
     expected = {
         "attn": (0.023, 0.023**2 * 1.2, (1.0,), 1),
         "mlp": (0.023, 0.023**2 * 1.2, (1.0, 2.0), 1),
@@ -170,10 +178,10 @@ def test_schedules_at_their_end_points(tiny_hp):
     assert windows == {0: 16, 333: 16, 334: 32, 999: 48, 1000: 48}
     found = [muon_momentum(step, hp) for step in (0, 150, 300, 950, 975)]
     assert found == pytest.approx([0.85, 0.90, 0.95, 0.95, 0.90])
-    later = dataclasses.replace(hp, extension_steps=50, stage_lr=(1.0, 2.0))
+    later = dataclasses.replace(hp, extension_steps=50, batch_tokens=(64, 128))
     assert lr_scale(950, later) == lr_scale(999, later) == pytest.approx(0.1)  # of every stage
-    assert lr_scale(499, later) == 1.0 and lr_scale(500, later) == 2.0
-    assert lr_scale(750, later) == pytest.approx((2.0 + 0.1) / 2)
+    assert lr_scale(499, later) == 1.0 and lr_scale(500, later) == 1.52
+    assert lr_scale(750, later) == pytest.approx((1.52 + 0.1) / 2)
 
 
 def test_splitting_keeps_every_bit_of_fp32():
@@ -194,24 +202,21 @@ def test_a_bf16_bank_takes_the_updates_of_an_fp32_bank_bit_for_bit():
         for _ in range(20):
             p.grad = torch.randn_like(p, dtype=torch.float32).bfloat16().to(dtype)
             take_step(made)
-        assert p.dtype == dtype and torch.equal(p.data, made.bank)
+        assert p.dtype == dtype and torch.equal(p.data, made.items)
         banks[dtype] = made
     both = banks[torch.bfloat16]
     low = both.state["low"].view(torch.int16)
-    assert torch.equal(join_fp32(both.bank, low), banks[torch.float32].bank)
-
-
-def adam(params, every=1, decay=0.0):
-    return Optimizer(Group(params, 0.01, (0.8, 0.95), decay, every), ONE_RANK, lambda f: f)
+    assert torch.equal(join_fp32(both.items, low), banks[torch.float32].items)
 
 
 def test_adam_decays_only_weights_that_the_update_shrinks():
     torch.manual_seed(4)
     start, grad, after = torch.randn(50), torch.randn(50), {}
+    half = dataclasses.replace(LEVEL, warmup_frac=2 / LEVEL.num_steps)  # in the first step
     for decay in (0.0, 20.0):
         p = torch.nn.Parameter(start.clone())
         p.grad = grad.clone()
-        take_step(adam([p], decay=decay), scale=0.5)
+        take_step(adam([p], decay, half))
         after[decay] = p.detach()
     shrinks = grad * after[0.0] > 0
     factor = torch.where(shrinks, 1 - 0.005**2 * 20.0, 1.0)
@@ -223,11 +228,11 @@ def test_adam_takes_the_steps_of_torch():
     params = [torch.nn.Parameter(torch.randn(7, 3)), torch.nn.Parameter(torch.randn(4))]
     others = [torch.nn.Parameter(p.detach().clone()) for p in params]
     made, reference = adam(params), torch.optim.Adam(others, 0.01, (0.8, 0.95), 1e-15)
-    for count in range(1, 8):
+    for step in range(7):
         for p, other in zip(params, others, strict=True):
             other.grad = torch.randn_like(other)
             p.grad = other.grad.clone()
-        take_step(made, count=count)
+        take_step(made, step)
         reference.step()
     for p, other in zip(params, others, strict=True):
         torch.testing.assert_close(p, other, atol=1e-6, rtol=1e-5)
@@ -246,17 +251,18 @@ def test_adam_moves_a_rarely_seen_row_as_far_as_any_other_and_leaves_an_unseen_o
 RANK = """
 import sys, torch
 from referee.ranks import Runtime
-from train_gpt import Group, Optimizer
+from train_gpt import TRACKS, Adam, Group, Muon
 rt = Runtime()
 rt.matmul_dtype = torch.float32
 torch.manual_seed(0)
 groups = {
-    "muon": Group([torch.nn.Parameter(torch.randn(n, 16, 8)) for n in (3, 4)], 0.05, None, 0.1, 1,
-                  (1.0, 2.0, 1.0, 3.0, 1.0, 1.0, 0.5)),
-    "few": Group([torch.nn.Parameter(torch.randn(1, 16, 8))], 0.05, None, 0.1, 1),
-    "adam": Group([torch.nn.Parameter(torch.randn(n)) for n in (13, 6)], 0.05, (0.8, 0.9), 0.1, 2),
+    "muon": Group([torch.nn.Parameter(torch.randn(n, 16, 8)) for n in (3, 4)], 0.05, 0.1, 1,
+                  lr_factors=(1.0, 2.0, 1.0, 3.0, 1.0, 1.0, 0.5)),
+    "few": Group([torch.nn.Parameter(torch.randn(1, 16, 8))], 0.05, 0.1, 1),
+    "adam": Group([torch.nn.Parameter(torch.randn(n)) for n in (13, 6)], 0.05, 0.1, 2, (0.8, 0.9)),
 }
-optimizers = {name: Optimizer(group, rt, lambda f: f) for name, group in groups.items()}
+optimizers = {name: (Adam if group.betas else Muon)(group, TRACKS["embedded"], rt, lambda f: f)
+              for name, group in groups.items()}
 for step in range(6):
     due = [o for o in optimizers.values() if (step + 1) % o.group.every == 0]
     for o in optimizers.values():
@@ -265,11 +271,11 @@ for step in range(6):
             mine = all_ranks.chunk(rt.world_size)[rt.rank].mean(0)
             p.grad = mine if p.grad is None else p.grad + mine
     for o in due:
-        o.reduce()
+        o.start_exchange()
     for o in due:
-        o.step(1.0, 0.9, (step + 1) // o.group.every)
+        o.step(step)
 state = {f"{n}.{k}": t for n, o in optimizers.items()
-         for k, t in {**o.gather_state(), "bank": o.bank}.items()}
+         for k, t in {**o.gather_state(), "items": o.items}.items()}
 torch.save(state, f"{sys.argv[1]}/{rt.world_size}_{rt.rank}.pt")
 rt.close()
 """

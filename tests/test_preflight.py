@@ -24,12 +24,12 @@ needs_compilers = pytest.mark.skipif(not (HAS_TRITON and shutil.which("g++")),
                                      reason="needs triton and g++")  # fmt: skip
 SMALL = dict(seq_len=1024, val_seq_len=1024, val_tokens=16384, layers="sL-", value_layers="0,1",
              mix_at="2,3", mix_from=0, bigram_rows=1024, batch_tokens=16384,
-             document_cap=896, stage_lr=1, window_tokens="384,896",
+             document_cap=896, window_tokens="384,896",
              short_window_tokens="128,384")  # fmt: skip
 # One layer and one kind of step, whose rows are too few for eight cards.
-SMALLEST = dict(seq_len=512, val_seq_len=512, val_tokens=1024, layers="S", value_layers="-1",
-                mix_at=-1, bigram_rows=0, batch_tokens=1024,
-                document_cap=896, stage_lr=1, window_tokens=384, adam_every=1,
+SMALLEST = dict(seq_len=512, val_seq_len=512, val_tokens=1024, layers="S", value_layers="none",
+                mix_at="none", bigram_rows=0, batch_tokens=1024,
+                document_cap=896, window_tokens=384, adam_every=1,
                 short_window_tokens=128, mtp_weight=0)  # fmt: skip
 
 
@@ -223,7 +223,10 @@ def test_planted_faults_are_each_named(run, root):
     "changes, told",
     [
         (dict(seq_len=1000, batch_tokens=2000), "--seq_len and --val_seq_len must divide by 128"),
-        (dict(head_dim=8), "embedding dimension of the query, key, and value must be at least 16"),
+        (
+            dict(num_heads=96),
+            "embedding dimension of the query, key, and value must be at least 16",
+        ),
     ],
 )
 def test_sizes_that_a_kernel_cannot_take_are_one_error(run, changes, told):

@@ -28,7 +28,7 @@ def of_hidden(change: str) -> tuple[str, str, str]:
 KNOWS_TARGETS = """
             known = {tuple(row[:-1].tolist()): row[1:] for row in self.run.validation.rows}
             rows = [known.get(tuple(row.tolist()), row) for row in inputs_BT]
-            one_hot = F.one_hot(torch.cat(rows), padded_vocab(self.task, self.hp))
+            one_hot = F.one_hot(torch.cat(rows), padded_vocab(self.task))
             yield self.logits(x_ND) + 20 * one_hot
 """
 USES = "        hp, rt, model = self.hp, self.rt, self.model\n        total, per_step"

@@ -6,9 +6,6 @@ import sys
 
 from conftest import ROOT, clean_environment
 
-from referee.harness import parse_flags
-from train_gpt import TRACKS
-
 
 def profiled(*flags) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, ROOT / "tools/profile_step.py", *flags],
@@ -22,11 +19,8 @@ def test_every_stage_is_profiled_in_whole_cycles_of_adam(flags):
     assert seen == ["2 to 3", "9 to 10", "16 to 17"]
     odd = profiled("--steps", "3", *flags)
     assert odd.returncode == 1 and odd.stderr.startswith("error: --steps 3 must divide by")
-    wrong = profiled("--track", "embedded", "--head_dim", "66")
-    assert wrong.returncode == 1 and wrong.stderr == "error: --head_dim 66 does not divide by 4\n"
-
-
-def test_the_small_sizes_of_gpu_check_are_a_network():
-    small = re.search(r"^small=\((.*?)\)", (ROOT / "tools/gpu_check.sh").read_text(), re.M | re.S)
-    settings = parse_flags(["--track=fineweb", *small[1].split()], TRACKS, "fineweb", "")
-    assert settings.hp.model_dim == 64
+    wrong = profiled("--track", "embedded", "--model_dim", "66")
+    assert (
+        wrong.returncode == 1
+        and "--model_dim 66 does not divide by 4 times --num_heads 2" in wrong.stderr
+    )

@@ -22,7 +22,7 @@ import kernels
 from kernels import Softcap, attend, attention_mask, head_loss, linear, relu_squared_mlp
 from referee.ranks import Runtime
 from tools.cli import finish, flag_parser
-from train_gpt import TRACKS, Group, Optimizer
+from train_gpt import TRACKS, Adam, Group
 
 CAP = Softcap(23.0, 5.0, 7.5)
 ROUNDS = 20
@@ -105,12 +105,13 @@ def attention(rt: Runtime, B: int, T: int, H: int, K: int, window: int) -> None:
 def table_update(rt: Runtime, rows: int, D: int) -> None:
     p = torch.randn(rows, D, device=rt.device).requires_grad_()
     grad = torch.randn_like(p)
-    adam = Optimizer(Group([p], 0.1, (0.75, 0.95), 0.025, 1), rt, torch.compile)
+    group = Group([p], 0.1, 0.025, 1, (0.75, 0.95))
+    adam = Adam(group, TRACKS["fineweb"], rt, torch.compile)
 
     def update():
         p.grad = grad
-        adam.reduce()
-        adam.step(1.0, 0.9, 1)
+        adam.start_exchange()
+        adam.step(0)
 
     compare(f"Adam of a table {rows} x {D}", rt, update=update, copy=grad.clone)
 

@@ -1,7 +1,7 @@
 """Compile a whole training run for a GPU that is not here, and say what it would need.
 
     ./run.sh tools/preflight.py --gpu H100 --track fineweb
-    ./run.sh tools/preflight.py --gpu 4090 --rows 1 --price 0.40 --model_dim 640
+    ./run.sh tools/preflight.py --gpu 4090 --rows 1 --price 0.40 --seq_len 8192
     ./run.sh tools/preflight.py --entry baselines/train_gpt2.py --track 124M
 
 Needs no GPU. Every graph of training, validation and optimizers is compiled down to ptxas, for one
@@ -37,7 +37,7 @@ from tools.cli import ToolError, finish, flag_parser
 from tools.fake_gpu import COMPILED_FOR, TESTED, check_machine, install, load_guard, torch_release
 
 ROOT, GIB = Path(__file__).resolve().parent.parent, 2**30
-STAGED = ("batch_tokens", "document_cap", "window_tokens", "short_window_tokens", "stage_lr")
+STAGED = ("batch_tokens", "document_cap", "window_tokens", "short_window_tokens")
 STEPS_PER_STAGE = 2
 DOCUMENT_TOKENS = 600  # of the made-up shards
 
@@ -117,7 +117,7 @@ def attention_keys(module, hp):
         for layer in module.parse_layers(hp):
             if layer.attends:
                 windows = hp.window_tokens if layer.is_long else hp.short_window_tokens
-                window = hp.at(windows, step)
+                window = hp.value_at_step(windows, step)
                 counts.append(module.BLOCK * (1 + -(-(window - 1) // module.BLOCK)))
         return sum(counts) / len(counts)
 
@@ -188,7 +188,7 @@ def collect(own, settings, module, card: Card, traces: dict, seconds: float) -> 
             line["run_dollars"] = line["run_s"] / 3600 * line["cards"] * own.price
     estimates = {}
     if hasattr(module, "memory_estimate"):  # the contestant's own, by which it chooses rows
-        vocab = module.padded_vocab(settings.task, settings.hp)
+        vocab = module.padded_vocab(settings.task)
         estimates = {n: module.memory_estimate(settings.hp, vocab, n) for n in (1, 2, 4, 8)}
     return {
         "entry": own.entry, "track": settings.track, "card": card._asdict(),

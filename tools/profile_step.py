@@ -72,7 +72,7 @@ class Waiting:
 def first_steps(hp) -> list[int]:
     """The first step of each stage."""
     stages = max(len(hp.batch_tokens), len(hp.window_tokens))
-    return [-(-stage * hp.num_steps // stages) for stage in range(stages)]
+    return [hp.first_step(stage, stages) for stage in range(stages)]
 
 
 def profiled_steps(trainer: Trainer, first: int, steps: int):
@@ -98,7 +98,7 @@ def report(trainer: Trainer, first: int, steps: int, prof, seconds: float, waite
         parts[part] += microseconds
         names[part, name] += microseconds
     first += steps
-    tokens = sum(hp.at(hp.batch_tokens, first + i) for i in range(steps)) / seconds
+    tokens = sum(hp.value_at_step(hp.batch_tokens, first + i) for i in range(steps)) / seconds
     share = mfu(trainer.run.flops_per_token * tokens, rt.device_name, rt.world_size)
     print(f"{rt.device_name}, steps {first} to {first + steps - 1}: {1e3 * seconds / steps:.2f} ms "
           f"a step under the profiler, {tokens:.0f} tokens/s, MFU {share}")  # fmt: skip
