@@ -1,14 +1,15 @@
-"""Attention, the head's loss and the MLP: each by its definition, and on a GPU by a kernel.
+"""Attention, the head's loss and the MLP: each has a definition, and on a GPU a kernel.
 
     attend            FlexAttention by blocks; on a CPU softmax by chunks, with the same may_attend
     head_loss         a Triton kernel by chunks; its definition is softcapped_loss
     relu_squared_mlp  a Triton kernel for up and ReLU squared; its definition is its last two lines
 
-A change of a definition needs the same change of its kernel and of its backward pass; an idea is
-tried faster in plain torch, in train_gpt.py. Shapes: B sequences, T tokens, N = B * T, H heads, K
-head_dim, V vocabulary, D model_dim, M mlp_dim, J targets per token. tools/preflight.py compiles all
-kernels of a run without a GPU, and names those that spill or ask for too much shared memory; what
-was timed on one: docs/gpus.md.
+Who changes a definition must change its kernel and its backward pass as well; it is faster to try
+an idea in plain torch, in train_gpt.py. tools/preflight.py compiles all kernels of a run without a
+GPU, and names those that spill or need too much shared memory. docs/gpus.md has what was timed.
+
+Shapes: B sequences, T tokens, N = B * T, H heads, K head_dim, V vocabulary, D model_dim, M mlp_dim,
+J targets per token.
 """
 
 from collections import namedtuple
@@ -25,10 +26,10 @@ BLOCK = 128  # tokens per side of an attention block
 SMALL_FLEX_BLOCKS = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_M1": 32, "BLOCK_N1": 64,
                      "BLOCK_M2": 64, "BLOCK_N2": 32}  # fmt: skip
 HEAD_CHUNK_TOKENS = 16384  # tokens whose logits are in memory at a time
-# fp8 value 1 means so much: in x, in the weight (both e4m3, up to 448), and in the gradient of a
-# token's loss by its logits (e5m2), which is divided by N after the product, lest it underflow.
+# What 1 in fp8 stands for: in x, in the weight (both e4m3, up to 448), and in the gradient of a
+# token's loss by its logits (e5m2). That is divided by N after the product, or it would underflow.
 FP8_UNITS = (100 / 448, 1.6 / 448, 0.75 / 448)
-# 8 logits a thread, so that bf16 and fp8 are stored from the same threads.
+# 8 logits per thread, so that bf16 and fp8 are stored from the same threads.
 LOSS_TILE = dict(COLS=1024, num_warps=4)
 LARGE_TILE = dict(BLOCK_N=128, BLOCK_M=256, BLOCK_K=64, num_warps=8, num_stages=4)  # 192 KiB
 SMALL_TILE = dict(BLOCK_N=128, BLOCK_M=128, BLOCK_K=32, num_warps=8, num_stages=4)

@@ -4,17 +4,17 @@
     torchrun --nproc_per_node=4 train_gpt.py         four GPUs, the same global batches
     python train_gpt.py --num_steps 50 --slug try    one process, an experiment
 
-This file is the contestant: everything that an idea may change. It reads downwards: what a run is
-(Hyperparameters), what a step sees (Data, Schedules), the network (Model), the updates (Optimizer),
-the loop (Train). Attention, the head's loss and the MLP stand in kernels.py, each beside its GPU
-version. referee/ is the referee: task, device, clock, log and the validation loss. Losses are
-nats per token.
+This file is the contestant: everything that an idea may change. Read it from top to bottom: what a
+run is (Hyperparameters), what a step sees (Data, Schedules), the network (Model), the updates
+(Optimizer), the loop (Train). kernels.py holds attention, the head's loss and the MLP, each beside
+its GPU kernel. referee/ is what an idea must not change: task, device, clock, log and validation
+loss. Losses are nats per token.
 """
 
 import signal
 import time
 
-PROCESS_START = time.perf_counter()  # before the slow imports, so that the ledger counts them
+PROCESS_START = time.perf_counter()  # before the slow imports, so that the clock counts them
 if __name__ == "__main__":
     signal.signal(signal.SIGINT, signal.SIG_DFL)  # so that ctrl-C shows no traceback of them
 
@@ -226,8 +226,8 @@ def padded_vocab(task: Task) -> int:
 
 # ------------------------------------------------------------------------------ Data
 #
-# Shards are streams of documents. A training row is packed from pieces of them, (tokens, start,
-# length); the rows of a step are dealt to the micro-batches of all ranks.
+# A shard is a stream of documents. A training row is packed from pieces of documents, each of them
+# (tokens, start, length). The rows of a step are dealt to the micro-batches of all ranks.
 
 Piece = tuple[np.ndarray, int, int]
 
@@ -261,7 +261,7 @@ def shard_pieces(path: Path, hp: Hyperparameters, document_start: int):
 
 
 def ordered_pieces(hp: Hyperparameters, task: Task, seed: int) -> Iterator[Piece]:
-    """Documents as they come; or where they have no cap whole rows, shuffled in each shard."""
+    """Documents in the shards' order; without a cap, whole rows, shuffled within each shard."""
     for epoch in range(hp.max_epochs):
         for index, path in enumerate(task_shards(task.train_files)):
             tokens, starts, lengths = shard_pieces(path, hp, task.document_start)
@@ -271,7 +271,7 @@ def ordered_pieces(hp: Hyperparameters, task: Task, seed: int) -> Iterator[Piece
 
 
 def pack_row(pieces: Iterator[Piece], seq_len: int, cap: int) -> list[Piece]:
-    """Pieces of at most cap tokens (0: any length) that fill a row; the rest of each is dropped."""
+    """Pieces that fill a row, each cut to at most cap tokens (0: any length)."""
     row, room = [], seq_len
     while room:
         if (piece := next(pieces, None)) is None:
@@ -284,16 +284,15 @@ def pack_row(pieces: Iterator[Piece], seq_len: int, cap: int) -> list[Piece]:
 
 
 def row_tokens(row: list[Piece], ahead: int) -> np.ndarray:
-    """int64 (seq_len,): a row's inputs (ahead 0), or its targets (1), the tokens that follow."""
+    """A row's inputs (ahead=0) or targets (ahead=1, the next tokens), int64 (seq_len,)."""
     parts = [tokens[start + ahead : start + ahead + length] for tokens, start, length in row]
     return np.concatenate(parts).astype(np.int64)
 
 
 def micro_batches(hp: Hyperparameters, task: Task, rt: Runtime, micro_seqs, seed: int, step: int):
-    """Yield this rank's (inputs, targets), int64 (rows, seq_len) each, from this step on.
+    """Yield this rank's (inputs, targets), int64 (rows, seq_len) each, starting with `step`.
 
-    micro_seqs: rows, by stage. The rows of a step are dealt to accumulation x ranks equal
-    micro-batches, so that its global batch is the same for any number of ranks.
+    micro_seqs: rows per micro-batch, by stage. A step's rows do not depend on the number of ranks.
     """
     pieces = ordered_pieces(hp, task, seed)
     for s in range(hp.num_steps):
@@ -311,7 +310,7 @@ def micro_batches(hp: Hyperparameters, task: Task, rt: Runtime, micro_seqs, seed
 
 
 def check_supply(hp: Hyperparameters, task: Task, seed: int) -> None:
-    """ShardError unless the shards fill every step, if every step had the shortest cap."""
+    """ShardError unless the shards fill every step, even if each document had the shortest cap."""
     stages, needed = len(hp.batch_tokens), 0
     for stage, tokens in enumerate(hp.batch_tokens):
         steps = hp.first_step(stage + 1, stages) - hp.first_step(stage, stages)
@@ -340,7 +339,7 @@ MOMENTUM_LOW, MOMENTUM_RISE = 0.85, 0.10  # Muon's momentum at both ends, and it
 
 
 def lr_scale(step: int, hp: Hyperparameters) -> float:
-    """Factor on every rate: up to the stage's, then down to one end for all; level at the end."""
+    """Factor on every rate: linear warm-up to the stage's peak, linear fall to final_lr_frac."""
     rise = (step + 1) / max(hp.warmup_frac * hp.num_steps, 1)
     fall = (hp.num_steps - hp.extension_steps - step) / max(hp.cooldown_frac * hp.num_steps, 1)
     left, peak = min(1.0, max(0.0, fall)), STAGE_LR[hp.stage(hp.batch_tokens, step)]
@@ -373,14 +372,16 @@ def rotary_frequencies(step: int, hp: Hyperparameters) -> tuple[Tensor, float]:
     scale, stage = hp.attn_scale, hp.stage(hp.window_tokens, step)
     for old, new in pairwise(hp.window_tokens[: stage + 1]):
         turns = old * frequency / (2 * math.pi)
-        kept = ((turns - 1) / 31).clamp(0, 1)  # of what turns 32 times and more in a window: all
+        # A frequency that turns 32 times or more per window stays; one that turns once or less is
+        # scaled with the window; between them the share that stays is linear.
+        kept = ((turns - 1) / 31).clamp(0, 1)
         frequency = frequency * (old / new + kept * (1 - old / new))
         scale *= 1 + 0.2 * math.log(new / old)
     return frequency, scale
 
 
 class StepInputs(NamedTuple):
-    """Per-step inputs of the network, as tensors, so that no step recompiles."""
+    """Inputs of the network that change between steps: tensors, so that no step recompiles."""
 
     window: Tensor  # 0-D, tokens in the long window
     short_window: Tensor  # 0-D
@@ -418,9 +419,9 @@ def norm(x: Tensor) -> Tensor:
 
 
 def rotary_tables(seq_len: int, frequency: Tensor) -> tuple[Tensor, Tensor]:
-    """cos and sin, fp32 (T, 1, K/4): a quarter of the head turns against another quarter.
+    """cos and sin, fp32 (T, 1, K/4) (rotary: arXiv 2104.09864).
 
-    The other half of the dimensions keeps frequency 0 (rotary: arXiv 2104.09864).
+    The first two quarters of a head's dimensions are rotated as pairs; the other half is not.
     """
     angle = torch.arange(seq_len, device=frequency.device)[:, None] * frequency
     return angle.cos()[:, None], angle.sin()[:, None]
@@ -435,7 +436,10 @@ def rotate(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def pair_heads(x_BTHK: Tensor) -> Tensor:
-    """Heads h and h + H/2 in turns, (B, 2T, H/2, K): both see each other's keys, half as far."""
+    """(B, 2T, H/2, K): heads h and h + H/2 alternate, so each also sees the other's keys.
+
+    A window of so many places then reaches half as many tokens back.
+    """
     B, T, H, K = x_BTHK.shape
     return x_BTHK.view(B, T, 2, H // 2, K).reshape(B, 2 * T, H // 2, K)
 
@@ -445,7 +449,7 @@ def parameter_if(wanted, initial: Tensor) -> nn.Parameter | None:
 
 
 class Context(NamedTuple):
-    """What every layer gets beside the stream."""
+    """What every layer reads beside the stream."""
 
     cos: Tensor
     sin: Tensor
@@ -455,7 +459,7 @@ class Context(NamedTuple):
 
 
 class Attention(nn.Module):
-    """QK-normed rotary attention; o is stored (in, out) so that all four share one shape."""
+    """Rotary attention with QK-norm. o is stored (in, out), so that q, k, v and o share a shape."""
 
     def __init__(self, hp: Hyperparameters, rt: Runtime, layer: Layer):
         super().__init__()
@@ -467,7 +471,7 @@ class Attention(nn.Module):
         self.head_gate = parameter_if(hp.head_gates, torch.zeros(hp.num_heads, GATE_DIM))
 
     def forward(self, x: Tensor, value_BTHK: Tensor | None, ctx: Context) -> Tensor:
-        """value: rows of a value-embedding table, added to v, or None."""
+        """value: rows of a value table, which are added to v, or None."""
         B, T, _ = x.shape
         qkv, o = self.qkvo.split([3, 1])
         q, k, v = linear(x, qkv.flatten(0, 1), self.dtype).view(B, T, 3, self.heads, -1).unbind(2)
@@ -476,8 +480,8 @@ class Attention(nn.Module):
             v = v + gate(torch.cat(both, dim=-1), self.value_gate) * value_BTHK
         q, k = norm(q) * ctx.attn_scale.type_as(q), norm(k)
         if self.layer.is_long:
-            # The half of a key that is not rotated is the one of the token before: a query can then
-            # find what followed its own token.
+            # The half of a key that is not rotated is the previous token's: so a query finds the
+            # places that followed its own token.
             rotated, fixed = k.chunk(2, dim=-1)
             k = torch.cat([rotated, fixed.roll(1, 1) * ctx.same_doc_SBT1[0, ..., None]], dim=-1)
         if self.layer.is_paired:
@@ -494,7 +498,7 @@ class Attention(nn.Module):
 
 def gate(x: Tensor, weight_HG: Tensor) -> Tensor:
     """Factors (B, T, H, 1) between 0 and 2 from the leading dimensions of x; 1 for weight 0."""
-    # A sum of products: to a GPU's matrix units so narrow a product would be a kernel of its own.
+    # Not a matrix product: a GPU would run such a narrow one as a kernel of its own.
     logits_BTH = (x[..., None, :GATE_DIM] * weight_HG.type_as(x)).sum(-1)
     return 2 * torch.sigmoid(logits_BTH)[..., None]
 
@@ -512,9 +516,9 @@ class MLP(nn.Module):
 
 
 def add_earlier_tokens(x: Tensor, taps_SD: Tensor, same_doc_SBT1: Tensor) -> Tensor:
-    """x plus the S tokens before it, weighted by channel: a causal depthwise convolution.
+    """x plus the S tokens before it, weighted per channel: a causal depthwise convolution.
 
-    Primer (arXiv 2109.08668) convolves queries, keys and values; here every sublayer's input is.
+    Primer (arXiv 2109.08668) does so with queries, keys and values, this with sublayers' inputs.
     """
     total = x
     for i, (tap, same_doc) in enumerate(zip(taps_SD, same_doc_SBT1, strict=True)):
@@ -528,7 +532,7 @@ def count_injected(hp: Hyperparameters) -> int:
 
 
 class Block(nn.Module):
-    """Attention and MLP on the residual stream, into which embedding and bigram are mixed again."""
+    """Attention and MLP on the residual stream, after mixing embedding and bigram into it."""
 
     def __init__(self, hp: Hyperparameters, rt: Runtime, layer: Layer):
         super().__init__()
@@ -555,7 +559,7 @@ class Block(nn.Module):
             halves[0, :, 1] = halves[1, :, 1]
 
     def forward(self, x: Tensor, injected: list[Tensor], value_BTHK, ctx: Context) -> Tensor:
-        """injected: the embedding, and the bigram's row where layers mix it in."""
+        """injected: what embed_tokens returns."""
         mix = self.mix.type_as(x)
         x = mix[0] * x
         for weight, added in zip(mix[1:], injected, strict=True):
@@ -565,7 +569,7 @@ class Block(nn.Module):
         return x + self.mlp(self.sublayer_input(x, 1, ctx))
 
     def sublayer_input(self, x: Tensor, sublayer: int, ctx: Context) -> Tensor:
-        """Normed, with earlier tokens mixed in; sublayer: attention 0, MLP 1."""
+        """x normed, with earlier tokens mixed in; sublayer: 0 attention, 1 MLP."""
         x = norm(x)
         if self.taps is None:
             return x
@@ -573,7 +577,7 @@ class Block(nn.Module):
 
 
 class StateMix(nn.Module):
-    """Adds states to the stream with weights by the token (MUDD: arXiv 2502.12170); at first 0.
+    """Adds states to the stream, with weights that the token decides (MUDD: arXiv 2502.12170).
 
     They are the embedding, the bigram's row with bigram_in_layers, the outputs of hp.mix_from so
     far, and the row of the last value table.
@@ -616,10 +620,11 @@ class GPT(nn.Module):
             self.lm_head.data.copy_(self.embed.data.mul_(TIED_INIT_SCALE))
 
     def embed_tokens(self, inputs_BT: Tensor, same_doc_BT1: Tensor) -> list[Tensor]:
-        """What every layer mixes in: [embedding, smeared with the token before; bigram's row].
+        """What every layer mixes in: [embedding], or [embedding, bigram's row].
 
-        Without bigram_in_layers the bigram's row is added to the embedding. same_doc: 1 where the
-        token before lies in the same document; else the bigram has document_start in its place.
+        The embedding is smeared with the token before it; without bigram_in_layers it includes the
+        bigram's row. same_doc: 1 where the token before is of the same document. Where it is not,
+        document_start takes its place in the bigram.
         """
         x, bigrams = self.embed[inputs_BT].to(self.rt.stream_dtype), []
         if self.hp.bigram_rows:  # arXiv 1709.03933
@@ -684,7 +689,10 @@ class GPT(nn.Module):
         return norm(x)
 
     def document_index(self, inputs_BT: Tensor) -> Tensor:
-        """int32 (B, T), counts up along a row where documents begin."""
+        """int32 (B, T): the number of document starts so far in the row.
+
+        A piece that starts mid-document counts to the piece before it.
+        """
         return (inputs_BT == self.document_start).cumsum(1, dtype=torch.int32)
 
     def logits(self, x: Tensor) -> Tensor:
@@ -704,7 +712,7 @@ class GPT(nn.Module):
 
 
 def further_targets(targets_BT: Tensor, docs_BT: Tensor, ahead: int) -> Tensor:
-    """The targets so many tokens later; -1, which does not count, beyond document or row."""
+    """The targets `ahead` tokens later; -1, which does not count, beyond the document or row."""
     in_document = docs_BT[:, ahead:] == docs_BT[:, :-ahead]
     later = torch.where(in_document, targets_BT[:, ahead:], -1)
     return F.pad(later, (0, ahead), value=-1)
@@ -729,7 +737,7 @@ POLAR_EXPRESS = (  # arXiv 2505.16932: the best quintic for each Newton-Schulz s
 
 
 def orthogonalize(G: Tensor, dtype: torch.dtype) -> Tensor:
-    """The orthogonal factor of each matrix in G (N, rows, cols): singular values become about 1."""
+    """G (N, rows, cols) with all singular values about 1, by Newton-Schulz steps in dtype."""
     X, is_tall = G.to(dtype), G.size(-2) > G.size(-1)
     if is_tall:
         X = X.mT
@@ -760,10 +768,10 @@ def muon_update(G, lr, decay, beta, factors, dtype, W, momentum, second, low=Non
     """Update matrices W (N, rows, cols) in place with gradients G; lr, decay, beta: 0-D tensors.
 
     W is fp32, or the upper half of split_fp32, and low the lower one, as bf16. Nesterov momentum is
-    orthogonalised (Muon: kellerjordan.github.io/posts/muon), then each row is divided by its
-    running root mean square; the matrix keeps its norm (NorMuon, arXiv 2510.05491), times
-    sqrt(rows / cols) where that is above 1. second: (N, rows, 1).
-    factors (N, 1, 1): on each matrix's rate, and thereby on its decay.
+    orthogonalised (Muon: kellerjordan.github.io/posts/muon). Each row is divided by its running
+    root mean square, and the matrix scaled back to its norm (NorMuon, arXiv 2510.05491), times
+    sqrt(rows / cols) if that is above 1. second (N, rows, 1): the running mean squares. factors
+    (N, 1, 1): on each matrix's rate, and so on its decay.
     """
     momentum.add_((1 - beta) * (G.float() - momentum))
     U = orthogonalize(G + beta * (momentum - G), dtype)
@@ -783,7 +791,10 @@ def muon_update(G, lr, decay, beta, factors, dtype, W, momentum, second, low=Non
 
 
 def adam_update(G, lr, decay, count, beta1, beta2, W, mean, square):
-    """Update numbers W (N,) in place by Adam (arXiv 1412.6980); lr, decay, count: 0-D tensors."""
+    """Update numbers W (N,) in place by Adam (arXiv 1412.6980), for the count-th time.
+
+    lr, decay and count are 0-D tensors.
+    """
     mean.lerp_(G.float(), 1 - beta1)
     square.lerp_(G.float() ** 2, 1 - beta2)
     root = (square / (1 - beta2**count)).sqrt()
@@ -797,7 +808,7 @@ class Group(NamedTuple):
     params: list[nn.Parameter]
     lr: float
     decay: float  # cautious, of a weight w: decay * lr * its own rate * w
-    every: int  # updated every n-th step, on accumulated gradients
+    every: int  # steps per update, whose gradients are summed
     betas: tuple[float, float] | None = None  # of Adam; None: Muon, with muon_momentum and 0.9
     lr_factors: tuple[float, ...] = (1.0,)  # of Muon, for the matrices of a parameter in turn
 
@@ -979,7 +990,7 @@ def memory_estimate(hp: Hyperparameters, vocab: int, rows: int) -> float:
 
 
 def choose_micro_batches(hp: Hyperparameters, vocab: int, rt: Runtime, asked: int) -> list[int]:
-    """Rows per forward pass of each stage: those asked for, or the most that divide and fit."""
+    """Rows per forward pass, by stage: `asked`, or if that is 0 the most that fit."""
     chosen = []
     for rows in (tokens // hp.seq_len for tokens in hp.batch_tokens):
         share = rows // rt.world_size
@@ -1026,7 +1037,7 @@ class Trainer:
         return micro_batches(self.hp, self.task, self.rt, self.micro_seqs, seed, step)
 
     def flops_per_token(self) -> float:
-        """Forward and backward: 6 per weight, 12 per head width and key seen in the first rows."""
+        """Forward and backward: 6 per weight, 12 per dimension and visible key in a first row."""
         hp, model, keys = self.hp, self.model, 0.0
         pieces = ordered_pieces(hp, self.task, self.run.options.seed)
         packed = pack_row(pieces, self.micro_seqs[0] * hp.seq_len, hp.document_cap[0])
@@ -1061,14 +1072,14 @@ class Trainer:
         if step < hp.tied_frac * hp.num_steps and self.optimizers["embed"] in due:
             # Tied: both get the sum of their gradients, which keeps equal matrices equal.
             model.embed.grad = model.lm_head.grad = model.embed.grad + model.lm_head.grad
-        for optimizer in due:  # Muon first: the tables travel while matrices are orthogonalised
+        for optimizer in due:  # Muon's first: then the tables travel while it orthogonalises
             optimizer.start_exchange()
         for optimizer in due:
             optimizer.step(step)
         return total
 
     def predict(self, step: int, inputs_BT: Tensor) -> Iterator[Tensor]:
-        """Yield logits (n, V) for each position of inputs in order, as the referee asks for."""
+        """Yield logits (n, V) for the positions of inputs, in order, in chunks."""
         per_step = step_inputs(step, self.hp, self.rt.device, training=False)
         for x_ND in self.hidden(inputs_BT, per_step).flatten(0, 1).split(LOGIT_CHUNK_TOKENS):
             yield self.logits(x_ND)
@@ -1081,7 +1092,7 @@ class Trainer:
         return tensors
 
     def warm_up(self):
-        """Run every graph on dummy tokens, Adam's update too; the referee restores the state."""
+        """Run every graph on dummy tokens, Adam's update too. The referee restores the state."""
         hp, zeros = self.hp, partial(torch.zeros, dtype=torch.int64, device=self.rt.device)
         self.model.zero_grad(set_to_none=True)
         warm = set()  # numbers of rows whose graphs exist

@@ -18,17 +18,19 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 
 from referee.flags import RunError, as_flag
 from referee.shards import file_sha256
 
+ITS_SOURCE = "check out the source that its log holds"
 FACTS = {"trainer": str, "sources": dict, "step": int, "config": dict, "files": dict}
 
 
 def write_checkpoint(folder: Path, tensors: dict[str, Tensor], facts: dict, rt) -> None:
     """Write tensors and facts, both by name. Every rank calls it, and gets the same RunError."""
+    import torch.distributed.checkpoint as dcp  # takes a second to load
+
     part = part_of(folder)
     rt.on_main(lambda: shutil.rmtree(part, ignore_errors=True))
     try:
@@ -52,8 +54,8 @@ def part_of(folder: Path) -> Path:
 
 def reason_of(error: Exception) -> str:
     """The first cause of an error, in one line."""
-    if isinstance(error, dcp.CheckpointException):
-        error = next(iter(error.failures.values()))[0]
+    if failures := getattr(error, "failures", None):  # of torch.distributed.checkpoint, by rank
+        error = next(iter(failures.values()))[0]
     while error.__context__ is not None:  # torch's zip writer hides why it could not write
         error = error.__context__
     lines = (getattr(error, "strerror", None) or str(error)).strip().splitlines()
@@ -198,7 +200,7 @@ def check_same_config(folder: Path, saved: dict, own: dict, other_source: bool) 
     """RunError, with the flags that are needed, unless two configurations are equal."""
     own = json.loads(json.dumps(own))  # tuples become lists, as in a file
     if own.keys() != saved.keys() and not other_source:
-        raise RunError(f"{folder} is of another source; check out the one that its log holds")
+        raise RunError(f"{folder} is of another source; {ITS_SOURCE}")
     other = {k: v for k, v in saved.items() if k in own and own[k] != v}
     if other:
         flags = " ".join(f"--{name}={shlex.quote(str(as_flag(v)))}" for name, v in other.items())
@@ -213,17 +215,22 @@ def restore(kind: type, folder: Path, facts: dict):
     config, names = facts["config"], {f.name for f in dataclasses.fields(kind)}
     if missing := names - config.keys():
         raise RunError(f"{folder} is of another {Path(facts['trainer']).name}, without "
-                       f"{min(missing)}; check out the source that its log holds")  # fmt: skip
+                       f"{min(missing)}; {ITS_SOURCE}")  # fmt: skip
     values = {name: config[name] for name in names}
     return kind(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
 
 
 @contextmanager
-def readable(folder: Path):
-    """Turn whatever torch says of a file that it cannot read into one line."""
+def opened(folder: Path):
+    """Yield (torch.distributed.checkpoint, what it knows of each saved tensor, by name).
+
+    Whatever torch raises about a file that it cannot read becomes one line.
+    """
+    import torch.distributed.checkpoint as dcp
+
     try:
         with no_dist_warning():
-            yield
+            yield dcp, dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
     except RunError:
         raise
     except (Exception, dcp.CheckpointException) as error:  # pickles and archives fail in many ways
@@ -233,18 +240,14 @@ def readable(folder: Path):
 
 def fill(folder: Path, tensors: dict[str, Tensor]) -> None:
     """Load tensors by name, in place; each must be there, in this shape and dtype."""
-    with readable(folder):
-        saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    with opened(folder) as (dcp, saved):
         for name, tensor in tensors.items():
-            wanted = f"{tuple(tensor.size())} {tensor.dtype}"
-            entry, found = saved.get(name), "not there"
-            if entry is not None:
+            wanted, found = f"{tuple(tensor.size())} {tensor.dtype}", "not there"
+            if entry := saved.get(name):
                 found = f"{tuple(entry.size)} {entry.properties.dtype}"
             if found != wanted:
-                raise RunError(
-                    f"{folder} is of another source: its {name} is {found}, and {wanted} is "
-                    "needed; check out the source that its log holds"
-                )
+                raise RunError(f"{folder} is of another source: its {name} is {found}, and "
+                               f"{wanted} is needed; {ITS_SOURCE}")  # fmt: skip
         dcp.load(tensors, checkpoint_id=folder, no_dist=not dist.is_initialized())
 
 
@@ -253,11 +256,10 @@ def load(folder: Path, names: set[str]) -> dict[str, Tensor]:
 
     RunError unless all of them are there.
     """
-    with readable(folder):
-        saved = dcp.FileSystemReader(folder).read_metadata().state_dict_metadata
+    with opened(folder) as (dcp, saved):
         if missing := sorted(names - saved.keys()):
-            raise RunError(f"{folder} is of another source: {missing[0]} is not there; check out "
-                           "the source that its log holds")  # fmt: skip
+            raise RunError(f"{folder} is of another source: {missing[0]} is not there; "
+                           f"{ITS_SOURCE}")  # fmt: skip
         tensors = {n: torch.empty(saved[n].size, dtype=saved[n].properties.dtype) for n in names}
         dcp.load(tensors, checkpoint_id=folder, no_dist=True)
     return tensors

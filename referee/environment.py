@@ -17,8 +17,8 @@ import torch
 from referee.cards import card_of
 
 ROOT = Path(__file__).resolve().parent.parent
-GEMMS = ((2048, 128, 512), (512, 768, 3072))  # rows, in, out: of the smallest track, and a large
-BF16_GAIN = 1.2  # a CPU that multiplies all of them so much faster in bf16 does so in a run
+GEMMS = ((2048, 128, 512), (512, 768, 3072))  # (rows, in, out): the smallest track's, a large one
+BF16_GAIN = 1.2  # bf16 is used on a CPU where it is at least so many times faster
 UNKNOWN = "unknown CPU"
 LOGGED_VARIABLES = ("CUDA_", "NCCL_", "TORCH", "PYTORCH_", "OMP_", "GOMP_", "KMP_", "MKL_")
 
@@ -47,8 +47,8 @@ def cpu_model() -> str:
 
 def environment(on_gpu: bool) -> dict:
     """Software and hardware of this machine; the machine itself only as a salted hash."""
-    told = f"photofinish {platform.node()} {uuid.getnode()} {cpu_model()}"
-    host = hashlib.sha256(told.encode()).hexdigest()
+    machine = f"photofinish {platform.node()} {uuid.getnode()} {cpu_model()}"
+    host = hashlib.sha256(machine.encode()).hexdigest()
     entries = {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -86,7 +86,7 @@ def mfu(flops_per_second: float, device_name: str, devices: int) -> str:
 
 
 def calibration(device: torch.device, dtype: torch.dtype, synchronize) -> str:
-    """Matmul and copy rate of the device now: they flag a slow host, and rescale nothing."""
+    """Matmul and copy rate of the device now. They reveal a slow host; no time is rescaled."""
     size, count = (8192, 1 << 27) if device.type == "cuda" else (1024, 1 << 24)
     a = torch.ones(size, size, device=device, dtype=dtype)
     source = torch.ones(count, device=device)
@@ -105,7 +105,7 @@ def calibration(device: torch.device, dtype: torch.dtype, synchronize) -> str:
 
 
 def bf16_gain() -> float:
-    """How many times as fast this CPU multiplies in bf16 as in fp32, where it gains least."""
+    """How many times faster this CPU multiplies in bf16 than in fp32, at least, of all GEMMS."""
     gains = []
     for rows, inputs, outputs in GEMMS:
         seconds = {torch.float32: math.inf, torch.bfloat16: math.inf}

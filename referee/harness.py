@@ -1,17 +1,10 @@
 """The referee: everything about a run that an idea must not touch.
 
-It sets the task (data, validation rows, target loss), reads the flags, times, logs and takes the
-validation loss; device and ranks stand in ranks.py. It imports no trainer: `execute` is handed the
-function that makes one from a `Run`, through which the trainer reports.
-
-Validation: the trainer gets inputs, never targets, and yields logits; the loss is taken here. The
-clock charges every moment of the process to one account, so that timed and untimed seconds add up
-to its wall time. The log is one text file for people and programs, written line by line: sections
-`=== name ===` in the order source, config, environment, git, data, run; in the last one lines
-`step:N/M train_loss:X train_time:Yms`, `step:N/M val_loss:X train_time:Yms step_avg:Zms`, and named
-ones such as `calibration:` and `ledger:`; last the line `result ...`, which ends with the sha256 of
-everything before it. A line `check:` holds the first digits of that hash so far, to tell where a
-log was changed. Losses are nats per token.
+This file reads the flags and carries out the run: log, data, trainer, warm-up, training, result.
+The task and its validation loss are in task.py, the clock in clock.py, device and ranks in
+ranks.py. The referee imports no trainer: `execute` gets a function that makes one from a `Run`, and
+the trainer reports through that `Run`. In validation the trainer gets inputs, never targets, and
+yields logits; task.py computes the loss.
 """
 
 import argparse
@@ -23,12 +16,11 @@ import os
 import re
 import shlex
 import signal
-import stat
 import sys
 import time
 import uuid
 from collections.abc import Callable
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import pairwise
@@ -36,9 +28,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch._dynamo.utils
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from referee.checkpoints import (
     check_same_run,
@@ -49,10 +39,11 @@ from referee.checkpoints import (
     sha256_of,
     write_checkpoint,
 )
+from referee.clock import OTHER_ENDED, Stopwatch, Turns
 from referee.environment import calibration, contention, mfu
 from referee.flags import RunError, add_flags, check_ranges, join_values, option
 from referee.log import Log, write_header
-from referee.ranks import COMPILE_ERRORS, RANK, Runtime, is_first_to_say, rank_store
+from referee.ranks import RANK, Runtime, compile_errors, is_first_to_say, rank_store
 from referee.shards import absolute_glob
 from referee.task import DATA_FIELDS, TASKS, Task, Validation, check_shards
 
@@ -60,6 +51,7 @@ REFEREE_FILES = (  # what a log embeds of this folder
     "referee/__init__.py",
     "referee/harness.py",
     "referee/task.py",
+    "referee/clock.py",
     "referee/ranks.py",
     "referee/log.py",
     "referee/checkpoints.py",
@@ -71,9 +63,9 @@ REFEREE_FILES = (  # what a log embeds of this folder
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 SAME_REQUEST_S = 1.0  # keys bounce, and launchers pass on what their children got too
 STOPPING = b"\nstopping after this step; press again to abort without a checkpoint\n"
-# This many steps in a row, whose loss is by so much above a uniform guess and the start, end a run.
+# A run has diverged after this many steps in a row whose loss is so far above that of a uniform
+# guess, or of the first validation if that is higher.
 DIVERGED_STEPS, DIVERGED_NATS = 50, 0.1
-OTHER_ENDED = "the other run of the pair ended before its first step; see what it said"
 
 
 # ------------------------------------------------------------------------------ Flags
@@ -81,7 +73,7 @@ OTHER_ENDED = "the other run of the pair ended before its first step; see what i
 
 @dataclass(frozen=True)
 class RunOptions:
-    """How this run is carried out; of what is trained only the seed, and the arithmetic."""
+    """How this run is carried out. Only seed and arithmetic affect what is trained."""
 
     seed: int = option(0, "seed of the initial weights and of the order of data")
     slug: str = option("run", "word in the log's name that says what was tried")
@@ -94,7 +86,7 @@ class RunOptions:
     other_source: bool = option(False, "resume a checkpoint of another source; no record then")
     rank_timeout_s: int = option(600, "seconds that ranks wait for one that does not answer", 1)
     source_dir: str = option("", "folder that keeps the source once for many logs", hidden=True)
-    declared_runs: int = option(0, "runs that this attempt was declared to have", hidden=True)
+    declared_runs: int = option(0, "runs that this attempt will have", hidden=True)
     cpu_dtype: str = option("", "float32 or bfloat16 on a CPU; empty: measured", hidden=True)
     turn_steps: int = option(0, "steps between turns with the pair's other run", hidden=True)
 
@@ -154,13 +146,13 @@ def parse_flags(
     return Settings(chosen.track, task, hp, options, sorted(overrides))
 
 
-# ------------------------------------------------------------------------------ Turns and clock
+# ------------------------------------------------------------------------------ Signals
 
 
 class StopRequest:
     """ctrl-C, SIGTERM, a closed terminal or Slurm's warning (SIGUSR1).
 
-    The first one in the loop asks for a clean end, any later one interrupts.
+    In the training loop the first one asks for a clean end; a second one interrupts.
     """
 
     def __init__(self):
@@ -182,101 +174,6 @@ class StopRequest:
                 os.write(2, STOPPING)
 
 
-class Turns:
-    """Turns in which the two runs of a pair use the machine, never both; nothing for a lone run.
-
-    What a shared machine does for longer than a turn then falls on both alike. Duet benchmarking
-    (Bulej et al. 2020, doi:10.1145/3358960.3379132) runs both at once to that end; here they would
-    disturb each other. A socket at stdin joins the two (tools/race.py --turns): a byte hands the
-    machine over, and the end of a process leaves it to the other.
-    """
-
-    FIRST = b"1"  # the byte that the first of the two reads first; all others are b"."
-
-    def __init__(self, steps: int):
-        """steps: length of a turn; 0: a run on its own."""
-        self.steps, self.other, self.is_first = steps, -1, False
-        if not steps:
-            return
-        with suppress(OSError):  # of a closed stdin
-            if stat.S_ISSOCK(os.fstat(0).st_mode) and "RANK" not in os.environ:
-                # A number, for an object would close it before the interpreter has cleared up; and
-                # not 0, for no child shall keep it open after this run.
-                self.other = os.dup(0)
-                with open(os.devnull) as nothing:
-                    os.dup2(nothing.fileno(), 0)
-                return
-        raise RunError("--turn_steps needs a second run, of one process like this one; start "
-                       "both: ./run.sh tools/race.py --turns 10 A B")  # fmt: skip
-
-    def begin(self) -> None:
-        """Wait until both have loaded their modules, and the second until the first is set up."""
-        byte = self.wait()
-        self.is_first = byte == self.FIRST
-        if not (byte and self.hand_over()):
-            raise RunError(OTHER_ENDED)
-
-    def hand_over(self) -> bytes:
-        """Let the other run work until it hands back; return its byte, or b"" if it has ended."""
-        with suppress(ConnectionError):
-            os.write(self.other, b".")
-        return self.wait()
-
-    def wait(self) -> bytes:
-        with suppress(ConnectionError):
-            return os.read(self.other, 1)
-        return b""
-
-    def end_at(self, step: int) -> bool:
-        """Whether the machine changes hands after this step."""
-        return self.steps > 0 and step % self.steps == 0
-
-
-class Stopwatch:
-    """Charges every second since start to one account; only `train` is a run's time.
-
-    synchronize waits for the device, so that no work is charged to the next account.
-    """
-
-    def __init__(self, start: float, synchronize):
-        self.synchronize = synchronize
-        self.seconds = {"train": 0.0}
-        self.carried_ms = 0.0  # train time before the checkpoint that a run was resumed from
-        self.account, self.since = "startup", start
-        self.cpu_seconds, self.cpu_since = 0.0, 0.0
-
-    def switch(self, account: str) -> None:
-        """Charge what follows to account."""
-        self.synchronize()
-        now, cpu_now = time.perf_counter(), time.process_time()
-        self.seconds[self.account] = self.seconds.get(self.account, 0.0) + now - self.since
-        if self.account == "train":
-            self.cpu_seconds += cpu_now - self.cpu_since
-        self.account, self.since, self.cpu_since = account, now, cpu_now
-
-    @contextmanager
-    def charged_to(self, account: str):
-        previous = self.account
-        self.switch(account)
-        yield
-        self.switch(previous)
-
-    def train_ms(self) -> float:
-        """Train milliseconds until now, without waiting for the device."""
-        running = time.perf_counter() - self.since if self.account == "train" else 0.0
-        return self.carried_ms + 1000 * (self.seconds["train"] + running)
-
-    def cpu_share(self) -> float:
-        """CPU time over wall time x threads while training: on a CPU, 1 on a quiet machine."""
-        return self.cpu_seconds / max(self.seconds["train"] * torch.get_num_threads(), 1e-9)
-
-    def ledger(self) -> str:
-        """Seconds by account; all but train are untimed, and the sum is the wall time."""
-        self.switch(self.account)
-        accounts = " ".join(f"{name}:{seconds:.3f}s" for name, seconds in self.seconds.items())
-        return f"ledger: {accounts} total:{sum(self.seconds.values()):.3f}s"
-
-
 # ------------------------------------------------------------------------------ Run
 
 
@@ -284,8 +181,8 @@ class Run:
     """One run as its trainer sees it: settings, device, and everything that is reported.
 
     The trainer sets flops_per_token (forward and backward) and micro_batch_seqs. Its loop goes from
-    step to hp.num_steps while status is empty; it calls validate and end_step, and save where
-    checkpoint_is_due. start and finish are carry_out's.
+    `step` to hp.num_steps while `status` is empty, and calls validate, end_step, and save if
+    checkpoint_is_due. carry_out calls start and finish.
     """
 
     def __init__(self, settings: Settings, sources: dict, rt: Runtime, stop, started: float):
@@ -314,12 +211,12 @@ class Run:
         return Validation(self.task, self.rt)
 
     def config(self) -> dict:
-        """What a checkpoint belongs to: it cannot be resumed with any other. No path counts."""
+        """The configuration that a resumed run must share with its checkpoint; without paths."""
         task = {k: v for k, v in dataclasses.asdict(self.task).items() if k not in DATA_FIELDS}
         return {**task, **dataclasses.asdict(self.hp), "seed": self.options.seed}
 
     def facts(self) -> dict:
-        """What a checkpoint says of itself: whose state it is, and of which step."""
+        """What a checkpoint stores beside its tensors: source, step, losses, configuration."""
         rt = self.rt
         return {
             "trainer": next(iter(self.sources)),
@@ -335,13 +232,13 @@ class Run:
         }  # fmt: skip
 
     def choose_arithmetic(self) -> None:
-        """As the flags say, or the checkpoint that is resumed; else by a measurement."""
+        """By the flags, or the checkpoint to resume, or else by a measurement."""
         options = self.options
-        told = "float32" if options.fp32 else options.cpu_dtype or saved_dtype(options.resume)
-        self.rt.choose_arithmetic(told)
+        asked = "float32" if options.fp32 else options.cpu_dtype or saved_dtype(options.resume)
+        self.rt.choose_arithmetic(asked)
 
     def header(self) -> None:
-        """Write everything that stands above the data: sources, config, environment, git state."""
+        """Write the sections above the data: sources, config, environment, git state."""
         rt, overrides = self.rt, " ".join(self.overrides) or "none"
         config = {"run": self.name, "track": self.track, "overrides": overrides}
         for part in (self.task, self.hp, self.options):
@@ -352,7 +249,7 @@ class Run:
         write_header(self.log, self.sources, self.options.source_dir, config, device)
 
     def compiler(self) -> Callable:
-        """torch.compile for this run, or a function that returns what it is given; logged."""
+        """torch.compile for this run, or dont_compile; logs which, and why."""
         problem = self.rt.any_problem(self.rt.compiler_problem())
         if problem and self.rt.is_gpu:
             raise RunError(problem)
@@ -441,9 +338,9 @@ class Run:
         return self.status == "aborted" or (every > 0 and self.step % every == 0)
 
     def save(self, tensors: dict[str, Tensor]) -> None:
-        """Write a checkpoint beside the log; a kill leaves the one before or this one, whole.
+        """Write a checkpoint beside the log. A kill leaves either the previous one or this one.
 
-        A run that goes on does so without the checkpoint, if that cannot be written.
+        A run that is not stopping continues if the checkpoint cannot be written.
         """
         stem = self.log.path.stem
         folder = self.log.path.with_name(f"{stem}_step{self.step:07}")
@@ -461,7 +358,7 @@ class Run:
             self.log.line(f"checkpoint: {folder} step:{self.step}", show=True)
 
     def checkpoint_to_resume(self) -> dict | None:
-        """What the checkpoint --resume says of itself, if this run may go on from it."""
+        """The facts of the checkpoint --resume, if this run may continue from it."""
         if not (path := self.options.resume):
             return None
         facts = read_checkpoint(Path(path), self.rt)
@@ -469,7 +366,7 @@ class Run:
         return facts
 
     def resume(self, facts: dict, tensors: dict[str, Tensor]) -> None:
-        """Go on from the checkpoint --resume: fill tensors, and count from its step."""
+        """Continue from the checkpoint --resume: fill tensors, and count from its step."""
         fill(Path(self.options.resume), tensors)
         self.step = self.first_step = facts["step"]
         self.tokens = self.first_tokens = facts["tokens"]
@@ -485,8 +382,8 @@ class Run:
             raise RunError("the machines have different shards; copy those of the first to all")
         if checkpoint and checkpoint["data_sha256"] != self.data_sha256:
             hashes = f"data_sha256 {checkpoint['data_sha256'][:12]}, here {self.data_sha256[:12]}"
-            raise RunError(f"{self.options.resume} is of other shards ({hashes}); name its shards: "
-                           "--train_files, --val_files")  # fmt: skip
+            raise RunError(f"{self.options.resume} was trained on other shards ({hashes}); name "
+                           "them: --train_files, --val_files")  # fmt: skip
         return lines
 
     def tokens_per_second(self) -> float:
@@ -524,11 +421,10 @@ def execute(
 ) -> int:
     """Carry out the run that this process's flags describe; return its exit code.
 
-    make_trainer(run) returns an object with compile(compile_fn), which applies torch.compile, or
-    what stands for it, to what is to be compiled; warm_up(), which runs all of that; state(), every
-    tensor that training changes, by name; and train(), the loop. tracks, gpu_track: as in
-    parse_flags. sources: what the log embeds, by path, the entry file first. started: perf_counter
-    at first import.
+    make_trainer(run) returns an object with four methods. compile(compile_fn) applies compile_fn
+    to what is to be compiled; warm_up() runs all of that; state() returns every tensor that
+    training changes, by name; train() is the loop. tracks, gpu_track: as in parse_flags. sources:
+    what the log embeds, by path, the entry file first. started: perf_counter at first import.
     """
     sys.stdout = sys.stdout or open(os.devnull, "w")  # where it is closed
     sys.stdout.reconfigure(errors="backslashreplace")  # a path that it cannot show ends no run
@@ -555,7 +451,7 @@ def execute(
         return 1
     finally:
         if run is not None and run.status in ("", "aborted") and run.saved and rt.is_main:
-            tell(f"to go on from step {int(run.saved.name[-7:])}: {resuming(run.saved)}")
+            tell(f"to resume from step {int(run.saved.name[-7:])}: {resume_command(run.saved)}")
         if rt is not None:
             rt.close()
 
@@ -566,8 +462,8 @@ def tell(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
-def resuming(checkpoint: Path) -> str:
-    """The command that goes on from a checkpoint as this process was started."""
+def resume_command(checkpoint: Path) -> str:
+    """The command that resumes this process's run from a checkpoint."""
     launcher = []
     if (ranks := int(os.environ.get("LOCAL_WORLD_SIZE", 1))) > 1:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
@@ -575,7 +471,7 @@ def resuming(checkpoint: Path) -> str:
 
 
 def carry_out(run: Run, make_trainer) -> None:
-    """Open the run's log, build the trainer and train; the log gets its last line in any case."""
+    """Open the run's log, build the trainer and train. The log always gets its last line."""
     rt, log = run.rt, run.log
     rt.on_main(log.open)
     try:
@@ -586,13 +482,14 @@ def carry_out(run: Run, make_trainer) -> None:
         log.section("run")
         log.line(calibration(rt.device, rt.matmul_dtype, rt.synchronize))
         trainer = make_trainer(run)
-        with run.clock.charged_to("compile"), log.waiting("compiling, a minute or two"):
+        with run.clock.charged_to("compile"):
+            log.progress(0, "compiling, a minute or two")
             warm_up(run, trainer)
         run.graphs = compiled_graphs()
         if checkpoint:
             run.resume(checkpoint, trainer.state())
         gc.collect()
-        gc.freeze()  # else each pass of the collector over what exists by now would stop a step
+        gc.freeze()  # else passes of the collector over what exists by now would delay steps
         run.start()
         trainer.train()
         run.finish()
@@ -610,7 +507,7 @@ def carry_out(run: Run, make_trainer) -> None:
         gc.unfreeze()
         with suppress(RuntimeError):  # after an error of the GPU no clock can wait for it
             log.line(run.clock.ledger(), show=run.step > 0)
-        log.close(run.result(), show=run.step > 0)  # else the reason shall stand alone
+        log.close(run.result(), show=run.step > 0)  # without a step, show the reason alone
 
 
 def warm_up(run: Run, trainer) -> None:
@@ -621,7 +518,7 @@ def warm_up(run: Run, trainer) -> None:
     with run.rt.alone():
         try:
             trainer.warm_up()
-        except COMPILE_ERRORS as error:
+        except compile_errors() as error:
             problem = compiler_line(error)
     if problem := run.rt.any_problem(problem):
         if run.rt.is_gpu:  # where attention and kernels cannot do without
@@ -639,25 +536,26 @@ def warm_up(run: Run, trainer) -> None:
 
 
 def compiler_line(error: Exception) -> str:
-    """The line that says why a compilation failed: the compiler's own, if there is one."""
+    """Why a compilation failed, in one line: the compiler's own, if there is one."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     own = [line for line in lines if "error:" in line]
     return [*own, *lines, type(error).__name__][0]
 
 
 def dont_compile(function: Callable) -> Callable:
-    """What stands for torch.compile where that is not to be."""
+    """Takes the place of torch.compile in eager runs."""
     return function
 
 
 def local(tensor: Tensor) -> Tensor:
-    """What this rank holds of a tensor that may be sharded."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    """What this rank holds of a tensor that may be sharded (a DTensor)."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def compiled_graphs() -> int:
     """Graphs that torch.compile has made so far in this process; it grows when it recompiles."""
-    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    dynamo = sys.modules.get("torch._dynamo.utils")  # loading it takes seconds
+    return dynamo.counters["stats"]["unique_graphs"] if dynamo else 0
 
 
 def time_to_target(curve: list, target: float) -> str:

@@ -1,13 +1,18 @@
-"""A run's log: one text file, written line by line and hashed as it grows."""
+"""A run's log: one text file for people and programs, hashed as it is written line by line.
+
+Sections `=== name ===` come in the order source, config, environment, git, data, run. The last one
+has lines `step:N/M train_loss:X train_time:Yms`, `step:N/M val_loss:X train_time:Yms
+step_avg:Zms`, and named ones such as `calibration:` and `ledger:`. The line `result ...` ends with
+the sha256 of everything before it. Lines `check:` hold the first digits of the hash so far, which
+tell where a log was changed. Losses are nats per token.
+"""
 
 import fcntl
 import hashlib
 import json
 import os
 import sys
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -22,7 +27,7 @@ SCHEMA = 2  # in 1 the hash left out the result line itself
 
 
 class Log:
-    """One run's text file, hashed as it grows; it writes nothing until opened, on rank 0 alone."""
+    """One run's log. It writes nothing until it is opened, on rank 0 alone."""
 
     def __init__(self, folder: str, name: str, num_steps: int):
         self.path = Path(folder or ROOT / "logs") / f"{name}.txt"
@@ -51,7 +56,7 @@ class Log:
             self.show(text)
 
     def show(self, text: str) -> None:
-        """Print text. A terminal that was closed, or a pipe that nobody reads, ends no run."""
+        """Print text. A closed terminal, or a pipe that nobody reads, does not end a run."""
         if self.file is None:
             return
         try:
@@ -67,28 +72,6 @@ class Log:
 
     def check(self) -> None:
         self.line(f"check: {self.hash.hexdigest()[:12]}")
-
-    @contextmanager
-    def waiting(self, what: str) -> Iterator[None]:
-        """Say what is being done, beside a clock that moves meanwhile."""
-        if self.bar is None:
-            yield
-            return
-        done = threading.Event()
-
-        def keep_moving():
-            while not done.wait(0.5):
-                with suppress(OSError):
-                    self.bar.refresh()
-
-        self.bar.set_postfix_str(what)
-        thread = threading.Thread(target=keep_moving, daemon=True)
-        thread.start()
-        try:
-            yield
-        finally:
-            done.set()
-            thread.join()
 
     def progress(self, step: int, text: str) -> None:
         if self.bar is None:
@@ -116,13 +99,13 @@ class Log:
 
 
 def silence(stream) -> None:
-    """Send what is written to a stream from here on nowhere, the rest of its buffer too."""
+    """Discard what is written to a stream from here on, and what its buffer holds."""
     with open(os.devnull, "w") as nowhere:
         os.dup2(nowhere.fileno(), stream.fileno())
 
 
 def write_header(log, sources: dict[str, str], source_dir: str, config: dict, device: dict) -> None:
-    """Write everything that stands above the data: sources, config, environment, git state.
+    """Write the sections above the data: sources, config, environment, git state.
 
     sources: text by path; config and device: one line per key.
     """
@@ -135,12 +118,12 @@ def write_header(log, sources: dict[str, str], source_dir: str, config: dict, de
             log.section(f"{heading} kept:{os.path.relpath(kept, log.path.parent)}")
         else:
             log.section(heading, lines)
-    utc = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")  # it tells the order of runs
+    utc = datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%S.%fZ")  # the order of runs
     config = {"schema": SCHEMA, "utc": utc, "argv": json.dumps(sys.argv[1:]), **config}
     log.section("config", [f"{key}: {as_flag(value)}" for key, value in config.items()])
     entries = {**device, **environment(on_gpu=torch.cuda.is_available())}
     log.section("environment", [f"{key}: {value}" for key, value in entries.items()])
-    # A copy without .git that lies in another repository has no commit of its own.
+    # A copy of the project inside another repository has no commit of its own.
     commit = (shell("git", "ls-files", *sources) and shell("git", "rev-parse", "HEAD")) or "none"
     changed = shell("git", "diff", "--relative", "--name-only", "HEAD", "--", *sources).split()
     diff = []
@@ -151,7 +134,7 @@ def write_header(log, sources: dict[str, str], source_dir: str, config: dict, de
 
 
 def keep_source(path: Path, text: str) -> Path:
-    """Make sure that path holds this text, which logs then name; RunError if it holds another."""
+    """Keep this text at path, for logs to name; RunError if another text is there."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(text)

@@ -1,7 +1,6 @@
 """This process's device, its place among the ranks, and every exchange with the others."""
 
 import hashlib
-import math
 import os
 import re
 import resource
@@ -10,7 +9,6 @@ import sys
 import sysconfig
 import threading
 import time
-from collections.abc import Callable
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from functools import cache
@@ -19,24 +17,28 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch._dynamo.exc import TorchDynamoException
-from torch._inductor.exc import InductorError
 
 from referee.environment import BF16_GAIN, bf16_gain, cpu_model
 from referee.flags import RunError
 
-COMPILE_ERRORS = (TorchDynamoException, InductorError)
-# By the names of torch 2.13, or else by the older ones.
-reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
-all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
 ANSWER_S = 3  # a rank that works tells the others so within this time
 STORE_S = 300  # seconds that ranks wait for each other to start
 
 
+def compile_errors() -> tuple[type[Exception], ...]:
+    """What torch.compile raises; nothing where it was never loaded, which takes seconds."""
+    if "torch._dynamo" not in sys.modules:
+        return ()
+    from torch._dynamo.exc import TorchDynamoException
+    from torch._inductor.exc import InductorError
+
+    return TorchDynamoException, InductorError
+
+
 @cache
 def rank_store() -> dist.Store | None:
-    """What the ranks share beside their collectives; None for a process of its own."""
+    """The store that ranks share beside their collectives; None for a single process."""
     if WORLD_SIZE == 1:
         return None
     try:
@@ -47,8 +49,8 @@ def rank_store() -> dist.Store | None:
 
 
 def is_first_to_say(message: str) -> bool:
-    """Whether no other rank has asked this about the same message."""
-    with suppress(RuntimeError):  # where the store is gone, each rank speaks for itself
+    """True on the first rank that asks about this message, so that one rank prints it for all."""
+    with suppress(RuntimeError):  # without the store each rank speaks for itself
         has_store = rank_store.cache_info().currsize > 0  # else this rank never reached it
         if WORLD_SIZE > 1 and has_store:
             return rank_store().add(f"said {hashlib.sha256(message.encode()).hexdigest()}", 1) == 1
@@ -58,9 +60,8 @@ def is_first_to_say(message: str) -> bool:
 class Runtime:
     """This process's device, its place among the ranks, and every exchange with the others.
 
-    The one place that asks what hardware there is. Matrices are multiplied in bf16 on GPUs, and on
-    a CPU as choose_arithmetic finds; in fp32 before it is asked. Collectives return at once on one
-    process.
+    The only place that asks what hardware there is. GPUs multiply matrices in bf16, CPUs as
+    choose_arithmetic decides, before that in fp32. Collectives do nothing on a single process.
     """
 
     def __init__(self, fp32: bool = False, runs_per_device: int = 1, rank_timeout_s: int = 600):
@@ -74,8 +75,9 @@ class Runtime:
             self.memory_bytes /= runs_per_device
         else:
             torch.set_flush_denormal(True)
-            # Otherwise threads add the gradients of an embedding in an order that varies.
-            torch.use_deterministic_algorithms(True)
+            # Otherwise threads add the gradients of an embedding in an order that varies. This
+            # name for use_deterministic_algorithms does not load the compiler, which takes seconds.
+            torch.set_deterministic_debug_mode("error")
             torch.utils.deterministic.fill_uninitialized_memory = False
         self.matmul_dtype = torch.bfloat16 if self.is_gpu and not fp32 else torch.float32
         self.stream_dtype, self.bf16_gain = self.matmul_dtype, "not measured"
@@ -104,17 +106,18 @@ class Runtime:
                 "train on the CPU: CUDA_VISIBLE_DEVICES= ./run.sh"
             )
 
-    def choose_arithmetic(self, told: str):
-        """Choose what a CPU multiplies matrices in: as told ("float32", "bfloat16"), or measured.
+    def choose_arithmetic(self, requested_dtype: str):
+        """Set the dtype in which a CPU multiplies matrices; a GPU keeps its own.
 
-        Rank 0 measures for all. A GPU keeps what it has.
+        requested_dtype: float32, bfloat16, or empty: rank 0 measures for all ranks.
         """
         if self.is_gpu:
             return
-        if not told:
+        if not requested_dtype:
             gain = self.on_main(bf16_gain)
-            told, self.bf16_gain = "bfloat16" if gain > BF16_GAIN else "float32", f"{gain:.2f}"
-        self.matmul_dtype = getattr(torch, told)
+            requested_dtype = "bfloat16" if gain > BF16_GAIN else "float32"
+            self.bf16_gain = f"{gain:.2f}"
+        self.matmul_dtype = getattr(torch, requested_dtype)
 
     def synchronize(self):
         if self.is_gpu:
@@ -131,14 +134,15 @@ class Runtime:
         return ""
 
     def prepare_compiler(self) -> None:
-        """Test vector instructions and precompile headers beside the tracing of the first graphs.
+        """Let Inductor test the CPU and precompile headers while the first graphs are traced.
 
-        Inductor would do so for its first kernel, while nothing else goes on. What fails here will
-        fail there again, with its reason. The import is not the thread's, for it could meet those
-        of the tracing.
+        Otherwise it does so before its first kernel, and everything waits. A failure here is
+        ignored, for it returns there with its reason. The import stays outside the thread, where
+        it could collide with those of the tracing.
         """
         if self.is_gpu:
             return
+        torch.use_deterministic_algorithms(True)  # for Inductor too
         with suppress(ImportError):  # of a torch that has moved it
             from torch._inductor.codecache import CppPythonBindingsCodeCache
 
@@ -160,13 +164,14 @@ class Runtime:
 
     @contextmanager
     def collective(self):
-        """Turn the failure of an exchange between ranks into an error that says where to look."""
+        """Turn a failed exchange between ranks into an error that says where to look."""
         try:
             yield
         except RuntimeError as error:
-            if self.world_size == 1 or isinstance(error, (torch.OutOfMemoryError, *COMPILE_ERRORS)):
+            own_errors = torch.OutOfMemoryError, *compile_errors()  # of this rank alone
+            if self.world_size == 1 or isinstance(error, own_errors):
                 raise
-            # gloo's words begin with a place in its source and end with a joke.
+            # gloo's message begins with a place in its source and ends with advice for others.
             reason = re.sub(r"^\[\S+:\d+\] ", "", str(error).splitlines()[0]).partition(". ")[0]
             raise RunError(
                 f"lost contact with {self.silent_ranks()} ({reason}); look above for why it ended, "
@@ -174,7 +179,7 @@ class Runtime:
             ) from None
 
     def silent_ranks(self) -> str:
-        """The ranks that do not answer; each of the others has met the same failure."""
+        """The ranks that do not answer within ANSWER_S; the others report the same failure."""
         silent = set(range(self.world_size))
         with suppress(RuntimeError):  # of a store that was on a rank which ended
             rank_store().set(f"alive {self.rank}", "")
@@ -187,7 +192,7 @@ class Runtime:
 
     @contextmanager
     def alone(self):
-        """Without exchanges between ranks: for work whose results are thrown away."""
+        """Without exchanges between ranks, for work whose results are discarded."""
         self.is_alone = True
         try:
             yield
@@ -195,7 +200,7 @@ class Runtime:
             self.is_alone = self.world_size == 1
 
     def all_of(self, value) -> list:
-        """What each rank gives, by rank."""
+        """The values of all ranks, by rank."""
         values = [value] * self.world_size
         if self.world_size > 1:
             with self.collective():
@@ -203,7 +208,7 @@ class Runtime:
         return values
 
     def any_problem(self, problem: str) -> str:
-        """The first problem that a rank has, on every rank; empty if none has one."""
+        """On every rank the first problem of any rank; empty if there is none."""
         return next(filter(None, self.all_of(problem)), "")
 
     def on_ranks(self, work, chosen: bool = True) -> list:
@@ -235,49 +240,6 @@ class Runtime:
             for work, tensor in zip(pending, tensors, strict=True):
                 work.wait()
                 tensor.div_(self.world_size)
-
-    def my_part(self, count: int) -> slice:
-        """The items of count that this rank works on: equal parts, the last ones may be shorter."""
-        part = math.ceil(count / self.world_size)
-        return slice(min(self.rank * part, count), min((self.rank + 1) * part, count))
-
-    def padded(self, bank: Tensor) -> Tensor:
-        """bank (N, ...) with rows of zeros, so that it divides into equal parts."""
-        missing = -len(bank) % self.world_size
-        return torch.cat([bank, bank.new_zeros(missing, *bank.shape[1:])]) if missing else bank
-
-    def start_average_of_parts(self, bank: Tensor) -> Callable[[], Tensor]:
-        """Start to average bank (N, ...) over the ranks, in stream_dtype.
-
-        Return a function that waits for the items of my_part(N).
-        """
-        if self.world_size == 1:
-            return lambda: bank
-        mine, whole = self.my_part(len(bank)), self.padded(bank.to(self.stream_dtype)).contiguous()
-        part = whole.new_zeros(len(whole) // self.world_size, *whole.shape[1:])
-        if self.is_alone:  # what is compiled then gets the same dtype as later
-            return lambda: part[: mine.stop - mine.start]
-        with self.collective():
-            work = reduce_scatter(part, whole, async_op=True)
-
-        def wait() -> Tensor:
-            with self.collective():
-                work.wait()
-            return part[: mine.stop - mine.start].div_(self.world_size)
-
-        return wait
-
-    def gather_parts(self, bank: Tensor):
-        """Fill bank (N, ...) on every rank with what each rank holds in its my_part(N)."""
-        if self.is_alone:
-            return
-        whole = self.padded(bank)
-        part = len(whole) // self.world_size
-        mine = whole[self.rank * part :][:part].clone()
-        with self.collective():
-            all_gather(whole, mine)
-        if whole is not bank:
-            bank.copy_(whole[: len(bank)])
 
     def close(self):
         """Leave the group of ranks; a rank that exits without it may abort in gloo's threads."""

@@ -24,7 +24,7 @@ DATA_FIELDS = ("train_files", "val_files", "data_sha256")
 
 @dataclass(frozen=True)
 class Task:
-    """What every trainer of a track is given, and what it is measured by."""
+    """A track's data, validation rows and target: the same for every trainer."""
 
     # Globs are relative to the project's folder; those in flags are relative to the caller's.
     train_files: str = option("data/fineweb10B/fineweb_train_*.bin", "glob of training shards")
@@ -124,7 +124,7 @@ def check_shards(task: Task) -> tuple[str, list[str]]:
 
 
 class Validation:
-    """This rank's share of a task's validation rows, and the loss over them."""
+    """This rank's share of a task's validation rows, and the mean loss over all of them."""
 
     def __init__(self, task: Task, rt: Runtime):
         """ShardError where the shards do not hold the rows, or ranks cannot share them equally."""

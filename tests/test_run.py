@@ -32,12 +32,12 @@ from conftest import (
 
 import kernels
 from kernels import Softcap
+from referee.clock import Stopwatch
 from referee.flags import RunError
 from referee.harness import (
     STOP_SIGNALS,
     Run,
     StopRequest,
-    Stopwatch,
     carry_out,
     dont_compile,
     parse_flags,
@@ -233,7 +233,7 @@ def test_a_rank_that_stands_still_is_named(flags, tmp_path):
     os.kill(int(children[-1]), signal.SIGCONT)  # or torchrun would wait 30 s for it to end
     output, _ = process.communicate(timeout=90)
     assert "error: lost contact with rank 1 (" in output and "timeout" in output.lower()
-    assert re.search(r"^to go on from step \d+: .* --resume ", output, re.M)
+    assert re.search(r"^to resume from step \d+: .* --resume ", output, re.M)
     assert process.returncode != 0 and "status:aborted" in only_log(tmp_path).read_text()
 
 
@@ -269,7 +269,7 @@ def test_interrupted_runs_save_a_checkpoint_and_say_how_to_go_on(flags, tmp_path
     saved = json.loads((checkpoint_in(tmp_path) / "config.json").read_text())
     assert saved["step"] >= 5 and not list(tmp_path.glob("*.part"))
     line = output.splitlines()[-1]
-    assert line.startswith(f"to go on from step {saved['step']}: ")
+    assert line.startswith(f"to resume from step {saved['step']}: ")
     words = shlex.split(line.partition(": ")[2])
     assert words[:2] == process.args[:2]
     same = parse_flags(words[2:], TRACKS, "embedded", "")
