@@ -15,7 +15,7 @@ from conftest import ROOT
 from forgery import at, forge
 
 from tools import audit, comparison, leaderboard, runs
-from tools.attempts import Attempt, Ended
+from tools.attempts import Attempt, FinishedRun
 
 LADDER = ROOT / "records/embedded"
 MUON, ADAM = LADDER / "2026-11-22_Muon", LADDER / "2026-11-22_ModernBlock-Adam"
@@ -299,12 +299,12 @@ def test_no_checked_in_log_is_suspected():
     all_runs = [runs.read_log(log) for log in logs]
     assert len(all_runs) >= 196
     for run in all_runs:
-        assert audit.traces(run) + audit.of_the_sources(run) == [], run.path
+        assert audit.traces(run) + audit.check_sources(run) == [], run.path
         if run.path.is_relative_to(ROOT / "records/embedded"):  # whose data's hash is known
-            assert list(audit.of_the_task(run)) == [], run.path
+            assert list(audit.check_task(run)) == [], run.path
     for folder in {log.parent for log in logs}:
         own = [run for run in all_runs if run.path.parent == folder]
-        assert audit.between(own) == []
+        assert audit.traces_between(own) == []
         assert not any("seed" in doubt for doubt in comparison.Arm("", own).doubts)
     assert audit.overlaps(all_runs) == []
 
@@ -339,9 +339,9 @@ def test_the_referee_of_this_checkout_is_known():
     "logged, wall, doubt", [(70, 71.5, 0), (35, 70, 1), (70, 60, 1), (68, 71.5, 1)]
 )
 def test_the_wall_time_of_a_run_bears_witness_against_its_clock(logged, wall, doubt, tmp_path):
-    run = runs.Run(tmp_path, ledger={"total": logged}, result={"status": "success"})
+    run = runs.LoggedRun(tmp_path, ledger={"total": logged}, result={"status": "success"})
     attempt = Attempt("A", tmp_path, {}, [])
-    assert bool(Ended(attempt, 0, run, 0, [], "", wall).clock_doubt) == bool(doubt)
+    assert bool(FinishedRun(attempt, 0, run, 0, [], "", wall).clock_doubt) == bool(doubt)
 
 
 def test_a_flag_that_repeats_its_default_is_no_override(record):

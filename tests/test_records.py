@@ -406,7 +406,7 @@ def made_runs(seconds, losses, letter: str, order: str, status="success", **conf
                   "declared_runs": str(len(places)), "seed": str(len(made)), **config}  # fmt: skip
         curve = [(0, 0.0, 5.0), (100, 1000.0 * s, loss)]
         environment = {"host": "h", "device": "cpu", "threads": "2", "matmul_dtype": "f"}
-        made.append(runs.Run(Path(f"{letter}{place}.txt"), config=entries, val_curve=curve,
+        made.append(runs.LoggedRun(Path(f"{letter}{place}.txt"), config=entries, val_curve=curve,
                              result={"status": status}, environment=environment))  # fmt: skip
     return made
 
@@ -722,7 +722,7 @@ def test_all_runs_of_a_race_multiply_as_its_first_did_or_as_is_faster_here(
     """Both arms whose source can be told so; an older one is not."""
     arms = [attempts.Attempt(name, tmp_path / name, {"harness.py": text}, [])
             for name, text in (("A", "cpu_dtype"), ("B", "cpu_dtype"), ("Old", ""))]  # fmt: skip
-    logged = runs.Run(Path("one.txt"), environment={"matmul_dtype": f"torch.{ran}"})
+    logged = runs.LoggedRun(Path("one.txt"), environment={"matmul_dtype": f"torch.{ran}"})
     monkeypatch.setattr(attempts, "read_log", lambda path: logged)
     if ran:
         arms[1].logs.mkdir(parents=True)
@@ -834,7 +834,7 @@ def test_a_new_attempt_gets_this_checkouts_source(tmp_path):
 
 
 def test_the_order_of_a_race_is_drawn_and_balanced():
-    orders = {seed: list(attempts.interleaved(2, 10, str(seed))) for seed in range(200)}
+    orders = {seed: list(attempts.draw_order(2, 10, str(seed))) for seed in range(200)}
     first = {seed: [arm for arm, _ in order[::2]] for seed, order in orders.items()}
     assert {order[0][0] for order in orders.values()} == {0, 1}
     assert all(abs(sum(x) - 5) <= 1 for x in first.values())  # within one of half
@@ -843,8 +843,8 @@ def test_the_order_of_a_race_is_drawn_and_balanced():
         arms = np.array([arm for arm, _ in order])
         assert abs(beat[arms == 0].mean() - beat[arms == 1].mean()) <= 0.4
         assert stats.is_interleaved("".join("AB"[arm] for arm in arms))
-    assert orders[3][:8] == list(attempts.interleaved(2, 4, "3"))  # longer ones begin the same
-    three = list(attempts.interleaved(3, 4, "0"))
+    assert orders[3][:8] == list(attempts.draw_order(2, 4, "3"))  # longer ones begin the same
+    three = list(attempts.draw_order(3, 4, "0"))
     assert sorted(three) == [(arm, turn) for arm in range(3) for turn in range(4)]
 
 
@@ -1089,7 +1089,7 @@ def test_a_log_of_each_layout_runs_again(folder, tmp_path, embedded_data):
 
 def test_flags_of_a_run_leave_out_what_names_the_run():
     words = "--seed 3 --muon_lr=0.1 --slug=x --turn_steps=9 --log_dir y --fp32 true".split()
-    run = runs.Run(Path("x"), config={"argv": json.dumps(words)})
+    run = runs.LoggedRun(Path("x"), config={"argv": json.dumps(words)})
     assert attempts.flags_of(run) == ["--muon_lr", "0.1", "--fp32", "true"]
 
 

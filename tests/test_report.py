@@ -279,7 +279,7 @@ def test_a_source_is_never_markup():
     ("a = 1\n", "a = '\u202e1' #\u2066 '\n", r"+a = '\u202e1' #\u2066 '"),
 ])  # fmt: skip
 def test_no_change_of_a_source_hides(old, new, shown):
-    a, b = (runs.Run(Path(x), sources={"t.py": runs.Source("", x)}) for x in (old, new))
+    a, b = (runs.LoggedRun(Path(x), sources={"t.py": runs.Source("", x)}) for x in (old, new))
     assert runs.source_changes(a, b)
     block = Parsed(report.diff_block(runs.source_diff(a, b, "t.py")))
     assert shown in block.text()

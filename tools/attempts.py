@@ -22,7 +22,7 @@ from tempfile import TemporaryDirectory
 
 from tools import sources
 from tools.cli import ToolError
-from tools.runs import Run, find_logs, flag_pairs, read_log
+from tools.runs import LoggedRun, find_logs, flag_pairs, read_log
 from tools.sources import ENTRIES, ROOT, entry_of, kept_texts, source_texts
 
 SINGLE_RUN_FLAGS = {"--seed", "--slug", "--log_dir", "--source_dir", "--declared_runs", "--resume",
@@ -127,7 +127,7 @@ def split_flags(words: list[str]) -> list[str]:
     return [word for pair in flag_pairs(words) for word in pair]
 
 
-def flags_of(run: Run) -> list[str]:
+def flags_of(run: LoggedRun) -> list[str]:
     """The flags that a run was given, but for those that name the single run."""
     return [word for pair in run.flags if pair[0] not in SINGLE_RUN_FLAGS for word in pair]
 
@@ -174,7 +174,7 @@ def check_turns(attempts: list[Attempt], turn_steps: int) -> None:
                         "would lack its pair; name new folders")  # fmt: skip
 
 
-def interleaved(count: int, rounds: int, seed: str) -> Iterator[tuple[int, int]]:
+def draw_order(count: int, rounds: int, seed: str) -> Iterator[tuple[int, int]]:
     """(arm, round), each arm once a round, in an order that is drawn; longer ones begin the same.
 
     Of each four rounds the first two are drawn, and the others are these two reversed. So a linear
@@ -197,12 +197,12 @@ def order_seed(attempts: list[Attempt]) -> str:
 
 
 @dataclass
-class Ended:
+class FinishedRun:
     """A run that ended."""
 
     attempt: Attempt
     seed: int
-    run: Run  # what its log says
+    run: LoggedRun  # what its log says
     code: int
     output: list[str]  # lines
     last_words: str  # the last line of its errors, where it has any
@@ -218,17 +218,21 @@ class Ended:
         return f"its ledger adds up to {logged:.1f} s, its process took {self.wall_s:.1f} s"
 
 
-def carry_out(jobs: list[tuple[Attempt, int]], declared: int, turn_steps: int) -> Iterator[Ended]:
+def run_jobs(
+    jobs: list[tuple[Attempt, int]], declared: int, turn_steps: int
+) -> Iterator[FinishedRun]:
     """Run every job (attempt, seed) and tell how it ended.
 
     One after the other; with turn_steps those two in a row that share a seed take turns.
     """
     groups = (list(pair) for _, pair in groupby(jobs, key=lambda job: job[1]))
     for group in groups if turn_steps else ([job] for job in jobs):
-        yield from start(group, declared, turn_steps)
+        yield from run_group(group, declared, turn_steps)
 
 
-def start(jobs: list[tuple[Attempt, int]], declared: int, turn_steps: int = 0) -> list[Ended]:
+def run_group(
+    jobs: list[tuple[Attempt, int]], declared: int, turn_steps: int = 0
+) -> list[FinishedRun]:
     """Run one job, or two that take turns of so many steps; return them in the order they ended.
 
     On ctrl-C the runs get it too, SIGTERM is passed on; they then end their logs by themselves.
@@ -243,7 +247,7 @@ def start(jobs: list[tuple[Attempt, int]], declared: int, turn_steps: int = 0) -
             ends[1].send(b"1")  # the first turn is the first job's
         try:
             for job, scratch, end in zip(jobs, scratches, ends, strict=True):
-                process = begin(*job, scratch, declared, turn_steps, end)
+                process = start_process(*job, scratch, declared, turn_steps, end)
                 running[pool.submit(process.communicate)] = process, *job, time.time()
             for end in ends if turn_steps else ():
                 end.close()
@@ -275,7 +279,7 @@ def staged(texts: dict[str, str]):
         yield scratch
 
 
-def begin(
+def start_process(
     attempt: Attempt, seed: int, scratch: Path, declared: int, turn_steps: int, stdin
 ) -> subprocess.Popen:
     """Start a run from its scratch folder."""
@@ -308,11 +312,13 @@ def variables(scratch: Path) -> dict[str, str]:
 
 def how_it_ended(
     process, attempt: Attempt, seed: int, began: float, output: str, errors: str, before
-) -> Ended:
+) -> FinishedRun:
     """What there is to tell of a run; ToolError if it left no log."""
     said = errors.strip() or output.strip() or f"it exited with {process.returncode}"
     last_words = said.splitlines()[-1]
     if not (log := new_log(attempt, before)):
         raise ToolError(f"no run of {attempt.name} began: {last_words}")
     run, wall_s = read_log(log), log.stat().st_mtime - began
-    return Ended(attempt, seed, run, process.returncode, output.splitlines(), last_words, wall_s)
+    return FinishedRun(
+        attempt, seed, run, process.returncode, output.splitlines(), last_words, wall_s
+    )

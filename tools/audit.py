@@ -18,7 +18,7 @@ from functools import cache
 from itertools import combinations, takewhile
 
 from tools.cli import ToolError
-from tools.runs import Run
+from tools.runs import LoggedRun
 from tools.sources import ROOT, imported_modules, sha256_of, top_name
 
 MISSED = "it missed the target"
@@ -39,7 +39,7 @@ EMBEDDED = {"data": "46ee993abd300d89907f21f46b034c6dad65e35e87b50afcdc9668e0617
 TASKS = {"embedded": EMBEDDED}  # by track
 
 
-def ineligible(run: Run) -> list[str]:
+def ineligible(run: LoggedRun) -> list[str]:
     """Why a sound run is no record, a reason each; empty for an eligible one."""
     if run.is_public:
         return ["a log of the public speedrun: no seed, no data hash, no result line"]
@@ -59,10 +59,10 @@ def ineligible(run: Run) -> list[str]:
         reasons.append(f"{run.result['recompiled']} graphs were compiled inside the timed part")
     if unknown := set(run.ledger) - ACCOUNTS:
         reasons.append(f"untimed work of an unknown kind: {', '.join(sorted(unknown))}")
-    return [*reasons, *of_the_task(run), *traces(run), *of_the_sources(run), *run.warnings]
+    return [*reasons, *check_task(run), *traces(run), *check_sources(run), *run.warnings]
 
 
-def of_the_task(run: Run) -> Iterator[str]:
+def check_task(run: LoggedRun) -> Iterator[str]:
     """How the data and the validation differ from those of the track, as the tools know them."""
     known = TASKS.get(track := run.config.get("track", "unknown"))
     if known is None:
@@ -75,13 +75,13 @@ def of_the_task(run: Run) -> Iterator[str]:
 # ------------------------------------------------------------------------------ Of one log
 
 
-def traces(run: Run) -> list[str]:
+def traces(run: LoggedRun) -> list[str]:
     """What no honest run shows, in a log whose hashes may fit all the same."""
-    checks = (of_the_name, of_the_clock, of_the_steps, of_the_data, of_the_flags)
+    checks = (check_name, check_clock, check_steps, check_data, check_flags)
     return [] if run.is_public else [what for check in checks for what in check(run)]
 
 
-def of_the_name(run: Run) -> Iterator[str]:
+def check_name(run: LoggedRun) -> Iterator[str]:
     if run.path.stem != run.name:
         yield f"the file is not named after its run; give it back its name, {run.name}.txt"
     stamp = re.match(r"(\d{4}-\d\d-\d\dT\d{6})Z", run.name)
@@ -97,12 +97,12 @@ def seconds_of(text: str) -> float:
         return math.nan
 
 
-def moment(run: Run) -> float:
+def moment(run: LoggedRun) -> float:
     """When the log was opened."""
     return seconds_of(run.config.get("utc", ""))
 
 
-def of_the_clock(run: Run) -> Iterator[str]:
+def check_clock(run: LoggedRun) -> Iterator[str]:
     rate, tokens = run.number("tokens_per_s"), run.number("tokens")
     seconds, fresh = run.number("train_time") / 1000, not run.number("resumed_from") > 0
     # Both figures are rounded, to a token a second and to a millisecond.
@@ -124,7 +124,7 @@ def of_the_clock(run: Run) -> Iterator[str]:
         yield "its ledger has an account `turn`, though it took no turns"
 
 
-def of_the_steps(run: Run) -> Iterator[str]:
+def check_steps(run: LoggedRun) -> Iterator[str]:
     guess = math.log(max(float(run.config.get("vocab_size", "nan")), 1))
     if run.val_curve and run.val_curve[0][0] == 0 and run.val_curve[0][2] < guess - FIRST_LOSS:
         yield f"the loss at step 0 is {run.val_curve[0][2]}: trained before the clock started"
@@ -140,7 +140,7 @@ def of_the_steps(run: Run) -> Iterator[str]:
         yield "the ledger or a calibration is missing"
 
 
-def of_the_data(run: Run) -> Iterator[str]:
+def check_data(run: LoggedRun) -> Iterator[str]:
     shards = re.findall(r"^(train|val)_shard: .* sha256:(\S+)", "\n".join(run.data), re.M)
     train, val = ({digest for kind, digest in shards if kind == k} for k in ("train", "val"))
     if train & val:
@@ -149,7 +149,7 @@ def of_the_data(run: Run) -> Iterator[str]:
         yield "data_sha256 is not that of the shards"
 
 
-def of_the_flags(run: Run) -> Iterator[str]:
+def check_flags(run: LoggedRun) -> Iterator[str]:
     named = set(run.config.get("overrides", "none").split()) - {"none"}
     if not run.number("overrides") == len(named):
         yield "the result counts other overrides than the config names"
@@ -157,7 +157,7 @@ def of_the_flags(run: Run) -> Iterator[str]:
     for name, value in given.items():
         if name not in run.config or name.endswith(("_dir", "_files")):
             continue
-        if plain(run.config[name]) != plain(value):
+        if canonical(run.config[name]) != canonical(value):
             yield f"argv says {name} {value}, the config {run.config[name]}"
         elif name not in named | OPTIONS and not may_be_default(run, name, value):
             yield f"argv sets {name}, which overrides does not name"
@@ -165,7 +165,7 @@ def of_the_flags(run: Run) -> Iterator[str]:
         yield f"overrides names {', '.join(sorted(unset))}, which argv does not set"
 
 
-def plain(value: str) -> str | float:
+def canonical(value: str) -> str | float:
     """A flag's value without the ways to write it: 1e-2 is 0.01, true is True."""
     try:
         return float(value)
@@ -173,18 +173,18 @@ def plain(value: str) -> str | float:
         return re.sub(r"[()\s]|,$", "", value.casefold())
 
 
-def may_be_default(run: Run, name: str, value: str) -> bool:
+def may_be_default(run: LoggedRun, name: str, value: str) -> bool:
     """Whether a flag repeats a default that stands in the source, which makes it no override."""
     pattern = rf"\b{re.escape(name)}\b(?:: [^=\n]+)? ?= ?(?:option\()?(\([^)]*\)|[^\s,)]+)"
     texts = (source.text for source in run.sources.values())
-    return any(plain(x.strip("\"'")) == plain(value)
+    return any(canonical(x.strip("\"'")) == canonical(value)
                for text in texts for x in re.findall(pattern, text))  # fmt: skip
 
 
 # ------------------------------------------------------------------------------ Of its sources
 
 
-def of_the_sources(run: Run) -> list[str]:
+def check_sources(run: LoggedRun) -> list[str]:
     """Who else may have had a hand in a run: modules that no log holds, and unknown referees."""
     logged = frozenset(run.sources)
     found = [what for path, source in run.sources.items()
@@ -193,7 +193,7 @@ def of_the_sources(run: Run) -> list[str]:
                     for path in unknown_referees(run)]  # fmt: skip
 
 
-def unknown_referees(run: Run) -> dict[str, str]:
+def unknown_referees(run: LoggedRun) -> dict[str, str]:
     """sha256 by path of the referee's files in a log that this repository never committed."""
     if run.is_public:
         return {}
@@ -247,7 +247,7 @@ def unfollowed(path: str, text: str, logged: frozenset[str]) -> list[str]:
 # ------------------------------------------------------------------------------ Between logs
 
 
-def between(runs: list[Run]) -> list[str]:
+def traces_between(runs: list[LoggedRun]) -> list[str]:
     """What the runs of one attempt show together and no honest attempt does."""
     own, found = [run for run in runs if not run.is_public], []
     curves = [(run, [point[::2] for point in run.val_curve + run.train_curve]) for run in own]
@@ -258,7 +258,7 @@ def between(runs: list[Run]) -> list[str]:
     return found + overlaps(own)
 
 
-def overlaps(runs: list[Run]) -> list[str]:
+def overlaps(runs: list[LoggedRun]) -> list[str]:
     """Runs that shared their host, but for the two of a pair that takes turns."""
     starts = {run.name: moment(run) for run in runs}
     dated = sorted((r for r in runs if starts[r.name] > 0), key=lambda r: starts[r.name])

@@ -16,7 +16,7 @@ import numpy as np
 from tools import audit, stats
 from tools.runs import (
     InvalidLog,
-    Run,
+    LoggedRun,
     config_changes,
     environment_changes,
     read_arm,
@@ -46,7 +46,7 @@ def summed_up(doubts: list[str]) -> list[str]:
 class Arm:
     """All runs of one attempt, in the order in which they began."""
 
-    def __init__(self, name: str, runs: list[Run], target: float = math.nan):
+    def __init__(self, name: str, runs: list[LoggedRun], target: float = math.nan):
         self.name, self.runs = name, runs
         self.finished = [run for run in runs if run.finished]
         self.traces: list[str] = []  # doubts that do not show in the figures
@@ -63,7 +63,7 @@ class Arm:
         arm = cls(name, read_arm(path), target)
         sound = [run for run in arm.runs if not run.faults]
         of_one = [f"{run.name}: {what}" for run in sound for what in audit.traces(run)]
-        arm.traces = summed_up([*of_one, *audit.between(sound)])
+        arm.traces = summed_up([*of_one, *audit.traces_between(sound)])
         return arm
 
     def require_sound(self) -> None:
@@ -176,7 +176,7 @@ class Comparison:
         return self.verdict != "NOT COMPARABLE"
 
     @property
-    def in_order(self) -> list[tuple[str, Run]]:
+    def in_order(self) -> list[tuple[str, LoggedRun]]:
         """(A or B, run) of every run, in the order in which they began."""
         runs = [(letter, run) for letter, arm in self.arms for run in arm.runs]
         return sorted(runs, key=lambda pair: pair[1].started)
@@ -349,7 +349,7 @@ def arm_warnings(arm: Arm) -> list[str]:
     return found + [f"{what} ({count} of {n} runs)" for what, count in troubles.items()]
 
 
-def slowdown(run: Run) -> list[str]:
+def slowdown(run: LoggedRun) -> list[str]:
     """A host or GPU that was slower, or faster, after the run than before it."""
     rates = run.calibrations
     if len(rates) < 2 or abs(rates[-1] - rates[0]) < SLOWDOWN * rates[0]:

@@ -64,7 +64,7 @@ def mean_and_sd(values, digits: int) -> str:
     return f"{values.mean():.{digits}f} ({stats.sd(values):.{digits}f})"
 
 
-def row(number: int, record: Record, previous: Record | None) -> str:
+def record_row(number: int, record: Record, previous: Record | None) -> str:
     arm, p = record.arm, record.arm.target_status()[1]
     gain = gain_over(previous, record) if previous else ""
     loss = f"{mean_and_sd(arm.losses, 4)}, n={len(arm.runs)}, p={p:.1g}"
@@ -90,13 +90,13 @@ def groups(records: list[Record]) -> dict[tuple, list[Record]]:
     return found
 
 
-def table(group: tuple, records: list[Record]) -> list[str]:
+def class_table(group: tuple, records: list[Record]) -> list[str]:
     track, target, machine_class = group
     lines = [f"**{track}, target {target:g}**, on {machine_class}", "",
              "| | time s (sd) | against the one before | val_loss (sd) | steps | what | record |",
              "|---|---|---|---|---|---|---|"]  # fmt: skip
     for i, record in enumerate(records):
-        lines.append(row(i + 1, record, records[i - 1] if i else None))
+        lines.append(record_row(i + 1, record, records[i - 1] if i else None))
     if any(record.disturbed for record in records):
         lines += ["", "†n: in n of these runs other processes took part of the CPU; they are kept."]
     if len(records) > 1:
@@ -133,7 +133,7 @@ def main() -> int:
     if BEGIN not in old or END not in old:
         raise ToolError(f"{readme} lacks the lines {BEGIN} and {END}")
     ranked = groups(read_records(RECORDS))
-    lines = [line for group, records in ranked.items() for line in table(group, records)]
+    lines = [line for group, records in ranked.items() for line in class_table(group, records)]
     before, after = old.partition(BEGIN)[0], old.partition(END)[2]
     new = "\n".join([before + BEGIN, "", *lines, END]) + after
     if args.check:

@@ -35,7 +35,7 @@ from referee.shards import open_shard, write_shard
 from tools.attempts import Attempt, copy_of, require_own_flags, staged, variables
 from tools.audit import FIRST_LOSS
 from tools.cli import EXIT_FAILED, EXIT_MISUSE, ToolError, finish, flag_parser
-from tools.runs import Run, find_logs, read_log
+from tools.runs import LoggedRun, find_logs, read_log
 from tools.sources import ENTRIES, entry_of, require_whole, sha256_of
 
 INSIDE = Path(__file__).with_name("probe_inside.py")
@@ -58,7 +58,7 @@ READERS = (  # who may open a validation shard, before the trainer is made
 class Probed(NamedTuple):
     """One run, and what was seen of it from inside."""
 
-    run: Run
+    run: LoggedRun
     facts: dict
     train: list[Path]  # shards that its configuration names
     val: list[Path]

@@ -25,7 +25,7 @@ import numpy as np
 from referee.flags import as_flag
 from referee.shards import absolute_glob, find_shards, open_shard, write_shard
 from tools import stats
-from tools.attempts import Attempt, copy_of, require_own_flags, staged, start
+from tools.attempts import Attempt, copy_of, require_own_flags, run_group, staged
 from tools.cli import ToolError, finish, flag_parser
 from tools.sources import ROOT
 
@@ -96,10 +96,10 @@ def settings_of(attempt: Attempt) -> dict:
     return json.loads(asked.stdout)
 
 
-def losses(attempt: Attempt, flags: list[str], data: Path, seed: int) -> list[float]:
+def train_seed(attempt: Attempt, flags: list[str], data: Path, seed: int) -> list[float]:
     """Validation losses of one seed after each quarter of the run; a line for people."""
     attempt.flags = [*flags, f"--train_files={data}/train_{seed}.bin"]
-    (ended,) = start([(attempt, seed)], 0)
+    (ended,) = run_group([(attempt, seed)], 0)
     curve = [loss for _, _, loss in ended.run.val_curve[1:]]
     if ended.code or len(curve) < 4:
         raise ToolError(f"{attempt.name} seed {seed} did not finish: {ended.last_words}")
@@ -107,7 +107,7 @@ def losses(attempt: Attempt, flags: list[str], data: Path, seed: int) -> list[fl
     return curve
 
 
-def report(names: list[str], finals: np.ndarray) -> None:
+def print_summary(names: list[str], finals: np.ndarray) -> None:
     """finals (sources, seeds): the last losses."""
     for name, found in zip(names, finals, strict=True):
         print(f"{name}: mean {found.mean():.4f}, sd {stats.sd(found):.4f}, n={len(found)}")
@@ -153,8 +153,8 @@ def main() -> int:
             arms.append((attempt, ["--track=fineweb", *own, *flags]))
         finals = np.zeros((len(arms), args.n))
         for seed, (i, (attempt, own)) in product(range(args.n), enumerate(arms)):
-            finals[i, seed] = losses(attempt, own, data, seed)[-1]
-    report([attempt.name for attempt, _ in arms], finals)
+            finals[i, seed] = train_seed(attempt, own, data, seed)[-1]
+    print_summary([attempt.name for attempt, _ in arms], finals)
     return 0
 
 

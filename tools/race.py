@@ -26,12 +26,12 @@ from tqdm import tqdm
 from tools import stats
 from tools.attempts import (
     Attempt,
-    carry_out,
     check_turns,
     copy_of,
-    interleaved,
+    draw_order,
     order_seed,
     require_own_flags,
+    run_jobs,
     settle_dtype,
     settle_flags,
     takes_runs,
@@ -102,13 +102,13 @@ def run_all(attempts: list[Attempt], count: int, turn_steps: int) -> dict[Path, 
     have = [len(attempt.log_paths) for attempt in attempts]
     doubts = {attempt.folder: [] for attempt in attempts}
     seed = order_seed(attempts)
-    order = list(interleaved(len(attempts), count, seed))
+    order = list(draw_order(len(attempts), count, seed))
     todo = [(attempts[i], turn) for i, turn in order if turn >= have[i]]
     if todo and len(attempts) > 1:
         letters = "".join(chr(ord("A") + i) for i, _ in order)
         tqdm.write(f"order {letters}, drawn with seed {seed}, which the sources and flags give")
     with tqdm(total=len(todo), unit="run", disable=not sys.stderr.isatty()) as bar:
-        for ended in carry_out(todo, count, turn_steps):
+        for ended in run_jobs(todo, count, turn_steps):
             bar.update()
             result = ended.output[-1].partition(" time_to_target")[0] if ended.output else ""
             tqdm.write(f"{ended.attempt.name} seed {ended.seed}: {result}")
@@ -123,7 +123,7 @@ def run_all(attempts: list[Attempt], count: int, turn_steps: int) -> dict[Path, 
     return doubts
 
 
-def report(arms: list[Arm]) -> int:
+def print_verdict(arms: list[Arm]) -> int:
     """Print the verdict on two arms, or the figures of each; return the exit code."""
     if len(arms) == 2:
         comparison = compare(*arms)
@@ -187,7 +187,7 @@ def main() -> int:
         arms = [Arm.read(attempt.logs, name=attempt.name) for attempt in attempts]
         for arm, attempt in zip(arms, attempts, strict=True):
             arm.traces += summed_up(doubts[attempt.folder])
-        return report(arms)
+        return print_verdict(arms)
 
 
 if __name__ == "__main__":

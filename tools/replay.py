@@ -13,26 +13,26 @@ from tempfile import TemporaryDirectory
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the project's root
 
-from tools.attempts import copy_of, require_own_flags, start
+from tools.attempts import copy_of, require_own_flags, run_group
 from tools.cli import EXIT_MISUSE, ToolError, finish, flag_parser
-from tools.runs import Run, read_log
+from tools.runs import LoggedRun, read_log
 
 CAUSES = ("torch", "cpu", "device", "matmul_dtype", "threads")  # of losses that differ
 
 
-def run_again(log: Path, folder: Path, flags: list[str]) -> tuple[Run, Run]:
+def run_again(log: Path, folder: Path, flags: list[str]) -> tuple[LoggedRun, LoggedRun]:
     """(the run of a log, the new run of its source)."""
     old, attempt = read_log(log), copy_of(log, folder, flags)
     if attempt.knows("cpu_dtype"):
         attempt.cpu_dtype = old.environment["matmul_dtype"].removeprefix("torch.")
     attempt.freeze()
-    (ended,) = start([(attempt, int(old.seed))], declared=0)
+    (ended,) = run_group([(attempt, int(old.seed))], declared=0)
     if not ended.run.finished:
         raise ToolError(f"the run {ended.run.path} did not finish: {ended.last_words}")
     return old, ended.run
 
 
-def same_losses(old: Run, new: Run) -> int:
+def same_losses(old: LoggedRun, new: LoggedRun) -> int:
     """Print whether every loss of two runs agrees digit for digit; return the exit code."""
     curves = ("train", old.train_curve, new.train_curve), ("val", old.val_curve, new.val_curve)
     pairs = [(kind, step, x, y) for kind, before, after in curves

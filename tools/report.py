@@ -29,7 +29,7 @@ from tools.cli import ToolError, finish, flag_parser
 from tools.comparison import Arm, Comparison, compare, environment_difference, signed
 from tools.diff import COLUMNS, loss_text, order_text, rows, target_text
 from tools.leaderboard import groups, mean_and_sd, read_records
-from tools.runs import Run, config_changes, source_changes, source_diff
+from tools.runs import LoggedRun, config_changes, source_changes, source_diff
 from tools.sources import slug_of
 
 TEMPLATE = Path(__file__).with_name("report.html")
@@ -60,7 +60,7 @@ class Ladder:
         self.comparisons = [compare(a, b, self.trust) for a, b in pairwise(arms)]
 
     @property
-    def runs(self) -> list[Run]:
+    def runs(self) -> list[LoggedRun]:
         return [run for rung in self.rungs for run in rung.arm.runs]
 
 

@@ -1,6 +1,7 @@
 """The one reader of logs: photofinish's own, and those of the public 8xH100 speedrun.
 
-A log is parsed once into a Run, whose `faults` say where it is not whole or contradicts itself.
+`read_log` parses a log once, into a LoggedRun; its `faults` say where the log is damaged or
+contradicts itself.
 Nothing here imports torch: a comparison answers in a second.
 """
 
@@ -59,7 +60,7 @@ class Source:
 
 
 @dataclass
-class Run:
+class LoggedRun:
     """What one log says. Times are milliseconds of train time, losses nats per token."""
 
     path: Path
@@ -157,8 +158,8 @@ class Run:
         return float(found[0]) if found else math.nan
 
 
-def read_log(path: Path) -> Run:
-    """Parse one log; its faults stand in Run.faults. Raises InvalidLog if it is no log at all."""
+def read_log(path: Path) -> LoggedRun:
+    """Parse one log, with its faults in LoggedRun.faults; InvalidLog if it is no log at all."""
     try:
         text = path.read_bytes().decode()
     except OSError as error:
@@ -187,7 +188,7 @@ def find_logs(path: Path) -> list[Path]:
     return sorted(log for log in logs if log.name not in NO_LOGS)
 
 
-def read_arm(path: Path) -> list[Run]:
+def read_arm(path: Path) -> list[LoggedRun]:
     """All runs of a log or a folder, in the order in which they began."""
     logs = find_logs(path)
     if not logs:
@@ -199,7 +200,7 @@ class OwnLog:
     """One pass over the lines of a log of train_gpt.py."""
 
     def __init__(self, path: Path, text: str):
-        self.run, self.lines, self.at = Run(path), text.split("\n"), 0
+        self.run, self.lines, self.at = LoggedRun(path), text.split("\n"), 0
         self.hash, self.checked, self.changed, self.section = hashlib.sha256(), 0, False, ""
         cut_short = bool(self.lines.pop())  # what stands after the last line end
         while self.at < len(self.lines):
@@ -240,7 +241,7 @@ class OwnLog:
         # A source that is kept elsewhere has no lines here.
         count = 0 if "kept" in attributes else max(0, int(attributes.get("lines", 0)))
         if self.section == "source":
-            self.read_source(words[1], attributes, count)
+            self.read_source_section(words[1], attributes, count)
         elif self.section == "git":
             self.run.git = attributes
             self.read_git_diff(count)
@@ -248,7 +249,7 @@ class OwnLog:
             self.fault(f"unknown section {self.section}")
         return count
 
-    def read_source(self, path: str, attributes: dict[str, str], count: int) -> None:
+    def read_source_section(self, path: str, attributes: dict[str, str], count: int) -> None:
         digest = attributes.get("sha256", "")
         text = "".join(f"{line}\n" for line in self.lines[self.at + 1 : self.at + 1 + count])
         kept = None
@@ -351,7 +352,7 @@ STEP = re.compile(
 )
 
 
-def read_public_log(path: Path, text: str) -> Run:
+def read_public_log(path: Path, text: str) -> LoggedRun:
     """A log of the public speedrun: source, environment and steps between rules of 100 signs.
 
     It names neither host, seed, hyperparameters nor hashes; the source holds what there is, with
@@ -360,7 +361,9 @@ def read_public_log(path: Path, text: str) -> Run:
     source, *between, rest = text.split(PUBLIC_RULE)
     system = "\n".join(between) or rest  # older logs have one rule only, after the source
     source = re.sub(r"^(\s*run_id\b[^=\n]*= *)([\"']).*?\2", r"\1...", source, flags=re.M)
-    run = Run(path, is_public=True, sources={"train_gpt.py": Source(sha256_of(source), source)})
+    run = LoggedRun(
+        path, is_public=True, sources={"train_gpt.py": Source(sha256_of(source), source)}
+    )
     for step, kind, loss, time, unit in re.findall(
         r"^step:(\d+)/\d+ (?:(val|train)_loss:(\S+) )?train_time:([\d.]+)(m?s)\b", rest, re.M
     ):
@@ -383,7 +386,7 @@ def read_public_log(path: Path, text: str) -> Run:
     return run
 
 
-def source_changes(a: Run, b: Run) -> dict[str, tuple[int, int]]:
+def source_changes(a: LoggedRun, b: LoggedRun) -> dict[str, tuple[int, int]]:
     """(lines added, lines removed) from a to b, by path of each source that differs."""
     counts = {}
     for path in sorted(a.sources.keys() | b.sources.keys()):
@@ -394,7 +397,7 @@ def source_changes(a: Run, b: Run) -> dict[str, tuple[int, int]]:
     return counts
 
 
-def source_diff(a: Run, b: Run, path: str) -> list[str]:
+def source_diff(a: LoggedRun, b: LoggedRun, path: str) -> list[str]:
     """The unified diff of one source from a to b, a line each."""
     texts = [run.sources[path].text if path in run.sources else "" for run in (a, b)]
     if texts[0] == texts[1]:
@@ -408,16 +411,16 @@ RUN_BOUND = ("schema", "utc", "argv", "run", "seed", "slug", "log_dir", "source_
              "overrides")  # fmt: skip
 
 
-def config_changes(a: Run, b: Run) -> dict[str, tuple[str, str]]:
+def config_changes(a: LoggedRun, b: LoggedRun) -> dict[str, tuple[str, str]]:
     """Hyperparameters and options that differ, but for those that name a single run."""
     return changes(a.config, b.config, RUN_BOUND)
 
 
-def task_changes(a: Run, b: Run) -> dict[str, tuple[str, str]]:
+def task_changes(a: LoggedRun, b: LoggedRun) -> dict[str, tuple[str, str]]:
     return changes(a.task, b.task, ())
 
 
-def environment_changes(a: Run, b: Run) -> dict[str, tuple[str, str]]:
+def environment_changes(a: LoggedRun, b: LoggedRun) -> dict[str, tuple[str, str]]:
     return changes(a.environment, b.environment, ("load_average", "bf16_gain"))
 
 

@@ -18,10 +18,10 @@ if __name__ == "__main__":
 import numpy as np
 
 from tools import stats
-from tools.attempts import interleaved
+from tools.attempts import draw_order
 from tools.cli import finish, flag_parser
 from tools.comparison import Arm, compare
-from tools.runs import Run
+from tools.runs import LoggedRun
 
 TARGET, LOSS_SD = 3.28, 0.0014  # sd: pooled over 845 public logs
 HOST_SD = 0.05  # of the noise in log seconds, large against the floor: the worst case for FASTER
@@ -77,7 +77,7 @@ COLUMNS = {
 
 def race(rng, count: int, noise, share: float, gain: float, loss: float, loss_up: float):
     """Runs of A and of B as logs would tell of them, in the order of race.py."""
-    order = [arm for arm, _ in interleaved(2, count, str(rng.integers(1 << 30)))]
+    order = [arm for arm, _ in draw_order(2, count, str(rng.integers(1 << 30)))]
     seconds = 80 * np.exp(share * noise(rng, 2 * count) + np.log1p(-gain) * np.array(order))
     spread = student(rng, 2 * count) if noise is student else normal(rng, 2 * count)
     losses = TARGET + loss + loss_up * np.array(order) + LOSS_SD / HOST_SD * spread
@@ -86,7 +86,7 @@ def race(rng, count: int, noise, share: float, gain: float, loss: float, loss_up
         curve = [(0, 0.0, 10.8), (1, 1000 * s, x)]
         config = {"utc": f"2026-01-01T{i:04}", "target_val_loss": str(TARGET), "track": "simulated"}
         config |= {"run": str(i)}
-        arms[arm].append(Run(Path(str(i)), config=config, val_curve=curve,
+        arms[arm].append(LoggedRun(Path(str(i)), config=config, val_curve=curve,
                              environment={"host": "h"}, result={"status": "success"}))  # fmt: skip
     return arms
 

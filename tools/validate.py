@@ -14,16 +14,16 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the project's root
 
-from tools.audit import between, ineligible, overlaps
+from tools.audit import ineligible, overlaps, traces_between
 from tools.cli import EXIT_FAILED, EXIT_INVALID, EXIT_MISUSE, finish, flag_parser
-from tools.runs import InvalidLog, Run, find_logs, read_log
+from tools.runs import InvalidLog, LoggedRun, find_logs, read_log
 
 CAVEAT = (
     "hashes show damage, not forgery: these checks read what a forger forgets, people the source"
 )
 
 
-def report(path: Path) -> tuple[int, Run | None]:
+def print_findings(path: Path) -> tuple[int, LoggedRun | None]:
     """Print the findings on one log; return (its exit code, what it says if it is sound)."""
     try:
         run = read_log(path)
@@ -41,12 +41,14 @@ def report(path: Path) -> tuple[int, Run | None]:
     return EXIT_FAILED if reasons else 0, run
 
 
-def report_together(runs: list[Run]) -> int:
+def print_findings_between(runs: list[LoggedRun]) -> int:
     """Print what runs show only together; return the exit code."""
     folders = {run.path.parent: [] for run in runs}
     for run in runs:
         folders[run.path.parent].append(run)
-    found = [f"{folder}    {what}" for folder, own in folders.items() for what in between(own)]
+    found = [
+        f"{folder}    {what}" for folder, own in folders.items() for what in traces_between(own)
+    ]
     found = found or overlaps(runs)  # of different folders
     print("\n".join([*found, CAVEAT]))
     return EXIT_FAILED if found else 0
@@ -65,8 +67,8 @@ def main() -> int:
     paths = [log for path in args.logs for log in logs_of(path)]
     if not paths:
         parser.error("no logs (*.txt) there; name logs, or a folder such as records")
-    codes, runs = zip(*map(report, paths), strict=True)
-    return max(*codes, report_together([run for run in runs if run]))
+    codes, runs = zip(*map(print_findings, paths), strict=True)
+    return max(*codes, print_findings_between([run for run in runs if run]))
 
 
 if __name__ == "__main__":
