@@ -64,25 +64,22 @@ ALL = slice(None)
 
 
 def edit(pattern: str, new: str):
-    """A cheat who edits a log and forgets the hashes."""
+    """A cheat who edits the first log and forgets the hashes."""
+    return lambda folder: substitute(logs_of(folder)[0], pattern, new)
 
-    def do(folder: Path):
-        log = logs_of(folder)[0]
-        text, count = re.subn(pattern, new, log.read_text(), flags=re.M)
-        assert count
-        log.write_text(text)
 
-    return do
+def substitute(file: Path, pattern: str, new: str) -> str:
+    text, count = re.subn(pattern, new, file.read_text(), flags=re.M)
+    assert count, pattern
+    file.write_text(text)
+    return text
 
 
 def source(path: str, old: str, new: str):
     """A cheat who changes the source before the runs, so that every log names it truly."""
 
     def do(folder: Path):
-        file = folder / "source" / path
-        text = file.read_text().replace(old, new, 1)
-        assert text != file.read_text(), old
-        file.write_text(text)
+        text = substitute(folder / "source" / path, rf"\A((?s:.*?)){old}", rf"\1{new}")
         name_source(folder, logs_of(folder), path, text, f"../source/{path}")
 
     return do
@@ -133,21 +130,14 @@ def as_seed(seed: int) -> list[tuple[str, str]]:
             (r'"--seed", "\d+"', f'"--seed", "{seed}"')]  # fmt: skip
 
 
-def remove(*places: int, then=None):
-    """A cheat who leaves out runs."""
+def without_the_third(*changes):
+    """A cheat who leaves out a run, and edits the logs of the others."""
 
     def do(folder: Path):
-        logs = logs_of(folder)
-        for place in places:
-            logs[place].unlink()
-        if then:
-            then(folder)
+        logs_of(folder)[2].unlink()
+        change(*changes, logs=ALL)(folder)
 
     return do
-
-
-def of_another_track(folder: Path):
-    change((r"^track: .*", "track: fineweb"), logs=ALL)(folder)
 
 
 def halved(text: str, factor: float = 0.5) -> str:
@@ -220,9 +210,6 @@ CHEATS = [  # (name, how, what is said of it)
     ("no ledger", change((r"^ledger: .*\n", "")), "the ledger or a calibration is missing"),
     ("train losses left out", change((r"^step:(2\d\d)/500 train.*\n", "")),
      "lines with train_loss are missing"),
-    ("a log under another name", lambda f: logs_of(f)[0].rename(f / "logs/2.txt"),
-     "not named after its run"),
-    ("a log dated back", change((r"^utc: .*", "utc: 2026-11-22T05:00:00Z")), "not fit its utc"),
     ("training on the validation shard", change((r"^(train_shard: .* sha256:)\S+",
      r"\g<1>a29eb0f7f7916cf822f6278358ab6c838b9420c1f851ecfc11338746c1e048f2")),
      "a validation shard is a training shard"),
@@ -237,20 +224,18 @@ CHEATS = [  # (name, how, what is said of it)
     ("shorter validation rows", change((r"^val_seq_len: .*", "val_seq_len: 64"), logs=ALL),
      "val_seq_len is 64"),
     ("an override not named", change((r'^argv: \[', 'argv: ["--muon_lr", "0.08", '),
-     (r"^muon_lr: .*", "muon_lr: 0.08")), "argv sets muon_lr"),
+     (r"^muon_lr: .*", "muon_lr: 0.08")), "were overridden: muon_lr"),
     ("an override erased in the config", change((RESULT + "overrides:0", r"\1 overrides:1")),
      "counts other overrides"),
-    ("a named override", change((r"^overrides: .*", "overrides: muon_lr"),
-     (RESULT + "overrides:0", r"\1 overrides:1")), "which argv does not set"),
     ("a run relabelled in result and config", change(*as_seed(7)[:2]), "argv says seed 0"),
     ("a resumed run", change((r"resumed_from:0", "resumed_from:300")), "resumed"),
     ("compilation inside the time", change((r"recompiled:0", "recompiled:3")), "3 graphs"),
     # Traces between logs, and rules for attempts.
     ("one run logged as another seed", one_run_as_another, "the same losses, digit for digit"),
     ("two runs at once", two_at_once, "overlap"),
-    ("a worse run left out", remove(2), "5 runs were declared, 4 are there"),
-    ("a worse run left out, undeclared", remove(2, then=change((r"^declared_runs: .*",
-     "declared_runs: 0"), logs=ALL)), "not declared before the first"),
+    ("a worse run left out", without_the_third(), "5 runs were declared, 4 are there"),
+    ("a worse run left out, undeclared", without_the_third((r"^declared_runs: .*",
+     "declared_runs: 0")), "not declared before the first"),
     ("seeds chosen", change(*as_seed(7)), "some may have been left out"),
     ("a seed run twice", change(*as_seed(1)), "ran more than once"),
     ("a run that crashed left in", change((r"^result status:success", "result status:aborted")),
@@ -258,7 +243,8 @@ CHEATS = [  # (name, how, what is said of it)
     ("five runs of five sources", five_sources, "its runs differ in train_gpt.py"),
     ("five runs of two settings", change((r"^muon_lr: .*", "muon_lr: 0.05")), "differ in muon_lr"),
     ("runs of two machines", change((r"^threads: 2", "threads: 4")), "its runs differ in class"),
-    ("a record in another track's folder", of_another_track, "of the track fineweb, its folder"),
+    ("a record in another track's folder", change((r"^track: .*", "track: fineweb"), logs=ALL),
+     "of the track fineweb, its folder"),
     ("a faster host", change((r"^host: .*", "host: fast"), logs=ALL), "different hosts"),
     ("all runs at a quiet hour", all_after_the_other, "ran in blocks"),
     # In the source, which logs hold.
@@ -342,8 +328,3 @@ def test_the_wall_time_of_a_run_bears_witness_against_its_clock(logged, wall, do
     run = runs.LoggedRun(tmp_path, ledger={"total": logged}, result={"status": "success"})
     attempt = Attempt("A", tmp_path, {}, [])
     assert bool(FinishedRun(attempt, 0, run, 0, [], "", wall).clock_doubt) == bool(doubt)
-
-
-def test_a_flag_that_repeats_its_default_is_no_override(record):
-    change((r"^argv: \[", 'argv: ["--num_steps", "500", "--muon_lr=4e-2", '))(record)
-    assert not findings(record).strip()

@@ -1224,7 +1224,6 @@ def test_misuse_and_missing_files_have_their_exit_codes(tmp_path):
     assert done.returncode == 2 and str(tmp_path / "x.txt") in done.stderr
     assert tool("validate", tmp_path).returncode == 2
     assert tool("validate", tmp_path / "x.txt").returncode == 2
-    assert tool("simulate", "--comparisons", 0).returncode == 2
     done = tool("replay", "--out", __file__, PUBLIC_LOG)
     assert done.returncode == 2 and "is a file" in done.stderr
     for name, problem in (("x.gif", "ends with .png"), ("nowhere/x.png", "No such file")):

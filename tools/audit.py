@@ -1,9 +1,8 @@
-"""What bars a sound log from proving something: against the rules, or like no honest run.
+"""What bars a sound log from proving something: broken rules, and traces of a forgery.
 
-Hashes show damage, not forgery: whoever edits a log can hash it anew. The traces here are figures
-which a forger has to keep in step, and properties that every honest run has. A record needs a log
-without any; a comparison with some claims no gain. docs/cheats.md lists what they find, and what
-no log can show.
+Hashes show damage, not forgery: whoever edits a log can hash it anew. A trace is a figure that a
+forger must keep consistent with others and did not. A record needs logs without traces; with one,
+a comparison claims no gain. docs/cheats.md lists what is found, and what no log can show.
 """
 
 import ast
@@ -15,7 +14,7 @@ import sys
 from collections.abc import Iterator
 from datetime import datetime
 from functools import cache
-from itertools import combinations, takewhile
+from itertools import combinations
 
 from tools.cli import ToolError
 from tools.runs import LoggedRun
@@ -25,18 +24,17 @@ MISSED = "it missed the target"
 ACCOUNTS = {"startup", "compile", "turn", "validation", "checkpoint", "train", "end", "total"}
 CPU_SHARE = 1.03  # of its threads, which no process can exceed; the rest is the clocks' grain
 FIRST_LOSS = 0.3  # nats below a uniform guess: no untrained network starts there
-NAMING_S = 60  # between the moments that name a log and that date it
-REFEREE = re.compile(  # its files, now and in the layouts before
+REFEREE = re.compile(  # its files, now and in earlier layouts
     r"referee/\w+\.py|(records/)?harness\.py|(ranks|flags|environment|checkpoints)\.py|data/shards\.py"
 )
 LOADERS = {"exec", "eval", "__import__", "import_module", "run_path", "run_module"}
-OPTIONS = {"track", "task", "seed", "slug", "log_dir", "save_every", "resume", "micro_batch_seqs",
-           "compile", "fp32", "cpu_dtype", "source_dir", "declared_runs", "turn_steps",
-           "rank_timeout_s"}  # fmt: skip
-# What the source under test says of its own data is no evidence. Only data with a known hash.
+# A source's own word on its data is no evidence, so the tools know each track's task.
 EMBEDDED = {"data": "46ee993abd300d89907f21f46b034c6dad65e35e87b50afcdc9668e0617695f9",
             "val_tokens": "262144", "val_seq_len": "1024", "val_spread": "True"}  # fmt: skip
 TASKS = {"embedded": EMBEDDED}  # by track
+OPTIONS = {"track", "task", "seed", "slug", "log_dir", "save_every", "resume", "micro_batch_seqs",
+           "compile", "fp32", "cpu_dtype", "source_dir", "declared_runs", "turn_steps",
+           "rank_timeout_s"}  # fmt: skip
 
 
 def ineligible(run: LoggedRun) -> list[str]:
@@ -46,8 +44,8 @@ def ineligible(run: LoggedRun) -> list[str]:
     reasons, status = [], run.result.get("status", "none")
     if status != "success":
         reasons.append(MISSED if status == "missed" else f"status is {status}, not success")
-    if (overrides := run.config.get("overrides", "none")) != "none":
-        reasons.append(f"hyperparameters were overridden: {overrides}")
+    if overridden := overrides(run) | {name[2:] for name, _ in run.flags} - OPTIONS:
+        reasons.append(f"hyperparameters were overridden: {' '.join(sorted(overridden))}")
     if run.number("resumed_from") > 0 or run.config.get("resume"):
         reasons.append(f"resumed from step {run.result['resumed_from']}")
     changed, kept = run.git.get("changed", "none"), [s.kept for s in run.sources.values()]
@@ -62,12 +60,16 @@ def ineligible(run: LoggedRun) -> list[str]:
     return [*reasons, *check_task(run), *traces(run), *check_sources(run), *run.warnings]
 
 
+def overrides(run: LoggedRun) -> set[str]:
+    return set(run.config.get("overrides", "none").split()) - {"none"}
+
+
 def check_task(run: LoggedRun) -> Iterator[str]:
-    """How the data and the validation differ from those of the track, as the tools know them."""
-    known = TASKS.get(track := run.config.get("track", "unknown"))
-    if known is None:
+    """How data and validation differ from those of the track."""
+    track = run.config.get("track", "unknown")
+    if track not in TASKS:
         yield f"no data hash is known of the track {track}"
-    for name, value in (known or {}).items():
+    for name, value in TASKS.get(track, {}).items():
         if run.task[name] != value:
             yield f"{name} is {run.task[name][:16]}, on the track {track} it is {value[:16]}"
 
@@ -77,40 +79,16 @@ def check_task(run: LoggedRun) -> Iterator[str]:
 
 def traces(run: LoggedRun) -> list[str]:
     """What no honest run shows, in a log whose hashes may fit all the same."""
-    checks = (check_name, check_clock, check_steps, check_data, check_flags)
+    checks = (check_clock, check_steps, check_data, check_labels)
     return [] if run.is_public else [what for check in checks for what in check(run)]
-
-
-def check_name(run: LoggedRun) -> Iterator[str]:
-    if run.path.stem != run.name:
-        yield f"the file is not named after its run; give it back its name, {run.name}.txt"
-    stamp = re.match(r"(\d{4}-\d\d-\d\dT\d{6})Z", run.name)
-    if not stamp or not 0 <= moment(run) - seconds_of(stamp[1]) < NAMING_S:
-        yield f"the run's name, {run.name}, does not fit its utc, {run.config.get('utc')}"
-
-
-def seconds_of(text: str) -> float:
-    """Seconds since 1970; nan of what is no date."""
-    try:
-        return datetime.fromisoformat(text.rstrip("Z") + "+00:00").timestamp()
-    except ValueError:
-        return math.nan
-
-
-def moment(run: LoggedRun) -> float:
-    """When the log was opened."""
-    return seconds_of(run.config.get("utc", ""))
 
 
 def check_clock(run: LoggedRun) -> Iterator[str]:
     rate, tokens = run.number("tokens_per_s"), run.number("tokens")
-    seconds, fresh = run.number("train_time") / 1000, not run.number("resumed_from") > 0
-    # Both figures are rounded, to a token a second and to a millisecond.
-    if (
-        run.finished
-        and fresh
-        and not abs(rate * seconds - tokens) <= (0.001 * tokens + 0.5 * seconds + 0.0005 * rate)
-    ):
+    seconds = run.number("train_time") / 1000
+    rounding = 0.5 * seconds + 0.0005 * rate  # to a token per second, and to a millisecond
+    fresh = run.finished and not run.number("resumed_from") > 0
+    if fresh and not abs(rate * seconds - tokens) <= 0.001 * tokens + rounding:
         yield "tokens / train_time is not tokens_per_s"
     if run.number("time_to_target") / 1000 > seconds + 0.001:
         yield "time_to_target is later than the end"
@@ -149,43 +127,18 @@ def check_data(run: LoggedRun) -> Iterator[str]:
         yield "data_sha256 is not that of the shards"
 
 
-def check_flags(run: LoggedRun) -> Iterator[str]:
-    named = set(run.config.get("overrides", "none").split()) - {"none"}
-    if not run.number("overrides") == len(named):
+def check_labels(run: LoggedRun) -> Iterator[str]:
+    if not run.number("overrides") == len(overrides(run)):
         yield "the result counts other overrides than the config names"
-    given = {flag[2:]: value for flag, value in run.flags}
-    for name, value in given.items():
-        if name not in run.config or name.endswith(("_dir", "_files")):
-            continue
-        if canonical(run.config[name]) != canonical(value):
-            yield f"argv says {name} {value}, the config {run.config[name]}"
-        elif name not in named | OPTIONS and not may_be_default(run, name, value):
-            yield f"argv sets {name}, which overrides does not name"
-    if "argv" in run.config and (unset := named - given.keys()):
-        yield f"overrides names {', '.join(sorted(unset))}, which argv does not set"
-
-
-def canonical(value: str) -> str | float:
-    """A flag's value without the ways to write it: 1e-2 is 0.01, true is True."""
-    try:
-        return float(value)
-    except ValueError:
-        return re.sub(r"[()\s]|,$", "", value.casefold())
-
-
-def may_be_default(run: LoggedRun, name: str, value: str) -> bool:
-    """Whether a flag repeats a default that stands in the source, which makes it no override."""
-    pattern = rf"\b{re.escape(name)}\b(?:: [^=\n]+)? ?= ?(?:option\()?(\([^)]*\)|[^\s,)]+)"
-    texts = (source.text for source in run.sources.values())
-    return any(canonical(x.strip("\"'")) == canonical(value)
-               for text in texts for x in re.findall(pattern, text))  # fmt: skip
+    if (seed := dict(run.flags).get("--seed", run.seed)) != run.seed:
+        yield f"argv says seed {seed}, the config {run.seed}"
 
 
 # ------------------------------------------------------------------------------ Of its sources
 
 
 def check_sources(run: LoggedRun) -> list[str]:
-    """Who else may have had a hand in a run: modules that no log holds, and unknown referees."""
+    """Modules that no log holds, and referee files of no known version."""
     logged = frozenset(run.sources)
     found = [what for path, source in run.sources.items()
              for what in unfollowed(path, source.text, logged)]  # fmt: skip
@@ -228,7 +181,7 @@ def pinned() -> frozenset[str]:
 
 @cache
 def unfollowed(path: str, text: str, logged: frozenset[str]) -> list[str]:
-    """What a source loads that nobody finds in its log or by the name of a pinned package."""
+    """What a source loads that is neither in its log nor a pinned package."""
     try:
         modules, tree = imported_modules(path, text), ast.parse(text)
     except ToolError as error:
@@ -249,25 +202,24 @@ def unfollowed(path: str, text: str, logged: frozenset[str]) -> list[str]:
 
 def traces_between(runs: list[LoggedRun]) -> list[str]:
     """What the runs of one attempt show together and no honest attempt does."""
-    own, found = [run for run in runs if not run.is_public], []
+    own = [run for run in runs if not run.is_public]
     curves = [(run, [point[::2] for point in run.val_curve + run.train_curve]) for run in own]
-    same = [f"{one.seed} and {other.seed}" for (one, a), (other, b) in combinations(curves, 2)
+    same = [f"seeds {one.seed} and {other.seed} have the same losses, digit for digit"
+            for (one, a), (other, b) in combinations(curves, 2)
             if len(a) > 1 and a == b and one.seed != other.seed]  # fmt: skip
-    if same:
-        found.append(f"seeds {same[0]} have the same losses, digit for digit")
-    return found + overlaps(own)
+    return same[:1] + overlaps(own)
 
 
 def overlaps(runs: list[LoggedRun]) -> list[str]:
-    """Runs that shared their host, but for the two of a pair that takes turns."""
-    starts = {run.name: moment(run) for run in runs}
-    dated = sorted((r for r in runs if starts[r.name] > 0), key=lambda r: starts[r.name])
-    found = []
-    for i, one in enumerate(dated):
-        waited = sum(one.ledger.get(account, 0) for account in ("startup", "turn"))
-        end = starts[one.name] + one.ledger.get("total", 0) - waited  # at the earliest
-        for other in takewhile(lambda r, end=end: starts[r.name] < end - 1, dated[i + 1 :]):
-            pair = one.turn_steps and other.turn_steps and one.seed == other.seed
-            if one.host == other.host and one.name != other.name and not pair:
-                found.append(f"{one.name} and {other.name} overlap")
-    return found
+    """Runs that shared their host, except the two of a pair that takes turns."""
+    spans = []
+    for run in runs:
+        if "utc" in run.config:
+            start = datetime.fromisoformat(run.config["utc"]).timestamp()
+            waited = run.ledger.get("startup", 0) + run.ledger.get("turn", 0)
+            spans.append((start, start + run.ledger.get("total", 0) - waited, run))
+    spans.sort(key=lambda span: span[0])
+    return [f"{one.name} and {other.name} overlap"
+            for (_, end, one), (start, _, other) in combinations(spans, 2)
+            if start < end - 1 and one.host == other.host and one.name != other.name
+            and not (one.turn_steps and other.turn_steps and one.seed == other.seed)]  # fmt: skip

@@ -12,6 +12,7 @@ import math
 import os
 import re
 from dataclasses import dataclass, field
+from datetime import datetime
 from itertools import pairwise
 from pathlib import Path
 
@@ -40,6 +41,7 @@ def logged_flags(argv: str) -> list[tuple[str, str]]:
 
 
 CONFIG_TYPES = {
+    "utc": datetime.fromisoformat,
     "seed": int,
     "target_val_loss": float,
     "declared_runs": int,

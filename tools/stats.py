@@ -1,6 +1,6 @@
 """The statistics of a comparison, all of them scipy's; the thresholds stand here and nowhere else.
 
-Why these tests, and what they cost, is measured by tools/simulate.py.
+Why these tests, and what they cost, is measured by tests/simulate.py.
 """
 
 import math

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""How often do the rules err, and what do they find? Simulated races, judged as diff.py does.
+"""A study: how often do the rules err, and what do they find? Simulated races, judged by diff.py.
 
 Each line is a design that the rules allow under one kind of noise, each figure a share of verdicts.
 False: FASTER of a B that needs the same time; FASTER of one that is 5% faster but whose loss is
