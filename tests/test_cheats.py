@@ -326,5 +326,5 @@ def test_the_referee_of_this_checkout_is_known():
 )
 def test_the_wall_time_of_a_run_bears_witness_against_its_clock(logged, wall, doubt, tmp_path):
     run = runs.LoggedRun(tmp_path, ledger={"total": logged}, result={"status": "success"})
-    attempt = Attempt("A", tmp_path, {}, [])
+    attempt = Attempt("A", tmp_path, {"train_gpt.py": ""}, [])
     assert bool(FinishedRun(attempt, 0, run, 0, [], "", wall).clock_doubt) == bool(doubt)

@@ -1,9 +1,9 @@
 """Run sources again and again, one run at a time or two that take turns.
 
-Every run starts from a scratch copy of its source, so that editing train_gpt.py while runs go on
-changes none of them.
+Every run starts from a scratch copy of its source, so edits of the checkout change no run.
 """
 
+import ast
 import json
 import os
 import random
@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -33,38 +33,31 @@ LAUNCHER_S = 10.0  # the same of torchrun and its ranks
 
 @dataclass
 class Attempt:
-    """What to run: a source, with these flags, in so many processes a run.
-
-    folder gets the source and the logs. base: the attempt against whose source this one's becomes a
-    diff when its runs have ended.
-    """
+    """A source to run, and the folder for it and its logs; ToolError if it cannot run."""
 
     name: str
     folder: Path
-    texts: dict[str, str]
+    texts: dict[str, str]  # the source, by path
     flags: list[str]
-    processes: int = 1
-    base: Path | None = None
+    processes: int = 1  # per run
+    base: Path | None = None  # an attempt; after the runs, the source becomes a diff against its
+    cpu_dtype: str = ""  # of all matmuls on a CPU; empty: each run measures which is faster
+    is_new: bool = False  # frozen by this process
 
     def __post_init__(self):
         self.source, self.logs = self.folder / "source", self.folder / "logs"
         self.entry = next((entry for entry in ENTRIES if entry in self.texts), None)
-        self.is_new = False  # frozen by this process
-        self.cpu_dtype = ""  # what its runs are told to multiply in; empty: each one measures
+        if not self.entry:
+            raise ToolError(f"the source of {self.name} holds neither {' nor '.join(ENTRIES)}")
+        sources.require_whole(self.texts)
+        self.settings = field_names(self.texts)
 
     @property
     def log_paths(self) -> list[Path]:
         return sorted(self.logs.glob("*.txt"))
 
-    def knows(self, flag: str) -> bool:
-        """Whether the source is young enough to have a flag: its harness names it."""
-        return any(flag in text for text in self.texts.values())
-
     def freeze(self) -> None:
-        """Keep the source in source/, where its runs look for it; ToolError if it cannot run."""
-        if not self.entry:
-            raise ToolError(f"the source of {self.name} holds neither {' nor '.join(ENTRIES)}")
-        sources.require_whole(self.texts)
+        """Keep the source in source/, where its runs look for it."""
         kept = kept_texts(self.folder)
         if self.texts != (kept or self.texts):
             raise ToolError(f"{self.folder} has runs of another source; name a new folder")
@@ -73,7 +66,7 @@ class Attempt:
         self.logs.mkdir(exist_ok=True)
 
     def forget(self) -> None:
-        """Take back a source that was frozen just now and of which no run began."""
+        """Discard a source that was frozen just now and of which no run began."""
         if self.is_new and not self.log_paths:
             shutil.rmtree(self.source)
             self.logs.rmdir()
@@ -81,11 +74,18 @@ class Attempt:
                 self.folder.rmdir()
 
 
+def field_names(texts: dict[str, str]) -> set[str]:
+    """Names of the fields of a source's classes, among them all options and hyperparameters."""
+    nodes = (node for text in texts.values() for node in ast.walk(ast.parse(text)))
+    return {field.target.id for node in nodes if isinstance(node, ast.ClassDef)
+            for field in node.body if isinstance(field, ast.AnnAssign)}  # fmt: skip
+
+
 # ------------------------------------------------------------------------------ What to run
 
 
 def takes_runs(origin: Path) -> bool:
-    """Whether runs of origin are added to it: an attempt's folder, until it has a README.md."""
+    """Whether origin is an attempt's folder without a README.md, which gets more runs."""
     if not origin.exists():
         return True
     if origin.is_file() or entry_of(origin):
@@ -97,9 +97,9 @@ def takes_runs(origin: Path) -> bool:
 
 
 def copy_of(origin: Path, folder: Path, flags: list[str], entry: str | None = None) -> Attempt:
-    """An attempt in folder that runs the source of a log, a folder of logs, or a checkout.
+    """An attempt in folder with the source of a log, a folder of logs, or a checkout.
 
-    Of a log it has the flags as well, of a folder those of its first sound log.
+    A log lends its flags too; a folder lends those of its first sound log.
     """
     name = origin.resolve().name.removesuffix(".txt")
     if found := entry_of(origin):
@@ -123,30 +123,27 @@ def require_own_flags(flags: list[str]) -> None:
         raise ToolError(f"{taken[0]} is given to each run by this tool; leave it out")
 
 
-def split_flags(words: list[str]) -> list[str]:
-    return [word for pair in flag_pairs(words) for word in pair]
-
-
 def flags_of(run: LoggedRun) -> list[str]:
-    """The flags that a run was given, but for those that name the single run."""
+    """A run's flags in single words, without those that name the single run."""
     return [word for pair in run.flags if pair[0] not in SINGLE_RUN_FLAGS for word in pair]
 
 
 def settle_flags(attempts: list[Attempt]) -> None:
-    """Without flags an attempt goes on with those of its runs; ToolError for others than those."""
+    """An attempt without flags keeps those of its runs; ToolError if it has others."""
     for attempt in attempts:
+        attempt.flags = list(chain(*flag_pairs(attempt.flags)))
         for run in map(read_log, attempt.log_paths):
             had = flags_of(run)
             attempt.flags = attempt.flags or had
-            if "argv" in run.config and had != split_flags(attempt.flags):
+            if "argv" in run.config and had != attempt.flags:
                 raise ToolError(f"the runs of {attempt.name} have other flags of the trainer: "
                                 f"{' '.join(had) or 'none'}; leave yours out to go on, or name a "
                                 "new folder")  # fmt: skip
 
 
 def settle_dtype(attempts: list[Attempt]) -> None:
-    """Let all runs multiply alike: as those that ran did, or as is faster on this host."""
-    younger = [attempt for attempt in attempts if attempt.knows("cpu_dtype")]
+    """Let all runs multiply in the dtype of those that ran, or in the faster one on this host."""
+    younger = [attempt for attempt in attempts if "cpu_dtype" in attempt.settings]
     paths = [path for attempt in younger for path in attempt.log_paths]
     found = read_log(paths[0]).environment["matmul_dtype"] if paths else ""
     if younger and not found:
@@ -159,11 +156,11 @@ def settle_dtype(attempts: list[Attempt]) -> None:
 
 
 def check_turns(attempts: list[Attempt], turn_steps: int) -> None:
-    """ToolError where the attempts cannot begin, or go on, with turns of so many steps."""
+    """ToolError if the attempts cannot run in turns of so many steps."""
     arms = [[read_log(path) for path in attempt.log_paths] for attempt in attempts]
     for attempt, runs in zip(attempts, arms, strict=True):
-        if turn_steps and not attempt.knows("turn_steps"):
-            raise ToolError(f"the source of {attempt.name} is of before --turns; leave it out")
+        if turn_steps and "turn_steps" not in attempt.settings:
+            raise ToolError(f"the source of {attempt.name} is older than --turns; leave it out")
         if turn_steps and attempt.processes > 1:
             raise ToolError("--turns is for runs of one process; leave it out")
         if runs and runs[0].turn_steps != turn_steps:
@@ -175,11 +172,11 @@ def check_turns(attempts: list[Attempt], turn_steps: int) -> None:
 
 
 def draw_order(count: int, rounds: int, seed: str) -> Iterator[tuple[int, int]]:
-    """(arm, round), each arm once a round, in an order that is drawn; longer ones begin the same.
+    """(arm, round), each arm once per round, in random order; more rounds begin the same.
 
-    Of each four rounds the first two are drawn, and the others are these two reversed. So a linear
-    drift cancels, and so does a disturbance that returns every other round, which would always
-    meet the same arm of a fixed A B B A.
+    Of each four rounds two are drawn, and the other two are these reversed. So a linear drift
+    cancels, and a disturbance in every other round does not always meet the same arm, as it would
+    in a fixed A B B A.
     """
     rng, orders = random.Random(seed), []
     for turn in range(rounds):
@@ -190,7 +187,7 @@ def draw_order(count: int, rounds: int, seed: str) -> Iterator[tuple[int, int]]:
 
 def order_seed(attempts: list[Attempt]) -> str:
     """What the order is drawn with: the same for the same race, interrupted or not."""
-    return sources.sha256_of(json.dumps([(a.texts, split_flags(a.flags)) for a in attempts]))[:8]
+    return sources.sha256_of(json.dumps([(a.texts, a.flags) for a in attempts]))[:8]
 
 
 # ------------------------------------------------------------------------------ Running
@@ -198,19 +195,19 @@ def order_seed(attempts: list[Attempt]) -> str:
 
 @dataclass
 class FinishedRun:
-    """A run that ended."""
+    """A run whose process has ended."""
 
     attempt: Attempt
     seed: int
-    run: LoggedRun  # what its log says
+    run: LoggedRun
     code: int
     output: list[str]  # lines
-    last_words: str  # the last line of its errors, where it has any
-    wall_s: float  # from its start, as this process dates it, to the log's end, as the disk does
+    last_words: str  # the last line of its errors, or else of its output
+    wall_s: float  # from its start, on this process's clock, to its log's end, on the disk's
 
     @property
     def clock_doubt(self) -> str:
-        """How its ledger contradicts the one clock that its source does not read, or empty."""
+        """How its ledger contradicts the wall time, which its source cannot read; or empty."""
         logged, slack = self.run.ledger.get("total", 0.0), UNLOGGED_S + 0.01 * self.wall_s
         slack += LAUNCHER_S if self.attempt.processes > 1 else 0
         if not self.run.finished or -0.05 < self.wall_s - logged < slack:
@@ -218,24 +215,20 @@ class FinishedRun:
         return f"its ledger adds up to {logged:.1f} s, its process took {self.wall_s:.1f} s"
 
 
-def run_jobs(
-    jobs: list[tuple[Attempt, int]], declared: int, turn_steps: int
-) -> Iterator[FinishedRun]:
-    """Run every job (attempt, seed) and tell how it ended.
+Job = tuple[Attempt, int]  # an attempt and a seed
 
-    One after the other; with turn_steps those two in a row that share a seed take turns.
-    """
+
+def run_jobs(jobs: list[Job], declared: int, turn_steps: int) -> Iterator[FinishedRun]:
+    """Run every job, one after the other; with turn_steps, neighbours of one seed take turns."""
     groups = (list(pair) for _, pair in groupby(jobs, key=lambda job: job[1]))
     for group in groups if turn_steps else ([job] for job in jobs):
         yield from run_group(group, declared, turn_steps)
 
 
-def run_group(
-    jobs: list[tuple[Attempt, int]], declared: int, turn_steps: int = 0
-) -> list[FinishedRun]:
-    """Run one job, or two that take turns of so many steps; return them in the order they ended.
+def run_group(jobs: list[Job], declared: int, turn_steps: int = 0) -> list[FinishedRun]:
+    """Run one job, or two that take turns; return them in the order in which they ended.
 
-    On ctrl-C the runs get it too, SIGTERM is passed on; they then end their logs by themselves.
+    On ctrl-C the runs get the signal too; SIGTERM is passed on. Both end their logs by themselves.
     """
     before = {path for attempt, _ in jobs for path in attempt.log_paths}
     with ExitStack() as stack:
@@ -253,13 +246,13 @@ def run_group(
                 end.close()
             ended = [(*running[future], *future.result()) for future in as_completed(running)]
         except BaseException as stop:
-            if type(stop) is not KeyboardInterrupt:  # of which the runs know
+            if type(stop) is not KeyboardInterrupt:  # which the runs get as well
                 for process, *_ in running.values():
                     process.terminate()
             raise
-    # Of a pair whose first run broke before the second had its turn, the first has the reason.
+    # If the first run of a pair broke before the second had its turn, the first has the reason.
     began = [one for one in ended if new_log(one[1], before)]
-    return [how_it_ended(*one, before) for one in began or ended]
+    return [finished_run(*one, before) for one in began or ended]
 
 
 def new_log(attempt: Attempt, before: set[Path]) -> Path | None:
@@ -268,7 +261,7 @@ def new_log(attempt: Attempt, before: set[Path]) -> Path | None:
 
 @contextmanager
 def staged(texts: dict[str, str]):
-    """A folder from which a source runs, while it runs: its files, and links to the data."""
+    """A temporary folder to run a source from: its files, and links to the data."""
     with TemporaryDirectory(prefix="photofinish_") as name:
         scratch = Path(name)
         sources.write_texts(texts, scratch)
@@ -289,15 +282,15 @@ def start_process(
         command += [f"--nproc_per_node={attempt.processes}"]
     command += [str(scratch / attempt.entry), *attempt.flags, f"--seed={seed}"]
     command += [f"--slug={sources.slug_of(attempt.name)}", f"--log_dir={attempt.logs}"]
-    younger = {"source_dir": attempt.source, "declared_runs": declared, "turn_steps": turn_steps,
-               "cpu_dtype": attempt.cpu_dtype}  # fmt: skip
-    command += [f"--{flag}={value}" for flag, value in younger.items() if attempt.knows(flag)]
+    newer = {"source_dir": attempt.source, "declared_runs": declared, "turn_steps": turn_steps,
+             "cpu_dtype": attempt.cpu_dtype}  # fmt: skip
+    command += [f"--{flag}={value}" for flag, value in newer.items() if flag in attempt.settings]
     return subprocess.Popen(command, env=variables(scratch), text=True, stdin=stdin,
                             stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
 
 
 def variables(scratch: Path) -> dict[str, str]:
-    """A run's environment: no checkout lends it modules, and git compares scratch with our HEAD."""
+    """A run's environment: no checkout on its path, and git compares scratch with our HEAD."""
     found = dict(os.environ)
     folders = found.pop("PYTHONPATH", "").split(os.pathsep)
     if others := [folder for folder in folders if folder and not entry_of(Path(folder))]:
@@ -310,15 +303,13 @@ def variables(scratch: Path) -> dict[str, str]:
     return found
 
 
-def how_it_ended(
+def finished_run(
     process, attempt: Attempt, seed: int, began: float, output: str, errors: str, before
 ) -> FinishedRun:
-    """What there is to tell of a run; ToolError if it left no log."""
+    """ToolError if the process left no log."""
     said = errors.strip() or output.strip() or f"it exited with {process.returncode}"
-    last_words = said.splitlines()[-1]
+    words, lines = said.splitlines()[-1], output.splitlines()
     if not (log := new_log(attempt, before)):
-        raise ToolError(f"no run of {attempt.name} began: {last_words}")
-    run, wall_s = read_log(log), log.stat().st_mtime - began
-    return FinishedRun(
-        attempt, seed, run, process.returncode, output.splitlines(), last_words, wall_s
-    )
+        raise ToolError(f"no run of {attempt.name} began: {words}")
+    wall_s = log.stat().st_mtime - began
+    return FinishedRun(attempt, seed, read_log(log), process.returncode, lines, words, wall_s)

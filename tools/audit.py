@@ -74,9 +74,6 @@ def check_task(run: LoggedRun) -> Iterator[str]:
             yield f"{name} is {run.task[name][:16]}, on the track {track} it is {value[:16]}"
 
 
-# ------------------------------------------------------------------------------ Of one log
-
-
 def traces(run: LoggedRun) -> list[str]:
     """What no honest run shows, in a log whose hashes may fit all the same."""
     checks = (check_clock, check_steps, check_data, check_labels)
@@ -123,7 +120,7 @@ def check_data(run: LoggedRun) -> Iterator[str]:
     train, val = ({digest for kind, digest in shards if kind == k} for k in ("train", "val"))
     if train & val:
         yield "a validation shard is a training shard"
-    if shards and sha256_of(" ".join(digest for _, digest in shards)) != run.data_hash:
+    if shards and sha256_of(" ".join(digest for _, digest in shards)) != run.task["data"]:
         yield "data_sha256 is not that of the shards"
 
 
@@ -132,9 +129,6 @@ def check_labels(run: LoggedRun) -> Iterator[str]:
         yield "the result counts other overrides than the config names"
     if (seed := dict(run.flags).get("--seed", run.seed)) != run.seed:
         yield f"argv says seed {seed}, the config {run.seed}"
-
-
-# ------------------------------------------------------------------------------ Of its sources
 
 
 def check_sources(run: LoggedRun) -> list[str]:
@@ -195,9 +189,6 @@ def unfollowed(path: str, text: str, logged: frozenset[str]) -> list[str]:
     relative = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level]
     loaders = sorted(names & LOADERS) + ["a relative import"] * bool(relative)
     return found + [f"{path} loads code by {name}, which nobody can follow" for name in loaders]
-
-
-# ------------------------------------------------------------------------------ Between logs
 
 
 def traces_between(runs: list[LoggedRun]) -> list[str]:

@@ -1,4 +1,4 @@
-"""How every tool of this folder begins and ends: its flags, its exit code, its words for errors."""
+"""How every tool of this folder begins and ends: flags, exit codes, error messages."""
 
 import argparse
 import os
@@ -10,14 +10,14 @@ EXIT_FAILED, EXIT_MISUSE, EXIT_INVALID = 1, 2, 4
 
 
 class InvalidLog(Exception):
-    """What is wrong with which line of which log; line 0 is the whole file or folder."""
+    """What is wrong in which line of a log; line 0 is the whole file or folder."""
 
     def __init__(self, path, line: int, what: str):
         super().__init__(f"{path}:{line}: {what}" if line else f"{path}: {what}")
 
 
 class ToolError(Exception):
-    """What failed, where, and what to do, in words for a person."""
+    """An error message for a person: what failed, where, and what to do."""
 
 
 class Terminated(KeyboardInterrupt):
@@ -33,38 +33,30 @@ def flag_parser(doc: str, usage: str | None = None) -> argparse.ArgumentParser:
 
 
 def finish(main: Callable[[], int], failed: int = EXIT_FAILED) -> None:
-    """Run a tool and exit with its code; failed: the code of an error that is no invalid log."""
+    """Run a tool and exit with its code; failed: the code after any error but an invalid log."""
     signal.signal(signal.SIGTERM, terminate)
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # where it is closed
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # if it is closed
     sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does anyway
     try:
         code = main()
         sys.stdout.flush()
-    except InvalidLog as error:
-        code = tell(f"INVALID   {error}", EXIT_INVALID)
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 128 + signal.SIGPIPE
-    except OSError as error:
-        what = f"{error.filename}: {error.strerror}" if error.filename else error
-        code = tell(f"error: {what}", failed)
-    except RuntimeError as error:
-        if "Symlink loop" not in str(error):
-            raise
-        code = tell(f"error: {error}", failed)
-    except ToolError as error:
-        code = tell(f"error: {error}", failed)
-    except Terminated:
-        code = 128 + signal.SIGTERM
-    except KeyboardInterrupt:
-        code = 128 + signal.SIGINT
+    except InvalidLog as error:
+        print(f"INVALID   {error}", file=sys.stderr)
+        code = EXIT_INVALID
+    except (ToolError, OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "Symlink loop" not in str(error):
+            raise  # a bug; a looping link is one up to Python 3.12
+        named = isinstance(error, OSError) and error.filename
+        what = f"{error.filename}: {error.strerror}" if named else error
+        print(f"error: {what}", file=sys.stderr)
+        code = failed
+    except KeyboardInterrupt as stop:
+        code = 128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT)
     sys.exit(code)
 
 
 def terminate(number, frame):
     raise Terminated
-
-
-def tell(message: str, code: int) -> int:
-    print(message, file=sys.stderr)
-    return code

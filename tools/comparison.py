@@ -1,8 +1,6 @@
-"""What two sets of runs say about each other: the verdict, its reasons and its warnings.
+"""The verdict on two sets of runs, with its reasons and warnings.
 
-The rules, in one place: raw seconds are compared on one host only, in interleaved order;
-a run that did not finish counts; the target is a test, not a minimum; what is faster has reached
-the target, or lost nothing. Thresholds are in stats.py, traces of forged logs in audit.py.
+records/README.md states the rules, stats.py has the thresholds, audit.py the traces of forged logs.
 """
 
 import math
@@ -17,11 +15,11 @@ from tools import audit, stats
 from tools.runs import (
     InvalidLog,
     LoggedRun,
+    changes,
     config_changes,
     environment_changes,
     read_arm,
     source_changes,
-    task_changes,
 )
 
 TARGET_RANKS = {"unknown": 0, "FAIL": 0, "open": 1, "PASS": 2}
@@ -38,7 +36,7 @@ def repeated(values) -> list:
 
 
 def summed_up(doubts: list[str]) -> list[str]:
-    """The first of many doubts, which all mean the same: read the logs."""
+    """The first doubt and the number of the others: all say that the logs must be read."""
     more = f", and {len(doubts) - 1} more, which tools/validate.py names"
     return [doubts[0] + (more if len(doubts) > 1 else "")] if doubts else []
 
@@ -49,14 +47,17 @@ class Arm:
     def __init__(self, name: str, runs: list[LoggedRun], target: float = math.nan):
         self.name, self.runs = name, runs
         self.finished = [run for run in runs if run.finished]
+        self.times = self.values(lambda run: run.train_s)
+        self.losses = self.values(lambda run: run.val_loss)
         self.traces: list[str] = []  # doubts that do not show in the figures
-        own_target = runs[0].target
-        self.target = target if math.isnan(own_target) else own_target
+        self.target = target if math.isnan(runs[0].target) else runs[0].target
+        declared = {int(run.config.get("declared_runs", 0)) for run in runs}
+        self.declared = declared.pop() if len(declared) == 1 else 0  # 0: unknown
         self.level = stats.alpha(len(runs), len(runs), self.declared)
 
     @classmethod
     def read(cls, path: Path, target: float = math.nan, name: str = "") -> "Arm":
-        """An attempt's logs, and what they show of having been forged."""
+        """An attempt's logs and the traces of forgery in them."""
         path = path.resolve()
         folder = path.parent if path.name == "logs" else path
         name = name or (folder.name if folder.is_dir() else path.stem)
@@ -67,7 +68,7 @@ class Arm:
         return arm
 
     def require_sound(self) -> None:
-        """Raise InvalidLog for the first fault of any log, or a log that is there twice."""
+        """Raise InvalidLog if a log has a fault or is there twice."""
         for run in self.runs:
             if run.faults:
                 raise InvalidLog(run.path, *run.faults[0])
@@ -77,20 +78,6 @@ class Arm:
     def values(self, figure) -> np.ndarray:
         """A figure of every finished run."""
         return np.array([figure(run) for run in self.finished], float)
-
-    @property
-    def times(self) -> np.ndarray:
-        return self.values(lambda run: run.train_s)
-
-    @property
-    def losses(self) -> np.ndarray:
-        return self.values(lambda run: run.val_loss)
-
-    @property
-    def declared(self) -> int:
-        """Runs that every log says were declared before the first; 0 if they do not agree."""
-        said = {int(run.config.get("declared_runs", 0)) for run in self.runs}
-        return said.pop() if len(said) == 1 else 0
 
     @property
     def unfinished(self) -> Counter:
@@ -115,11 +102,11 @@ class Arm:
         return found
 
     def mixture(self) -> list[str]:
-        """In what its runs differ that should be one source, configuration, task and class."""
+        """What differs between its runs in source, configuration, task or class."""
         first, found = self.runs[0], set()
         for run in self.runs[1:]:
             found |= source_changes(first, run).keys() | config_changes(first, run).keys()
-            found |= task_changes(first, run).keys()
+            found |= changes(first.task, run.task).keys()
             found |= {"class"} if run.machine_class != first.machine_class else set()
         return sorted(found)
 
@@ -150,14 +137,6 @@ class Comparison:
     loss: stats.Difference = stats.NO_DIFFERENCE
 
     @property
-    def warnings(self) -> list[str]:
-        return warnings(self)
-
-    @property
-    def next_steps(self) -> list[str]:
-        return next_steps(self)
-
-    @property
     def exit_code(self) -> int:
         return EXIT_CODES[self.verdict]
 
@@ -177,7 +156,7 @@ class Comparison:
 
     @property
     def in_order(self) -> list[tuple[str, LoggedRun]]:
-        """(A or B, run) of every run, in the order in which they began."""
+        """(A or B, run) of every run, in the order of their starts."""
         runs = [(letter, run) for letter, arm in self.arms for run in arm.runs]
         return sorted(runs, key=lambda pair: pair[1].started)
 
@@ -188,11 +167,11 @@ class Comparison:
 
     @property
     def in_pairs(self) -> bool:
-        """Whether each two runs in a row are one of either arm, with one seed, both finished.
+        """Whether runs alternate between A and B with equal seeds, all finished, as race.py does.
 
-        So race.py runs them. What the two share, such as the state of the host and
-        the order of the data, cancels in their difference. A drift within the pairs cancels only
-        between them, so either arm must be the first of as many pairs, but for one or two.
+        What the two runs of a pair share, such as the state of the host and the order of the data,
+        cancels in their difference. A drift within pairs cancels only between pairs, so A and B
+        must begin equally many of them, give or take two.
         """
         runs = self.in_order
         if len(self.order) < len(runs) or len(self.a.runs) != len(self.b.runs):
@@ -219,23 +198,49 @@ class Comparison:
 
     @property
     def keeps_the_loss(self) -> bool:
-        """Whether B reaches the target, or is at least not worse than A, there and in its loss."""
+        """Whether B reaches the target, or is no worse than A in status and in loss."""
         a_target, b_target = (TARGET_RANKS[arm.target_status()[0]] for _, arm in self.arms)
         p = stats.not_worse(self.a.losses, self.b.losses, self.in_pairs)
         return b_target == TARGET_RANKS["PASS"] or b_target >= a_target and p < self.level
 
     @property
-    def noise(self) -> tuple[float, float]:
-        """Standard deviations of one run's log time and of its loss, as the tests meet them."""
-        samples = ((np.log(self.a.times), np.log(self.b.times)), (self.a.losses, self.b.losses))
-        return tuple(stats.noise(a, b, self.in_pairs) for a, b in samples)
+    def warnings(self) -> list[str]:
+        found = []
+        if self.order and not self.interleaved:
+            found.append(f"order {self.order} is not interleaved: a drift looks like a gain")
+        for letter, arm in self.arms:
+            found += [f"{letter}: {warning}" for warning in arm_warnings(arm)]
+        means = {letter: arm.times.mean() for letter, arm in self.arms if arm.finished}
+        times = [run.train_s / means[letter] for letter, run in self.in_order if run.finished]
+        drifts = self.order and not self.in_pairs  # which cancel a drift
+        if drifts and (p := stats.drift(np.array(times))) < stats.DRIFT_P:
+            found.append(f"train time drifts with the order of the runs (p={p:.2g})")
+        return found
+
+    @property
+    def next_steps(self) -> list[str]:
+        if not self.times_comparable:
+            return [f"run both on one host: {RACE}"]
+        steps = [f"interleave them: {RACE}"] if self.order and not self.interleaved else []
+        n = min(len(self.a.finished), len(self.b.finished))
+        if n < stats.MIN_RUNS:
+            return [*steps, f"more runs: {RACE}"]
+        wanted = []
+        if self.verdict == "INCONCLUSIVE":
+            sd = stats.noise(np.log(self.a.times), np.log(self.b.times), self.in_pairs)
+            wanted = [(sd, change, f"a difference of {change:.2%} in time")
+                      for change in (abs(self.time.change), 0.01)]  # fmt: skip
+        if self.loss.p >= self.level:
+            sd, margin = stats.noise(self.a.losses, self.b.losses, self.in_pairs), stats.LOSS_MARGIN
+            wanted.append((sd, margin, f"|loss difference| < {margin}"))
+        for sd, difference, what in wanted:
+            need = stats.runs_needed(sd, difference, self.level, self.in_pairs)
+            steps += [f"{need} runs per arm would show {what}"] if need > n else []
+        return steps
 
 
 def compare(a: Arm, b: Arm, trust: bool = False) -> Comparison:
-    """trust: take it as given that both arms ran on one host, interleaved.
-
-    InvalidLog if a log of either is not sound.
-    """
+    """B against A; InvalidLog if a log has a fault. trust: see Comparison."""
     for arm in (a, b):
         arm.require_sound()
     result = Comparison(a, b, trust)
@@ -255,7 +260,7 @@ def what_forbids_comparing(a: Arm, b: Arm, trust: bool) -> list[str]:
             reasons.append(f"{letter} mixes runs that differ in {', '.join(mixture)}")
     if {r.name for r in a.runs} & {r.name for r in b.runs}:
         reasons.append("A and B share runs")
-    for name, (x, y) in task_changes(a.runs[0], b.runs[0]).items():
+    for name, (x, y) in changes(a.runs[0].task, b.runs[0].task).items():
         reasons.append(f"different tasks, {name} {x} and {y}")
     if a.target != b.target and not (math.isnan(a.target) and math.isnan(b.target)):
         reasons.append(f"different targets, {a.target} and {b.target}")
@@ -279,10 +284,8 @@ def judge(c: Comparison) -> tuple[str, str]:
     percent = f"{abs(c.time.change):.2%} {interval(c.time)}"
     if c.b.unfinished["diverged"] > c.a.unfinished["diverged"]:
         return "REGRESSION", f"{c.b.unfinished['diverged']} of {len(c.b.runs)} runs diverged"
-    if (
-        c.a.target_status()[0] == "PASS"
-        and stats.target_p(c.b.losses, c.b.target, "greater") < c.level
-    ):
+    misses = stats.target_p(c.b.losses, c.b.target, "greater") < c.level
+    if misses and c.a.target_status()[0] == "PASS":
         return "REGRESSION", f"B's mean loss is above the target {c.b.target}"
     if c.loss.p < c.level and c.loss.change > 0 and not c.b.reaches_target():
         return "REGRESSION", f"the loss is higher by {c.loss.change:.4f}"
@@ -294,8 +297,8 @@ def judge(c: Comparison) -> tuple[str, str]:
     if speed == "slower":
         return "REGRESSION", f"slower by {percent}"
     if not math.isfinite(c.time.low):
-        few = f"fewer than {stats.MIN_RUNS} runs an arm, or equal ones, show no spread"
-        return "INCONCLUSIVE", few
+        few = f"fewer than {stats.MIN_RUNS} runs per arm"
+        return "INCONCLUSIVE", f"{few}, or equal times, show no spread"
     if doubts := c.doubts:
         return "INCONCLUSIVE", f"{signed(c.time, 2)}, but {'; '.join(doubts)}"
     if speed in ("faster", "equivalent") and not c.keeps_the_loss:
@@ -319,20 +322,6 @@ def signed(d: stats.Difference, digits: int) -> str:
     return f"{d.change:+.{digits}%} [{100 * d.low:+.{digits}f}, {100 * d.high:+.{digits}f}]"
 
 
-def warnings(c: Comparison) -> list[str]:
-    found = []
-    if c.order and not c.interleaved:
-        found.append(f"order {c.order} is not interleaved: a drift of the host looks like a gain")
-    for letter, arm in c.arms:
-        found += [f"{letter}: {warning}" for warning in arm_warnings(arm)]
-    means = {letter: arm.times.mean() for letter, arm in c.arms if arm.finished}
-    times = [run.train_s / means[letter] for letter, run in c.in_order if run.finished]
-    drifts = c.order and not c.in_pairs  # which cancel a drift
-    if drifts and (p := stats.drift(np.array(times))) < stats.DRIFT_P:
-        found.append(f"train time drifts with the order of the runs (p={p:.2g})")
-    return found
-
-
 def arm_warnings(arm: Arm) -> list[str]:
     found, n = arm.doubts, len(arm.runs)
     if unknown := audit.unknown_referees(arm.runs[0]):
@@ -350,30 +339,11 @@ def arm_warnings(arm: Arm) -> list[str]:
 
 
 def slowdown(run: LoggedRun) -> list[str]:
-    """A host or GPU that was slower, or faster, after the run than before it."""
+    """A warning if the host or GPU was slower or faster after the run than before it."""
     rates = run.calibrations
     if len(rates) < 2 or abs(rates[-1] - rates[0]) < SLOWDOWN * rates[0]:
         return []
     return [f"its matmul rate changed by over {SLOWDOWN:.0%} within a run: throttled or shared"]
-
-
-def next_steps(c: Comparison) -> list[str]:
-    if not c.times_comparable:
-        return [f"run both on one host: {RACE}"]
-    steps = [f"interleave them: {RACE}"] if c.order and not c.interleaved else []
-    n = min(len(c.a.finished), len(c.b.finished))
-    if n < stats.MIN_RUNS:
-        return [*steps, f"more runs: {RACE}"]
-    of_time, of_loss = c.noise
-    if c.verdict == "INCONCLUSIVE":
-        for what in (abs(c.time.change), 0.01):
-            need = stats.runs_needed(of_time, what, c.level, c.in_pairs)
-            if need > n:
-                steps.append(f"{need} runs an arm would show a difference of {what:.2%} in time")
-    need = stats.runs_needed(of_loss, stats.LOSS_MARGIN, c.level, c.in_pairs)
-    if need > n and c.loss.p >= c.level:
-        steps.append(f"{need} runs an arm would show |loss difference| < {stats.LOSS_MARGIN}")
-    return steps
 
 
 def environment_difference(c: Comparison) -> tuple[list[str], list[str]]:
@@ -391,7 +361,7 @@ def environment_difference(c: Comparison) -> tuple[list[str], list[str]]:
 
 
 def gpu_differences(key: str, old: str, new: str) -> list[str]:
-    """Differences in nvidia-smi's row of one GPU, but for what changes from second to second."""
+    """Differences in nvidia-smi's row of one GPU, except what changes from second to second."""
     if " = " not in old + new:
         return [f"{key}: {old} -> {new}"]
     names, before = old.partition(" = ")[::2]

@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Say whether B is faster than A, or a regression, or noise.
+"""Say whether B is faster than A, a regression, or noise.
 
 A and B are logs, or folders of logs. Exit code: 0 faster or equivalent, 1 regression, 2 misuse,
 3 not comparable, 4 invalid record, 5 inconclusive.
@@ -34,26 +34,19 @@ def row(label: str, c: Comparison, figure, digits: int) -> tuple[str, ...]:
     return label, f"{a:.{digits}f}", f"{b:.{digits}f}", change, "", ""
 
 
-def time_row(c: Comparison) -> tuple[str, ...]:
-    plain, d = row("train_time s", c, lambda run: run.train_s, 3), c.time
-    if not math.isfinite(d.low):
-        return plain
-    ci = f"[{100 * d.low:+.2f},{100 * d.high:+.2f}]%"
-    return *plain[:3], f"{d.change:+.2%}", ci, f"{d.p:.2g}"
-
-
-def loss_row(c: Comparison) -> tuple[str, ...]:
-    (a, b), d = (mean(arm, lambda run: run.val_loss) for arm in (c.a, c.b)), c.loss
-    tested = math.isfinite(d.low)
-    ci, p = (f"[{d.low:+.5f},{d.high:+.5f}]", f"{d.p:.2g}") if tested else ("", "")
-    return "val_loss", f"{a:.5f}", f"{b:.5f}", f"{b - a:+.5f}", ci, p
-
-
 def rows(c: Comparison) -> list[tuple[str, ...]]:
     """The table, as text, under COLUMNS; without figures that no run has."""
+    time = row("train_time s", c, lambda run: run.train_s, 3)
+    loss = row("val_loss", c, lambda run: run.val_loss, 5)
+    if math.isfinite(c.time.low):
+        ci = f"[{100 * c.time.low:+.2f},{100 * c.time.high:+.2f}]%"
+        time = *time[:3], f"{c.time.change:+.2%}", ci, f"{c.time.p:.2g}"
+    if math.isfinite(c.loss.low):
+        ci = f"[{c.loss.low:+.5f},{c.loss.high:+.5f}]"
+        loss = *loss[:3], f"{c.loss.change:+.5f}", ci, f"{c.loss.p:.2g}"
     table = [
-        time_row(c),
-        loss_row(c),
+        time,
+        loss,
         row("step_avg ms", c, lambda run: 1000 * run.train_s / max(run.steps, 1), 2),
         row("steps", c, lambda run: run.steps, 0),
         row("tokens/s", c, lambda run: run.number("tokens_per_s"), 0),
@@ -78,14 +71,12 @@ def loss_text(c: Comparison) -> str:
     p = stats.not_worse(c.a.losses, c.b.losses, c.in_pairs)
     if p < c.level:
         return f"not higher by more than {stats.LOSS_MARGIN} (p={p:.2g})"
-    return (
-        "not shown to be neutral" if math.isfinite(c.loss.low) else "not tested, for want of spread"
-    )
+    return "not shown to be neutral" if math.isfinite(c.loss.low) else "not tested: no spread"
 
 
 def order_text(c: Comparison) -> str:
     if c.trust:
-        return "same host and order as said by the user"
+        return "same host and order, says the user"
     if not c.times_comparable:
         return ""
     if c.in_pairs and c.interleaved:
@@ -115,10 +106,10 @@ def text_report(c: Comparison) -> str:
         f"    LOSS  {loss_text(c)}",
     ]
     table = [COLUMNS, *rows(c)]
-    widths = [max(len(row[i]) for row in table) for i in range(len(COLUMNS))]
-    for row in table:
-        first, *others = (cell.rjust(width) for cell, width in zip(row, widths, strict=True))
-        lines.append("  ".join([first.strip().ljust(widths[0]), *others]).rstrip())
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    for first, *others in table:
+        cells = map(str.rjust, others, widths[1:])
+        lines.append("  ".join([first.ljust(widths[0]), *cells]).rstrip())
     same, different = environment_difference(c)
     lines.append(f"ENV       same: {len(same)} entries    DIFF: {summary(different) or 'none'}")
     lines.append(f"CODE      {code_line(c)}")

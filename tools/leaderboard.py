@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Write README's tables of records, and their pictures, from the logs below records/.
+"""Write README's tables and pictures of records from the logs below records/.
 
-One table a class: track, target and machine class, which are never mixed. A record is a folder
-records/<track>/<date>_<Slug> with a README.md, whose title says what changed, and logs/. Runs
-that other processes disturbed are kept and marked. With --check nothing is written, and the exit
+There is one table for each class: track, target and machine class. A record is a folder
+records/<track>/<date>_<Slug> with logs/ and a README.md whose title says what changed. Runs that
+other processes disturbed are included and marked. With --check the tool writes nothing; the exit
 code is 1 if README is stale.
 """
 
@@ -30,13 +30,15 @@ class Record:
         self.folder, self.arm = folder, Arm.read(folder)
         self.track, self.date = folder.parent.name, folder.name.partition("_")[0]
         self.arm.require_sound()
-        self.title = next(iter((folder / "README.md").read_text().splitlines()), "").lstrip("# ")
+        self.title = next(
+            iter((folder / "README.md").read_text(encoding="utf-8").splitlines()), ""
+        ).lstrip("# ")
         if not self.title:
             raise ToolError(f"{folder / 'README.md'} lacks a first line that says what changed")
         self.disturbed = sum(bool(run.warnings) for run in self.arm.runs)
 
     def obstacles(self) -> list[str]:
-        """Why it cannot be ranked; empty for a record."""
+        """Why it does not rank; empty for a record."""
         runs, (status, p) = self.arm.runs, self.arm.target_status()
         found = [f"its runs differ in {what}" for what in self.arm.mixture()] + self.arm.doubts
         if (track := runs[0].config.get("track")) != self.track:
@@ -51,8 +53,7 @@ class Record:
 
     @property
     def place(self) -> tuple[str, float]:
-        """Records stand in the order of their dates; of one day, which may be run interleaved, the
-        slowest first."""
+        """A key that sorts by date, and records of one day by time, the slowest first."""
         return self.date, -self.arm.times.mean()
 
     @property
@@ -75,7 +76,7 @@ def record_row(number: int, record: Record, previous: Record | None) -> str:
 
 
 def gain_over(previous: Record, record: Record) -> str:
-    """Change of train time with its interval; a dash where the two are not comparable."""
+    """Change of train time with its interval; a dash if the two are not comparable."""
     c = compare(previous.arm, record.arm)
     if not c.times_comparable:
         return "-"
@@ -98,7 +99,7 @@ def class_table(group: tuple, records: list[Record]) -> list[str]:
     for i, record in enumerate(records):
         lines.append(record_row(i + 1, record, records[i - 1] if i else None))
     if any(record.disturbed for record in records):
-        lines += ["", "†n: in n of these runs other processes took part of the CPU; they are kept."]
+        lines += ["", "†n: n of these runs shared the CPU with other processes; they are included."]
     if len(records) > 1:
         lines += ["", f"![train times]({picture(group).relative_to(ROOT).as_posix()})"]
     return [*lines, ""]
@@ -111,11 +112,10 @@ def picture(group: tuple) -> Path:
 
 
 def read_records(root: Path) -> list[Record]:
-    """Every folder <track>/<date>_<Slug> below root whose name begins with a year, if it ranks."""
+    """Every folder <track>/<date>_<Slug> below root that ranks."""
     folders = [p.parent for p in sorted(root.glob("*/20*/logs")) if any(p.glob("*.txt"))]
-    records = [Record(folder) for folder in folders]
     ranked = []
-    for record in records:
+    for record in map(Record, folders):
         if obstacles := record.obstacles():
             print(f"left out: {record.folder.relative_to(root.parent)}: {'; '.join(obstacles)}",
                   file=sys.stderr)  # fmt: skip
@@ -129,7 +129,7 @@ def main() -> int:
     parser.add_argument("--check", action="store_true", help="write nothing; 1 if README is stale")
     args = parser.parse_args()
     readme = ROOT / "README.md"
-    old = readme.read_text()
+    old = readme.read_text(encoding="utf-8")
     if BEGIN not in old or END not in old:
         raise ToolError(f"{readme} lacks the lines {BEGIN} and {END}")
     ranked = groups(read_records(RECORDS))
@@ -141,7 +141,7 @@ def main() -> int:
         if new != old or missing:
             print("README.md is stale; run: ./run.sh tools/leaderboard.py", file=sys.stderr)
         return int(new != old or bool(missing))
-    readme.write_text(new)
+    readme.write_text(new, encoding="utf-8")
     for group, records in ranked.items():
         if len(records) > 1:
             from tools.plots import plot_ladder  # matplotlib takes a second to load

@@ -88,7 +88,7 @@ def run_probed(attempt: Attempt, seed: int, flags: list[str]) -> Probed:
         facts, logs = scratch / "facts.json", scratch / "logs"
         own = {"num_steps": STEPS, "val_every": STEPS, "seed": seed, "log_dir": logs,
                "compile": "false", "fp32": "true"}  # fmt: skip
-        own = [f"--{name}={value}" for name, value in own.items() if attempt.knows(f"{name}: ")]
+        own = [f"--{name}={value}" for name, value in own.items() if name in attempt.settings]
         command = [scratch / INSIDE.name, attempt.entry, facts, *attempt.flags, *own, *flags]
         said = start([str(word) for word in command], scratch)
         if not facts.exists() or "future" not in (seen := json.loads(facts.read_text())):

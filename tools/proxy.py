@@ -2,11 +2,11 @@
 """Train the fineweb track at an eighth of its size, on a CPU in minutes; compare two sources.
 
     proxy.py . -n 4                          this checkout with seeds 0 to 3
-    proxy.py ../main . -n 8 --steps 160      two sources in pairs of seeds: same rows, same seed
+    proxy.py ../main . -n 8 --steps 160      two sources, both with the same rows per seed
 
-A source is a checkout, a log or an attempt's folder; its own settings of fineweb are scaled. Both
-runs of a pair get the same rows: documents of the training shards in an order that the seed draws,
-their tokens folded to 2,048 ids. For whom its losses speak, and their noise: docs/public_record.md.
+A source is a checkout, a log or an attempt's folder; the tool scales its own fineweb settings. Rows
+are documents of the training shards, in random order by seed, with tokens mapped to 2,048 ids.
+docs/public_record.md says what its losses can tell, and how noisy they are.
 """
 
 import argparse
@@ -31,8 +31,8 @@ from tools.sources import ROOT
 
 FRACTION = 8  # windows are so much shorter
 VOCAB, OWN_IDS, ROW, VAL_ROWS = 2048, 2000, 256, 256
-START = VOCAB - 1  # what opens a document; the ids from OWN_IDS to here are shared by rare tokens
-SETTINGS = {  # of the run, whatever the source has; its other settings stay
+START = VOCAB - 1  # opens a document; rare tokens share the ids from OWN_IDS to here
+SETTINGS = {  # replace those of the source
     "task": "fineweb", "vocab_size": VOCAB, "document_start": START, "val_seq_len": ROW,
     "val_tokens": VAL_ROWS * ROW, "val_spread": True, "fp32": True, "compile": False,
     "seq_len": ROW, "document_cap": (112, ROW, ROW), "max_epochs": 1, "num_heads": 2,
@@ -52,14 +52,14 @@ def fold(tokens: np.ndarray, counts: np.ndarray, document_start: int) -> np.ndar
 
 
 def prepare(args, folder: Path) -> None:
-    """Write val.bin, and for each seed its documents in the order in which it reads them."""
+    """Write val.bin, and a training shard for each seed with its order of documents."""
     train = np.concatenate([open_shard(path) for path in find_shards(args.train_files)[:2]])
     val = open_shard(find_shards(args.val_files)[0])
     counts = np.bincount(train, minlength=1 << 16)  # of all ids that shards can hold
     train, val = (fold(tokens, counts, args.document_start) for tokens in (train, val))
     if len(val) < VAL_ROWS * ROW + 2:
         raise ToolError(f"{args.val_files} holds {len(val)} tokens, fewer than {VAL_ROWS} rows")
-    # The referee spreads its rows over what is left; so they begin at multiples of one number.
+    # The referee spreads its rows over the shard, so cut it to start them at multiples of stride.
     stride = (len(val) - ROW - 2) // VAL_ROWS
     write_shard(folder / "val.bin", val[: (VAL_ROWS - 1) * stride + ROW + 1])
     starts = np.flatnonzero(train[:-1] == START)
@@ -87,7 +87,7 @@ def scaled(own: dict, steps: int) -> dict:
 
 
 def settings_of(attempt: Attempt) -> dict:
-    """What the fineweb track of a source is."""
+    """The hyperparameters of a source's fineweb track."""
     with staged(attempt.texts) as scratch:
         asked = subprocess.run([sys.executable, "-c", ASK], cwd=scratch, text=True,
                                capture_output=True)  # fmt: skip
@@ -97,7 +97,7 @@ def settings_of(attempt: Attempt) -> dict:
 
 
 def train_seed(attempt: Attempt, flags: list[str], data: Path, seed: int) -> list[float]:
-    """Validation losses of one seed after each quarter of the run; a line for people."""
+    """Run one seed; print and return its validation losses after each quarter."""
     attempt.flags = [*flags, f"--train_files={data}/train_{seed}.bin"]
     (ended,) = run_group([(attempt, seed)], 0)
     curve = [loss for _, _, loss in ended.run.val_curve[1:]]
@@ -108,7 +108,7 @@ def train_seed(attempt: Attempt, flags: list[str], data: Path, seed: int) -> lis
 
 
 def print_summary(names: list[str], finals: np.ndarray) -> None:
-    """finals (sources, seeds): the last losses."""
+    """finals: the last losses, (sources, seeds)."""
     for name, found in zip(names, finals, strict=True):
         print(f"{name}: mean {found.mean():.4f}, sd {stats.sd(found):.4f}, n={len(found)}")
     if len(finals) == 2:

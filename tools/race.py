@@ -5,10 +5,10 @@
     race.py A B -n 10 --turns 10                        in turns, then the verdict of diff.py
 
 An attempt is a folder. The first call freezes this checkout's source in it, and runs start from
-there; the same command goes on after an interruption, up to n. A log, another checkout (. for this
-one) or a record that has its README.md lends its source and flags, and its runs go to --out.
-Crashed and aborted runs keep their logs, and count. Which run begins a pair is drawn. On a host
-whose speed wanders, --turns lets the two runs of a pair advance side by side, one at a time.
+there; the same command resumes after an interruption. A log, another checkout (. for this one) or a
+record with its README.md only lends its source and flags; its new runs go to --out. Crashed and
+aborted runs keep their logs, and count. Which run begins a pair is random. On a host whose speed
+wanders, use --turns: the two runs of a pair then advance side by side, one at a time.
 
 Exit code: 0, or of two attempts that of diff.py; 2 if the runs could not be made.
 """
@@ -52,9 +52,11 @@ from tools.sources import (
 
 
 def attempt_at(folder: Path, args, flags: list[str]) -> Attempt:
-    """The attempt whose runs go to folder; a new one gets this checkout's source."""
+    """The attempt in a folder; a new one gets this checkout's source."""
     kept = kept_texts(folder)
-    if others := [path for path, text in kept.items() if text != text_here(path)]:
+    here = {path: ROOT / path for path in kept if (ROOT / path).exists()}
+    here = {path: whole_lines(file.read_text(encoding="utf-8")) for path, file in here.items()}
+    if others := [path for path, text in kept.items() if text != here.get(path)]:
         print(f"{folder} runs the source that it keeps; this checkout differs in "
               f"{', '.join(others)}", file=sys.stderr)  # fmt: skip
     texts = kept or source_texts(ROOT, args.entry or ENTRIES[0])
@@ -65,13 +67,8 @@ def attempt_at(folder: Path, args, flags: list[str]) -> Attempt:
     return Attempt(folder.resolve().name, folder, texts, flags, base=base)
 
 
-def text_here(path: str) -> str:
-    """A source of this checkout; empty if it has none of that name."""
-    return whole_lines((ROOT / path).read_text()) if (ROOT / path).exists() else ""
-
-
 def line_up(args, flags: list[str], out: Path) -> list[Attempt]:
-    """What to run: the attempts named, and copies in out of what lends its source."""
+    """What to run: the attempts named; in out, copies of what only lends its source."""
     paths = [path.resolve() for path in args.origins if takes_runs(path)]
     if len(set(paths)) < len(paths):
         raise ToolError("an attempt is named twice; name each folder once")
@@ -95,9 +92,9 @@ def line_up(args, flags: list[str], out: Path) -> list[Attempt]:
 
 
 def run_all(attempts: list[Attempt], count: int, turn_steps: int) -> dict[Path, list[str]]:
-    """Run every attempt until it has count logs, interleaved; a failed run is told and counted.
+    """Run every attempt until it has count logs, interleaved; print how each run ended.
 
-    Return what this process's clock has against those of the runs, by folder of the attempt.
+    Return how this process's clock contradicts those of the runs, by folder of the attempt.
     """
     have = [len(attempt.log_paths) for attempt in attempts]
     doubts = {attempt.folder: [] for attempt in attempts}
@@ -106,7 +103,7 @@ def run_all(attempts: list[Attempt], count: int, turn_steps: int) -> dict[Path, 
     todo = [(attempts[i], turn) for i, turn in order if turn >= have[i]]
     if todo and len(attempts) > 1:
         letters = "".join(chr(ord("A") + i) for i, _ in order)
-        tqdm.write(f"order {letters}, drawn with seed {seed}, which the sources and flags give")
+        tqdm.write(f"order {letters}, random with seed {seed} of sources and flags")
     with tqdm(total=len(todo), unit="run", disable=not sys.stderr.isatty()) as bar:
         for ended in run_jobs(todo, count, turn_steps):
             bar.update()
@@ -118,8 +115,8 @@ def run_all(attempts: list[Attempt], count: int, turn_steps: int) -> dict[Path, 
             if ended.code:
                 tqdm.write(f"  exit code {ended.code}: {ended.last_words}")
             if not ended.run.val_curve:
-                raise ToolError(f"{ended.run.path} ended before its first validation, as every run "
-                                f"would: {ended.last_words}")  # fmt: skip
+                raise ToolError(f"{ended.run.path} ended before its first validation, so no more "
+                                f"runs start: {ended.last_words}")  # fmt: skip
     return doubts
 
 
@@ -145,23 +142,23 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     parser = flag_parser(__doc__, "%(prog)s ATTEMPT... [-n N] [--FLAG VALUE of the trainer]...")
     add = parser.add_argument
     add("origins", nargs="+", type=Path, metavar="ATTEMPT", help="folder, log or checkout")
-    add("-n", type=int, default=10, help="runs of each attempt, declared in every log (default: "
+    add("-n", type=int, default=10, help="runs per attempt, declared in every log (default: "
         "%(default)s; a record needs 5; 0: only freeze the source)")  # fmt: skip
-    add("--turns", type=int, default=0, metavar="STEPS", help="start each pair of runs at once and "
-        "let them take turns of so many steps, such as 10: what a shared host does then falls on "
-        "both alike (default: one run after the other)")  # fmt: skip
-    add("--out", type=Path, metavar="FOLDER", help="keep the runs of what lends its source in "
-        "FOLDER/A, FOLDER/B ..., by its place above (default: discard them)")  # fmt: skip
-    add("--base", type=Path, metavar="ATTEMPT", help="this is a try: after its runs keep its "
-        "source as a diff against that of another attempt")  # fmt: skip
+    add("--turns", type=int, default=0, metavar="STEPS", help="start the runs of a pair together "
+        "and let them alternate after so many steps, such as 10: a disturbance of the host then "
+        "hits both (default: one run after the other)")  # fmt: skip
+    add("--out", type=Path, metavar="FOLDER", help="keep the runs of what only lends its source in "
+        "FOLDER/A, FOLDER/B ..., by position (default: discard them)")  # fmt: skip
+    add("--base", type=Path, metavar="ATTEMPT", help="make this a try: after its runs, keep its "
+        "source as a diff against another attempt's")  # fmt: skip
     add("--entry", choices=ENTRIES, help=f"trainer to freeze (default: {ENTRIES[0]})")
-    add("--nproc_per_node", type=int, help="GPUs of a run (default: 1, or those of the lender)")
+    add("--nproc_per_node", type=int, help="GPUs per run (default: 1, or the lender's)")
     args, flags = parser.parse_known_args()
     processes = args.nproc_per_node or 1
     if min(args.n, args.turns, processes - 1) < 0:
         parser.error("-n and --turns must be at least 0, --nproc_per_node at least 1")
     if args.turns and (len(args.origins) != 2 or processes > 1):
-        parser.error("--turns needs two attempts, of one process a run")
+        parser.error("--turns needs two attempts, with one process per run")
     return args, flags
 
 
@@ -173,8 +170,9 @@ def main() -> int:
         try:
             doubts = run_all(attempts, args.n, args.turns)
         except KeyboardInterrupt:
-            print("interrupted: what ran counts, where it is kept; the same command goes on there",
-                  file=sys.stderr)  # fmt: skip
+            print(
+                "interrupted; logs that were kept count, the same command resumes", file=sys.stderr
+            )
             raise
         finally:
             for attempt in attempts:

@@ -23,7 +23,7 @@ CAUSES = ("torch", "cpu", "device", "matmul_dtype", "threads")  # of losses that
 def run_again(log: Path, folder: Path, flags: list[str]) -> tuple[LoggedRun, LoggedRun]:
     """(the run of a log, the new run of its source)."""
     old, attempt = read_log(log), copy_of(log, folder, flags)
-    if attempt.knows("cpu_dtype"):
+    if "cpu_dtype" in attempt.settings:
         attempt.cpu_dtype = old.environment["matmul_dtype"].removeprefix("torch.")
     attempt.freeze()
     (ended,) = run_group([(attempt, int(old.seed))], declared=0)

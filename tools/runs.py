@@ -1,8 +1,7 @@
 """The one reader of logs: photofinish's own, and those of the public 8xH100 speedrun.
 
 `read_log` parses a log once, into a LoggedRun; its `faults` say where the log is damaged or
-contradicts itself.
-Nothing here imports torch: a comparison answers in a second.
+contradicts itself. Nothing here imports torch, so a comparison takes a second.
 """
 
 import difflib
@@ -23,7 +22,7 @@ LINE_SECTIONS = ("config", "environment", "data", "run")  # the others are text,
 
 
 def flag_pairs(words: list[str]) -> list[tuple[str, str]]:
-    """(--name, value) of each flag of a command, given as --name=value or as --name value."""
+    """(--name, value) of each flag of a command, given as --name=value or --name value."""
     pairs = []
     for word, following in pairwise([*words, ""]):
         if word.startswith("--"):
@@ -33,7 +32,7 @@ def flag_pairs(words: list[str]) -> list[tuple[str, str]]:
 
 
 def logged_flags(argv: str) -> list[tuple[str, str]]:
-    """flag_pairs of a log's line argv; ValueError if it is no list of words."""
+    """flag_pairs of a log's line argv; ValueError unless it is a list of words."""
     words = json.loads(argv)
     if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
         raise ValueError("not a list of words")
@@ -51,7 +50,7 @@ CONFIG_TYPES = {
 }
 RESULT_FIELDS = "status val_loss target train_time steps tokens seed overrides resumed_from sha256"
 PUBLIC_RULE = "=" * 100 + "\n"  # between the source, the environment and the steps of a public log
-NO_LOGS = ("metadata.txt",)  # which public records keep beside their logs
+NO_LOGS = ("metadata.txt",)  # beside the logs of public records
 
 
 @dataclass
@@ -63,7 +62,7 @@ class Source:
 
 @dataclass
 class LoggedRun:
-    """What one log says. Times are milliseconds of train time, losses nats per token."""
+    """The contents of one log. Times are milliseconds of train time, losses nats per token."""
 
     path: Path
     is_public: bool = False
@@ -86,12 +85,12 @@ class LoggedRun:
 
     @property
     def started(self) -> tuple[str, str]:
-        """What sorts runs in the order in which they began; empty first where a log has no date."""
+        """A key that sorts runs by their start; logs without a date come first."""
         return self.config.get("utc", ""), self.path.name
 
     @property
     def name(self) -> str:
-        """What no other run has."""
+        """Unique to this run."""
         return self.config.get("run", str(self.path))
 
     @property
@@ -100,7 +99,7 @@ class LoggedRun:
 
     @property
     def flags(self) -> list[tuple[str, str]]:
-        """(--name, value) of those that it was given."""
+        """(--name, value) of each flag of its command."""
         return logged_flags(self.config.get("argv", "[]"))
 
     @property
@@ -125,12 +124,12 @@ class LoggedRun:
 
     @property
     def turn_steps(self) -> int:
-        """Steps after which it gave the machine to the other run of its pair; 0 if it ran alone."""
+        """Steps per turn of the two runs of a pair; 0 if it ran alone."""
         return int(self.config.get("turn_steps", 0))
 
     @property
     def machine_class(self) -> str:
-        """The class within which times may be ranked: machine, arithmetic, turns."""
+        """Times are ranked within one class: machine, dtype of matmuls, turns."""
         turns = f", in turns of {self.turn_steps} steps" if self.turn_steps else ""
         return f"{self.machine}, {self.environment.get('matmul_dtype', 'unknown')}{turns}"
 
@@ -146,16 +145,13 @@ class LoggedRun:
     @property
     def task(self) -> dict[str, str]:
         """What the loss is measured on; losses on different tasks are never compared."""
+        hashes = [line.split()[1] for line in self.data if line.startswith("data_sha256: ")]
         names = ("val_tokens", "val_seq_len", "val_spread")
-        return {"data": self.data_hash, **{n: self.config.get(n, "unknown") for n in names}}
-
-    @property
-    def data_hash(self) -> str:
-        found = re.search(r"^data_sha256: (\S+)", "\n".join(self.data), re.M)
-        return found[1] if found else "unknown"
+        own = {name: self.config.get(name, "unknown") for name in names}
+        return {"data": hashes[0] if hashes else "unknown", **own}
 
     def number(self, name: str) -> float:
-        """A figure of the result line, without its unit; nan where it is missing or unknown."""
+        """A figure of the result line without its unit; nan if it is missing."""
         found = re.match(r"[-+]?\d+\.?\d*(?:e[-+]?\d+)?", self.result.get(name, ""), re.I)
         return float(found[0]) if found else math.nan
 
@@ -229,7 +225,7 @@ class OwnLog:
         if line.startswith("=== ") and line.endswith(" ==="):
             return self.open_section(line)
         if line.startswith("check: "):
-            self.compare_check(line.split()[1])
+            self.require_hash(self.hash.hexdigest().startswith(line.split()[1]))
         elif line.startswith("result "):
             self.read_result(line)
         else:
@@ -240,8 +236,8 @@ class OwnLog:
         """Read a heading and the lines that it counts; return their number."""
         words = heading[4:-4].split()
         self.section, attributes = words[0], dict(w.split(":", 1) for w in words if ":" in w)
-        # A source that is kept elsewhere has no lines here.
-        count = 0 if "kept" in attributes else max(0, int(attributes.get("lines", 0)))
+        is_elsewhere = "kept" in attributes  # and has no lines here
+        count = 0 if is_elsewhere else max(0, int(attributes.get("lines", 0)))
         if self.section == "source":
             self.read_source_section(words[1], attributes, count)
         elif self.section == "git":
@@ -272,8 +268,9 @@ class OwnLog:
         changed = [p for p in self.run.sources if f"+++ b/{p}" in diff]
         self.run.git.setdefault("changed", ",".join(changed) or "none")
 
-    def compare_check(self, digest: str) -> None:
-        if not self.changed and not self.hash.hexdigest().startswith(digest):
+    def require_hash(self, fits: bool) -> None:
+        """A fault if the hash of all lines so far does not fit, the first time."""
+        if not self.changed and not fits:
             self.fault(f"of the lines {self.checked + 1} to {self.at + 1} at least one was changed")
             self.changed = True
         self.checked = self.at + 1
@@ -282,8 +279,7 @@ class OwnLog:
         self.run.result = dict(w.split(":", 1) for w in line.split()[1:] if ":" in w)
         if self.run.config.get("schema") != "1":
             self.hash.update(line.rpartition(" sha256:")[0].encode())
-        if not self.changed and self.run.result.get("sha256") != self.hash.hexdigest():
-            self.fault(f"of the lines {self.checked + 1} to {self.at + 1} at least one was changed")
+        self.require_hash(self.run.result.get("sha256") == self.hash.hexdigest())
         if self.at != len(self.lines) - 1:
             self.fault("lines follow the result")
         missing = [name for name in RESULT_FIELDS.split() if name not in self.run.result]
@@ -323,17 +319,16 @@ class OwnLog:
         curve.append((step, ms, loss))
 
     def check_consistency(self) -> None:
-        """Faults between lines, which a new hash would not mend: of the result and the ledger."""
+        """Faults between lines, which new hashes do not hide: of the result and the ledger."""
         run, ledger = self.run, self.run.ledger
         if run.val_curve and run.finished:
-            last, config = "last validation", "config"
-            above = (
-                ("val_loss", run.val_loss, last),
-                ("steps", run.steps, last),
-                ("target", run.target, config),
-                ("seed", float(run.config.get("seed", "nan")), config),
-            )
-            for name, value, where in above:
+            above = {
+                "val_loss": (run.val_loss, "last validation"),
+                "steps": (run.steps, "last validation"),
+                "target": (run.target, "config"),
+                "seed": (float(run.config.get("seed", "nan")), "config"),
+            }
+            for name, (value, where) in above.items():
                 if not abs(run.number(name) - value) <= 1e-6:
                     self.fault(f"the result's {name} is not that of the {where}")
             if not abs(run.number("train_time") / 1000 - run.train_s) <= 0.01 * run.train_s + 0.01:
@@ -357,8 +352,8 @@ STEP = re.compile(
 def read_public_log(path: Path, text: str) -> LoggedRun:
     """A log of the public speedrun: source, environment and steps between rules of 100 signs.
 
-    It names neither host, seed, hyperparameters nor hashes; the source holds what there is, with
-    the name of its run, which is left out here. Times are milliseconds, or seconds with a point.
+    It names neither host, seed, hyperparameters nor hashes. The run's name stands in the source and
+    is left out here. Times are milliseconds, or seconds with a decimal point.
     """
     source, *between, rest = text.split(PUBLIC_RULE)
     system = "\n".join(between) or rest  # older logs have one rule only, after the source
@@ -400,7 +395,7 @@ def source_changes(a: LoggedRun, b: LoggedRun) -> dict[str, tuple[int, int]]:
 
 
 def source_diff(a: LoggedRun, b: LoggedRun, path: str) -> list[str]:
-    """The unified diff of one source from a to b, a line each."""
+    """The lines of a unified diff of one source from a to b."""
     texts = [run.sources[path].text if path in run.sources else "" for run in (a, b)]
     if texts[0] == texts[1]:
         return []
@@ -414,18 +409,14 @@ RUN_BOUND = ("schema", "utc", "argv", "run", "seed", "slug", "log_dir", "source_
 
 
 def config_changes(a: LoggedRun, b: LoggedRun) -> dict[str, tuple[str, str]]:
-    """Hyperparameters and options that differ, but for those that name a single run."""
+    """Hyperparameters and options that differ, except those that name a single run."""
     return changes(a.config, b.config, RUN_BOUND)
-
-
-def task_changes(a: LoggedRun, b: LoggedRun) -> dict[str, tuple[str, str]]:
-    return changes(a.task, b.task, ())
 
 
 def environment_changes(a: LoggedRun, b: LoggedRun) -> dict[str, tuple[str, str]]:
     return changes(a.environment, b.environment, ("load_average", "bf16_gain"))
 
 
-def changes(a: dict[str, str], b: dict[str, str], but_for) -> dict[str, tuple[str, str]]:
+def changes(a: dict[str, str], b: dict[str, str], but_for=()) -> dict[str, tuple[str, str]]:
     pairs = {k: (a.get(k, "none"), b.get(k, "none")) for k in a | b if k not in but_for}
     return {k: pair for k, pair in pairs.items() if pair[0] != pair[1]}

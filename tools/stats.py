@@ -1,7 +1,4 @@
-"""The statistics of a comparison, all of them scipy's; the thresholds stand here and nowhere else.
-
-Why these tests, and what they cost, is measured by tests/simulate.py.
-"""
+"""The tests and thresholds of a comparison; tests/simulate.py measures how often they err."""
 
 import math
 from dataclasses import dataclass, replace
@@ -12,11 +9,11 @@ from scipy import stats
 
 ALPHA_DECLARED = 0.01  # significance where the number of runs was declared before the first
 ALPHA_LOOK = 0.003  # of each look, where one may stop early; 0.004 would let 1.07% through
-LOOKS = (5, 10, 20)  # runs an arm after which one may look
-FLOOR = 0.002  # a relative difference of times below this is no gain, however significant
+LOOKS = (5, 10, 20)  # runs per arm after which one may look
+FLOOR = 0.002  # a smaller relative difference of times is no gain, however significant
 LOSS_MARGIN = 0.002  # nats per token: what counts as the same loss
 MIN_RUNS = 3  # fewer show no spread
-OUTLIER_P = 0.01  # share of samples without outliers in which one is named all the same
+OUTLIER_P = 0.01  # share of normal samples in which a run is called an outlier
 DRIFT_P = 0.01
 POWER = 0.9  # of the runs that `runs_needed` asks for
 
@@ -42,7 +39,7 @@ def alpha(n_a: int, n_b: int, declared: int) -> float:
 def absolute(a: np.ndarray, b: np.ndarray, paired: bool = False) -> Difference:
     """Mean of b minus mean of a, by the t-test of b[k] - a[k] if paired, else by Welch's.
 
-    Fewer than MIN_RUNS an arm show no spread, and so do runs that repeat every digit: p is 1.
+    p is 1 if fewer than MIN_RUNS per arm, or equal digits, show no spread.
     """
     if min(len(a), len(b)) < MIN_RUNS:
         return NO_DIFFERENCE
@@ -55,7 +52,7 @@ def absolute(a: np.ndarray, b: np.ndarray, paired: bool = False) -> Difference:
 
 
 def repeats(a: np.ndarray, b: np.ndarray, paired: bool) -> bool:
-    """Whether every pair, or every run of either sample, shows the same digits."""
+    """Whether all pairs have one difference, or all runs of each arm one value."""
     spread = (b - a).std() if paired else a.std() + b.std()
     return spread <= 1e-12 * abs(a.mean())
 
@@ -109,7 +106,7 @@ def not_worse(a: np.ndarray, b: np.ndarray, paired: bool = False) -> float:
 def runs_needed(
     sd: float, difference: float, level: float = ALPHA_DECLARED, paired: bool = False
 ) -> int:
-    """Runs an arm after which a true difference is found with POWER, at two-sided level."""
+    """Runs per arm that find a true difference with POWER, at two-sided level."""
     if not 0 < sd < math.inf or not difference:
         return 0
 
@@ -135,7 +132,7 @@ def noise(a: np.ndarray, b: np.ndarray, paired: bool = False) -> float:
 
 
 def outlier(values: np.ndarray) -> tuple[int, float] | None:
-    """(index, distance from the mean of the others as a share of it) of what Grubbs' test finds."""
+    """(index, relative distance from the mean of the others) of what Grubbs' test finds."""
     n = len(values)
     if n < 4 or np.ptp(values) == 0:
         return None
@@ -148,18 +145,18 @@ def outlier(values: np.ndarray) -> tuple[int, float] | None:
 
 
 def drift(values: np.ndarray) -> float:
-    """p of Spearman's rank correlation of values with the order in which they came."""
+    """p of Spearman's rank correlation of values with their order."""
     if len(values) < 5 or np.ptp(values) == 0:
         return 1.0
     return stats.spearmanr(np.arange(len(values)), values).pvalue
 
 
 def is_interleaved(arms: str) -> bool:
-    """Whether a sequence of runs such as ABBAAB mixes its arms well enough to cancel a drift.
+    """Whether an order of runs such as ABBAAB cancels a drift.
 
-    The mean positions of the two arms may differ by at most an eighth of the number of runs: a
-    drift that is linear in time then cancels to within an eighth of its whole size. And the arm
-    changes as often as the rarer one runs, or a host that wanders slowly would tell blocks apart.
+    The mean positions of the arms may differ by at most an eighth of the number of runs, so that
+    at most an eighth of a linear drift is left. And the arm must change as often as the rarer one
+    runs: in blocks, a slow change of the host looks like a difference of the arms.
     """
     places = {arm: np.flatnonzero([x == arm for x in arms]) for arm in set(arms)}
     if len(places) < 2:

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Say of each log whether it is whole and true to itself, and whether it can be a record.
+"""Check each log: is it sound, and can it be a record?
 
-Checked: the hash over all lines, required fields, sources against their hashes, the ledger's sum,
-the clock against the step lines, status against loss and target. A record also needs: no override,
-no resume, committed or kept source, a known referee, the track's data and validation, the target
-reached, and no trace of a forgery (tools/audit.py), in a log or between those of one folder. Exit
-code: 0 all eligible, 1 some are sound but not eligible, 2 misuse, 4 some are invalid.
+A sound log is whole and does not contradict itself: hashes, required fields, sources, ledger,
+clock, status. A record also needs: no override, no resume, committed or kept source, a known
+referee, the track's data and validation, the target reached, and no trace of a forgery
+(tools/audit.py), in a log or between those of one folder. Exit code: 0 all eligible, 1 some sound
+but not eligible, 2 misuse, 4 some invalid.
 """
 
 import sys
@@ -15,16 +15,16 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the project's root
 
 from tools.audit import ineligible, overlaps, traces_between
-from tools.cli import EXIT_FAILED, EXIT_INVALID, EXIT_MISUSE, finish, flag_parser
-from tools.runs import InvalidLog, LoggedRun, find_logs, read_log
+from tools.cli import EXIT_FAILED, EXIT_INVALID, EXIT_MISUSE, InvalidLog, finish, flag_parser
+from tools.runs import LoggedRun, find_logs, read_log
 
 CAVEAT = (
-    "hashes show damage, not forgery: these checks read what a forger forgets, people the source"
+    "hashes show damage, not forgery: these checks find careless forgers; people read the source"
 )
 
 
 def print_findings(path: Path) -> tuple[int, LoggedRun | None]:
-    """Print the findings on one log; return (its exit code, what it says if it is sound)."""
+    """Print the findings on one log; return (exit code, the run if it is sound)."""
     try:
         run = read_log(path)
     except InvalidLog as error:

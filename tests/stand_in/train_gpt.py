@@ -1,8 +1,4 @@
-"""Stands for a trainer in the tests of tools/: writes a sound log at once, of invented figures.
-
-Takes the flags that race.py gives a run, the train time, and the seed whose run shall crash after
-its first validation.
-"""
+"""Stands for a trainer in the tests of tools/: writes a sound log of invented figures at once."""
 
 import argparse
 import hashlib
@@ -10,6 +6,7 @@ import json
 import os
 import sys
 import uuid
+from dataclasses import dataclass, fields
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -18,10 +15,22 @@ from kernels import loss_of
 CALIBRATION = "calibration: matmul_tflops:1.000 copy_gb_per_s:1.0"
 
 
+@dataclass
+class RunOptions:
+    slug: str = ""
+    log_dir: str = ""
+    source_dir: str = ""
+    seed: int = 0
+    declared_runs: int = 0
+    turn_steps: int = 0
+    ms: int = 20  # train time, less than the process takes
+    crashing_seed: int = -1  # whose run crashes after its first validation
+
+
 def source_headings(args) -> list[str]:
     headings = []
     for path in ("train_gpt.py", "kernels.py"):
-        text = Path(__file__).with_name(path).read_text()
+        text = Path(__file__).with_name(path).read_text(encoding="utf-8")
         digest, lines = hashlib.sha256(text.encode()).hexdigest(), text.count("\n")
         kept = os.path.relpath(Path(args.source_dir, path), args.log_dir)
         headings.append(f"=== source {path} lines:{lines} sha256:{digest} kept:{kept} ===")
@@ -30,12 +39,8 @@ def source_headings(args) -> list[str]:
 
 def main() -> int:
     parser = argparse.ArgumentParser()
-    for name in ("slug", "log_dir", "source_dir"):
-        parser.add_argument(f"--{name}")
-    for name in ("seed", "declared_runs", "turn_steps"):
-        parser.add_argument(f"--{name}", type=int, default=0)
-    parser.add_argument("--ms", type=int, default=20)  # less than the process takes
-    parser.add_argument("--crashing_seed", type=int)
+    for field in fields(RunOptions):
+        parser.add_argument(f"--{field.name}", type=field.type, default=field.default)
     args = parser.parse_args()
     crashes, ms, loss = args.seed == args.crashing_seed, args.ms + args.seed, loss_of(args.seed)
     now = datetime.now(UTC)
