@@ -159,133 +159,104 @@ def slow_clock(*changes):
 
 
 RESULT = r"^(result .*) "
-CHEATS = [  # (name, how, what is said of it)
+CHEATS = {  # docs/cheats.md has the message of each
     # Damage, which the hashes show.
-    ("a lower loss typed in", edit(r"^(step:400/500 val_loss:)\S+", r"\g<1>1.2"), "was changed"),
-    ("a step line deleted", edit(r"^step:77/.*\n", ""), "was changed"),
-    ("the end of the log cut", edit(r"^result .*\n", ""), "ends without a result line"),
-    ("lines added below the result", edit(r"\Z", "step:501\n"), "lines follow the result"),
-    ("another source put in its place", lambda f: (f / "source/train_gpt.py").write_text("x\n"),
-     "not what its sha256 says"),
-    ("the source taken away", lambda f: (f / "source/train_gpt.py").unlink(), "is not at"),
-    ("the same log twice", lambda f: shutil.copy(logs_of(f)[0], f / "logs/again.txt"),
-     "there more than once"),
-    # Contradictions between the lines of a log whose hashes were made anew.
-    ("the result's loss lowered", change((RESULT + r"val_loss:\S+", r"\1 val_loss:1.2")),
-     "val_loss is not that of the last validation"),
-    ("the result's time lowered", change((RESULT + r"train_time:\d+ms", r"\1 train_time:9000ms")),
-     "train_time is not that of the last validation"),
-    ("the result's steps lowered", change((RESULT + r"steps:500", r"\1 steps:400")),
-     "steps is not that of the last validation"),
-    ("an easier target in the result", change((RESULT + r"target:\S+", r"\1 target:1.5")),
-     "target is not that of the config"),
-    ("a missed target called success", change((r"^target_val_loss: .*", "target_val_loss: 1.0"),
-     (RESULT + r"target:\S+", r"\1 target:1.0")), "does not follow from loss and target"),
-    ("the last time lowered", change((r"^(step:500/500 val.* train_time:)\d+", r"\g<1>30400"),
-     (RESULT + r"train_time:\d+ms", r"\1 train_time:30400ms")), "step_avg is not"),
-    ("times that fall", change((r"^(step:300/500 train.* train_time:)\d+", r"\g<1>100")),
-     "do not rise"),
-    ("the ledger's train time lowered", change((r"^ledger: train:\S+", "ledger: train:9.0s")),
-     "do not add up"),
-    ("a run relabelled in the result", change((r" seed:0 ", " seed:3 ")),
-     "seed is not that of the config"),
-    ("an average that hides the time", change((r"^(step:500/.* step_avg:)\S+", r"\g<1>20.00ms")),
-     "step_avg is not"),
+    "a lower loss typed in": edit(r"^(step:400/500 val_loss:)\S+", r"\g<1>1.2"),
+    "a step line deleted": edit(r"^step:77/.*\n", ""),
+    "the end of the log cut": edit(r"^result .*\n", ""),
+    "lines added below the result": edit(r"\Z", "step:501\n"),
+    "another source put in its place": lambda f: (f / "source/train_gpt.py").write_text("x\n"),
+    "the source taken away": lambda f: (f / "source/train_gpt.py").unlink(),
+    "the same log twice": lambda f: shutil.copy(logs_of(f)[0], f / "logs/again.txt"),
+    # Contradictions between lines, in logs hashed anew.
+    "the result's loss lowered": change((RESULT + r"val_loss:\S+", r"\1 val_loss:1.2")),
+    "the result's time lowered": change((RESULT + r"train_time:\d+ms", r"\1 train_time:9000ms")),
+    "the result's steps lowered": change((RESULT + r"steps:500", r"\1 steps:400")),
+    "an easier target in the result": change((RESULT + r"target:\S+", r"\1 target:1.5")),
+    "a missed target called success": change((r"^target_val_loss: .*", "target_val_loss: 1.0"),
+        (RESULT + r"target:\S+", r"\1 target:1.0")),
+    "the last time lowered": change((r"^(step:500/500 val.* train_time:)\d+", r"\g<1>30400"),
+        (RESULT + r"train_time:\d+ms", r"\1 train_time:30400ms")),
+    "times that fall": change((r"^(step:300/500 train.* train_time:)\d+", r"\g<1>100")),
+    "the ledger's train time lowered": change((r"^ledger: train:\S+", "ledger: train:9.0s")),
+    "a run relabelled in the result": change((r" seed:0 ", " seed:3 ")),
+    "an average that hides the time": change((r"^(step:500/.* step_avg:)\S+", r"\g<1>20.00ms")),
     # Traces in a log that is whole and does not contradict itself.
-    ("a clock at half speed", slow_clock(), "tokens / train_time is not tokens_per_s"),
-    ("a clock at half speed, the rate doubled", slow_clock(
-        (r"tokens_per_s:\d+", lambda m: f"tokens_per_s:{2 * int(m[0].split(':')[1])}"),
-        (r"cpu_share:\S+", "cpu_share:1.66")), "more than its threads can use"),
-    ("a crossing after the end", change((r"time_to_target:\d+ms", "time_to_target:40000ms")),
-     "time_to_target is later"),
-    ("training while warming up", change((r"^(step:0/500 val_loss:)\S+", r"\g<1>3.140000")),
-     "trained before the clock started"),
-    ("fewer steps than planned", change((r"^num_steps: 500", "num_steps: 600")),
-     "it took 500 steps of num_steps 600"),
-    ("work hidden in turns", change((r"^(ledger: .*) total:\S+", r"\1 turn:20.000s total:91.847s")),
-     "account `turn`"),
-    ("work hidden in an account", change((r"^(ledger: .* )end:", r"\1coffee:")),
-     "untimed work of an unknown kind: coffee"),
-    ("no calibration", change((r"^calibration: .*\n", "")), "calibration is missing"),
-    ("no ledger", change((r"^ledger: .*\n", "")), "the ledger or a calibration is missing"),
-    ("train losses left out", change((r"^step:(2\d\d)/500 train.*\n", "")),
-     "lines with train_loss are missing"),
-    ("training on the validation shard", change((r"^(train_shard: .* sha256:)\S+",
-     r"\g<1>a29eb0f7f7916cf822f6278358ab6c838b9420c1f851ecfc11338746c1e048f2")),
-     "a validation shard is a training shard"),
-    ("another shard under the old hash", change((r"^(val_shard: .* sha256:)\S+", r"\1" + "0" * 64)),
-     "data_sha256 is not that of the shards"),
-    ("other data, expected by the source", change((r"^data_sha256: .*", "data_sha256: 0123 (as "
-     "expected)"), logs=ALL), "data is 0123"),
-    ("fewer validation tokens", change((r"^val_tokens: .*", "val_tokens: 1024"), logs=ALL),
-     "val_tokens is 1024"),
-    ("the easy rows of the validation", change((r"^val_spread: .*", "val_spread: False"), logs=ALL),
-     "val_spread is False"),
-    ("shorter validation rows", change((r"^val_seq_len: .*", "val_seq_len: 64"), logs=ALL),
-     "val_seq_len is 64"),
-    ("an override not named", change((r'^argv: \[', 'argv: ["--muon_lr", "0.08", '),
-     (r"^muon_lr: .*", "muon_lr: 0.08")), "were overridden: muon_lr"),
-    ("an override erased in the config", change((RESULT + "overrides:0", r"\1 overrides:1")),
-     "counts other overrides"),
-    ("a run relabelled in result and config", change(*as_seed(7)[:2]), "argv says seed 0"),
-    ("a resumed run", change((r"resumed_from:0", "resumed_from:300")), "resumed"),
-    ("compilation inside the time", change((r"recompiled:0", "recompiled:3")), "3 graphs"),
+    "a clock at half speed": slow_clock(),
+    "a clock at half speed, the rate doubled": slow_clock((r"tokens_per_s:\d+", lambda m:
+        f"tokens_per_s:{2 * int(m[0].split(':')[1])}"), (r"cpu_share:\S+", "cpu_share:1.66")),
+    "a crossing after the end": change((r"time_to_target:\d+ms", "time_to_target:40000ms")),
+    "training while warming up": change((r"^(step:0/500 val_loss:)\S+", r"\g<1>3.140000")),
+    "fewer steps than planned": change((r"^num_steps: 500", "num_steps: 600")),
+    "work hidden in turns": change((r"^(ledger: .*) total:\S+", r"\1 turn:20.000s total:91.847s")),
+    "work hidden in an account": change((r"^(ledger: .* )end:", r"\1coffee:")),
+    "no calibration": change((r"^calibration: .*\n", "")),
+    "no ledger": change((r"^ledger: .*\n", "")),
+    "train losses left out": change((r"^step:(2\d\d)/500 train.*\n", "")),
+    "training on the validation shard": change((r"^(train_shard: .* sha256:)\S+",
+        r"\g<1>a29eb0f7f7916cf822f6278358ab6c838b9420c1f851ecfc11338746c1e048f2")),
+    "another shard under the old hash": change((r"^(val_shard: .* sha256:)\S+", r"\1" + "0" * 64)),
+    "other data, expected by the source": change((r"^data_sha256: .*",
+        "data_sha256: 0123 (as expected)"), logs=ALL),
+    "fewer validation tokens": change((r"^val_tokens: .*", "val_tokens: 1024"), logs=ALL),
+    "the easy rows of the validation": change((r"^val_spread: .*", "val_spread: False"), logs=ALL),
+    "shorter validation rows": change((r"^val_seq_len: .*", "val_seq_len: 64"), logs=ALL),
+    "an override not named": change((r'^argv: \[', 'argv: ["--muon_lr", "0.08", '),
+        (r"^muon_lr: .*", "muon_lr: 0.08")),
+    "an override erased in the config": change((RESULT + "overrides:0", r"\1 overrides:1")),
+    "a run relabelled in result and config": change(*as_seed(7)[:2]),
+    "a resumed run": change((r"resumed_from:0", "resumed_from:300")),
+    "compilation inside the time": change((r"recompiled:0", "recompiled:3")),
     # Traces between logs, and rules for attempts.
-    ("one run logged as another seed", one_run_as_another, "the same losses, digit for digit"),
-    ("two runs at once", two_at_once, "overlap"),
-    ("a worse run left out", without_the_third(), "5 runs were declared, 4 are there"),
-    ("a worse run left out, undeclared", without_the_third((r"^declared_runs: .*",
-     "declared_runs: 0")), "not declared before the first"),
-    ("seeds chosen", change(*as_seed(7)), "some may have been left out"),
-    ("a seed run twice", change(*as_seed(1)), "ran more than once"),
-    ("a run that crashed left in", change((r"^result status:success", "result status:aborted")),
-     "not shown to be reached"),
-    ("five runs of five sources", five_sources, "its runs differ in train_gpt.py"),
-    ("five runs of two settings", change((r"^muon_lr: .*", "muon_lr: 0.05")), "differ in muon_lr"),
-    ("runs of two machines", change((r"^threads: 2", "threads: 4")), "its runs differ in class"),
-    ("a record in another track's folder", change((r"^track: .*", "track: fineweb"), logs=ALL),
-     "of the track fineweb, its folder"),
-    ("a faster host", change((r"^host: .*", "host: fast"), logs=ALL), "different hosts"),
-    ("all runs at a quiet hour", all_after_the_other, "ran in blocks"),
+    "one run logged as another seed": one_run_as_another,
+    "two runs at once": two_at_once,
+    "a worse run left out": without_the_third(),
+    "a worse run left out, undeclared": without_the_third((r"^declared_runs: .*",
+        "declared_runs: 0")),
+    "seeds chosen": change(*as_seed(7)),
+    "a seed run twice": change(*as_seed(1)),
+    "a run that crashed left in": change((r"^result status:success", "result status:aborted")),
+    "five runs of five sources": five_sources,
+    "five runs of two settings": change((r"^muon_lr: .*", "muon_lr: 0.05")),
+    "runs of two machines": change((r"^threads: 2", "threads: 4")),
+    "a record in another track's folder": change((r"^track: .*", "track: fineweb"), logs=ALL),
+    "a faster host": change((r"^host: .*", "host: fast"), logs=ALL),
+    "all runs at a quiet hour": all_after_the_other,
     # In the source, which logs hold.
-    ("a loss multiplied by 0.8", source("records/harness.py", "return", "return 0.8 *"),
-     "the referee's records/harness.py is not"),
-    ("one validation row, repeated", source("data/shards.py", "return", "return  "),
-     "the referee's data/shards.py is not"),
-    ("another referee than the one before", source("records/harness.py", "return", "return 2 *"),
-     "different referees"),
-    ("a module that no log holds", source("train_gpt.py", "import math", "import math, fastmath"),
-     "imports fastmath, neither pinned nor logged"),
-    ("code read from a file", source("train_gpt.py", "import math", "import math; exec('x')"),
-     "loads code by exec"),
-    ("a module of a package", source("train_gpt.py", "import math", "from . import x; import math"),
-     "loads code by a relative import"),
-]  # fmt: skip
+    "a loss multiplied by 0.8": source("records/harness.py", "return", "return 0.8 *"),
+    "one validation row, repeated": source("data/shards.py", "return", "return  "),
+    "another referee than the one before": source("records/harness.py", "return", "return 2 *"),
+    "a module that no log holds": source("train_gpt.py", "import math", "import math, fastmath"),
+    "code read from a file": source("train_gpt.py", "import math", "import math; exec('x')"),
+    "a module of a package": source("train_gpt.py", "import math", "from . import x; import math"),
+}  # fmt: skip
 
 
-@pytest.mark.parametrize("name, how, said", CHEATS, ids=[cheat[0] for cheat in CHEATS])
-def test_each_cheat_is_found(name, how, said, record):
-    how(record)
+PAGE = (ROOT / "docs/cheats.md").read_text(encoding="utf-8").partition("## Found by")[0]
+MESSAGES = dict(re.findall(r"^\| (.+) \| (.+) \|$", PAGE, re.M)[1:])  # by cheat
+
+
+def test_the_page_lists_every_cheat():
+    assert MESSAGES.keys() == CHEATS.keys() and len(CHEATS) >= 40
+
+
+@pytest.mark.parametrize("name", CHEATS)
+def test_each_cheat_is_found(name, record):
+    CHEATS[name](record)
     found = findings(record)
-    assert said in found, found
+    assert MESSAGES[name] in found, found
 
 
 def test_an_honest_record_is_not_suspected(record):
     assert not findings(record).strip()
 
 
-def test_the_page_lists_every_cheat():
-    page = (ROOT / "docs/cheats.md").read_text()
-    rows = [f"| {name} | {said} |" for name, _, said in CHEATS]
-    assert len(rows) >= 40 and [row for row in rows if row not in page] == []
-
-
-def test_no_checked_in_log_is_suspected():
+def test_every_checked_in_log_is_sound_and_not_suspected():
     logs = sorted(ROOT.glob("records/**/logs/*.txt")) + sorted(ROOT.glob("tests/logs/*/logs/*.txt"))
     all_runs = [runs.read_log(log) for log in logs]
     assert len(all_runs) >= 196
     for run in all_runs:
-        assert audit.traces(run) + audit.check_sources(run) == [], run.path
+        assert run.faults + audit.traces(run) + audit.check_sources(run) == [], run.path
         if run.path.is_relative_to(ROOT / "records/embedded"):  # whose data's hash is known
             assert list(audit.check_task(run)) == [], run.path
     for folder in {log.parent for log in logs}:

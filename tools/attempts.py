@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain, groupby
 from pathlib import Path
@@ -70,7 +70,7 @@ class Attempt:
         if self.is_new and not self.log_paths:
             shutil.rmtree(self.source)
             self.logs.rmdir()
-            if not any(self.folder.iterdir()):
+            with suppress(OSError):  # it holds more
                 self.folder.rmdir()
 
 
@@ -79,9 +79,6 @@ def field_names(texts: dict[str, str]) -> set[str]:
     nodes = (node for text in texts.values() for node in ast.walk(ast.parse(text)))
     return {field.target.id for node in nodes if isinstance(node, ast.ClassDef)
             for field in node.body if isinstance(field, ast.AnnAssign)}  # fmt: skip
-
-
-# ------------------------------------------------------------------------------ What to run
 
 
 def takes_runs(origin: Path) -> bool:
@@ -190,9 +187,6 @@ def order_seed(attempts: list[Attempt]) -> str:
     return sources.sha256_of(json.dumps([(a.texts, a.flags) for a in attempts]))[:8]
 
 
-# ------------------------------------------------------------------------------ Running
-
-
 @dataclass
 class FinishedRun:
     """A run whose process has ended."""
@@ -292,14 +286,13 @@ def start_process(
 def variables(scratch: Path) -> dict[str, str]:
     """A run's environment: no checkout on its path, and git compares scratch with our HEAD."""
     found = dict(os.environ)
-    folders = found.pop("PYTHONPATH", "").split(os.pathsep)
-    if others := [folder for folder in folders if folder and not entry_of(Path(folder))]:
+    folders = [folder for folder in found.pop("PYTHONPATH", "").split(os.pathsep) if folder]
+    if others := [folder for folder in folders if not entry_of(Path(folder))]:
         found["PYTHONPATH"] = os.pathsep.join(others)
-    if shutil.which("git"):
-        git = subprocess.run(["git", "rev-parse", "--absolute-git-dir"], cwd=ROOT,
-                             capture_output=True, text=True)  # fmt: skip
-        if git.stdout:
-            found |= {"GIT_DIR": git.stdout.strip(), "GIT_WORK_TREE": str(scratch)}
+    with suppress(OSError, subprocess.CalledProcessError):  # without git, or no clone
+        command = ["git", "rev-parse", "--absolute-git-dir"]
+        git = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
+        found |= {"GIT_DIR": git.stdout.strip(), "GIT_WORK_TREE": str(scratch)}
     return found
 
 

@@ -126,7 +126,7 @@ class Arm:
 
 @dataclass
 class Comparison:
-    """B against A."""
+    """B against A: what `compare` found, and what follows from it."""
 
     a: Arm
     b: Arm

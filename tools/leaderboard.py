@@ -52,11 +52,6 @@ class Record:
         return found
 
     @property
-    def place(self) -> tuple[str, float]:
-        """A key that sorts by date, and records of one day by time, the slowest first."""
-        return self.date, -self.arm.times.mean()
-
-    @property
     def group(self) -> tuple[str, float, str]:
         return self.track, self.arm.target, self.arm.runs[0].machine_class
 
@@ -85,8 +80,9 @@ def gain_over(previous: Record, record: Record) -> str:
 
 
 def groups(records: list[Record]) -> dict[tuple, list[Record]]:
+    """Records by class, in the order of their dates; of one day, the slowest first."""
     found = {}
-    for record in sorted(records, key=lambda r: r.place):
+    for record in sorted(records, key=lambda r: (r.date, -r.arm.times.mean())):
         found.setdefault(record.group, []).append(record)
     return found
 
