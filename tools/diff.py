@@ -37,13 +37,13 @@ def row(label: str, c: Comparison, figure, digits: int) -> tuple[str, ...]:
 def rows(c: Comparison) -> list[tuple[str, ...]]:
     """The table, as text, under COLUMNS; without figures that no run has."""
     time = row("train_time s", c, lambda run: run.train_s, 3)
-    loss = row("val_loss", c, lambda run: run.val_loss, 5)
     if math.isfinite(c.time.low):
         ci = f"[{100 * c.time.low:+.2f},{100 * c.time.high:+.2f}]%"
         time = *time[:3], f"{c.time.change:+.2%}", ci, f"{c.time.p:.2g}"
+    a, b = (mean(arm, lambda run: run.val_loss) for arm in (c.a, c.b))
+    loss = "val_loss", f"{a:.5f}", f"{b:.5f}", f"{b - a:+.5f}", "", ""
     if math.isfinite(c.loss.low):
-        ci = f"[{c.loss.low:+.5f},{c.loss.high:+.5f}]"
-        loss = *loss[:3], f"{c.loss.change:+.5f}", ci, f"{c.loss.p:.2g}"
+        loss = *loss[:4], f"[{c.loss.low:+.5f},{c.loss.high:+.5f}]", f"{c.loss.p:.2g}"
     table = [
         time,
         loss,
