@@ -553,18 +553,18 @@ def test_drift_outliers_and_undeclared_counts_are_warned_of():
 # ------------------------------------------------------------------------------ Real logs
 #
 # Made on one shared CPU: the embedded track with 160 steps (10 runs), and with every
-# learning rate ten times lower (3 runs, after them); 120 steps and 114, one run after the other
-# (30 runs each) and in turns of 10 steps (10 each); 120 steps twice, in turns (10 each).
+# learning rate ten times lower (3 runs, after them); in turns of 10 steps, 120 steps and 114, and
+# 120 steps twice (10 runs each).
 
 REAL = ROOT / "tests/logs"
 
 
 def part_of(arm: str, folder: Path, chosen: slice) -> Path:
     """A copy of a real attempt with some of its logs."""
-    shutil.copytree(REAL / "sources", folder / "sources")
-    (folder / "logs").mkdir()
-    for log in sorted((REAL / arm / "logs").iterdir())[chosen]:
-        shutil.copy(log, folder / "logs")
+    shutil.copytree(REAL / arm, folder)
+    logs = sorted((folder / "logs").iterdir())
+    for log in set(logs) - set(logs[chosen]):
+        log.unlink()
     return folder
 
 
@@ -591,32 +591,32 @@ def test_fewer_steps_are_faster_where_they_stand_out_of_the_noise():
     assert done.returncode == 1 and "VERDICT   B REGRESSION slower by" in done.stdout
 
 
-def test_five_percent_of_the_steps_show_in_the_loss_and_hide_in_that_hosts_times():
-    """The times of a pair differ by 13% there, so that thirty pairs leave 9 points of interval."""
-    a, b = REAL / "steps_120", REAL / "steps_114"
-    report = json.loads(tool("diff", a, b, "--json").stdout)
-    assert report["verdict"] == "INCONCLUSIVE" and report["in_pairs"]
-    logs = np.log(report["B"]["train_s"]) - np.log(report["A"]["train_s"])
-    half = special.stdtrit(29, 0.975) * logs.std(ddof=1) / 30**0.5
-    assert report["time"]["low"] == pytest.approx(np.expm1(logs.mean() - half))
-    assert report["time"]["low"] < math.log(0.95) < 0 < report["time"]["high"]
-    assert 0.02 < report["loss"]["low"] < report["loss"]["high"] < 0.025
-    done = tool("diff", a, b)
-    assert done.returncode == 5 and "num_steps 120 -> 114" in done.stdout, done.stdout
-    assert re.search(r"^NEXT      \d+ runs per arm would show a difference", done.stdout, re.M)
-
-
 def test_five_percent_fewer_steps_are_faster_in_turns():
     """Of the same host, whose runs differ by 10%: its speed cancels within a pair."""
     a, b = REAL / "turns_120", REAL / "turns_114"
     done = tool("diff", a, b)
     assert done.returncode == 0 and "VERDICT   B FASTER by 6.00% [4.68, 7.30]" in done.stdout
     assert "in turns of 10 steps" in done.stdout and "num_steps 120 -> 114" in done.stdout
+    assert "higher by 0.0235" in done.stdout
     done = tool("diff", b, a)
     assert done.returncode == 1 and "VERDICT   B REGRESSION slower by" in done.stdout
     arms = [comparison.Arm.read(folder) for folder in (a, b)]
     gains = np.log(arms[1].times) - np.log(arms[0].times)
     assert gains.std() < 0.02 < 0.05 < np.log(np.concatenate([arm.times for arm in arms])).std()
+
+
+def test_equal_runs_in_turns_are_not_told_apart():
+    a, b = REAL / "turns_same_a", REAL / "turns_same_b"
+    report = json.loads(tool("diff", a, b, "--json").stdout)
+    assert report["verdict"] == "INCONCLUSIVE" and report["in_pairs"]
+    logs = np.log(report["B"]["train_s"]) - np.log(report["A"]["train_s"])
+    half = special.stdtrit(9, 0.975) * logs.std(ddof=1) / 10**0.5
+    interval = np.expm1([logs.mean() - half, logs.mean() + half])
+    assert [report["time"]["low"], report["time"]["high"]] == pytest.approx(interval)
+    assert interval[0] < 0 < interval[1]
+    done = tool("diff", a, b)
+    assert done.returncode == 5, done.stdout
+    assert re.search(r"^NEXT      \d+ runs per arm would show a difference", done.stdout, re.M)
 
 
 def test_learning_rates_ten_times_too_low_are_a_regression():
@@ -703,6 +703,30 @@ def test_a_log_finds_its_source_by_its_hash(tmp_path):
     kept = found.sources["kernels.py"].kept
     kept.write_text(kept.read_text().replace("0.01", "0.02"))
     assert "not what its sha256 says" in runs.read_log(log).faults[0][1]
+
+
+def test_every_attempt_keeps_the_source_that_its_logs_name():
+    folders = {log.parent.parent for log in (*ROOT.glob("records/**/logs/*.txt"), *REAL_LOGS)}
+    for folder in folders:
+        named = runs.read_log(runs.find_logs(folder)[0]).sources
+        kept = {path: sources.sha256_of(text) for path, text in sources.kept_texts(folder).items()}
+        assert kept == {path: source.sha256 for path, source in named.items() if source.kept}
+
+
+def test_files_that_records_share_move_to_a_store(tmp_path, monkeypatch):
+    muon = ROOT / "records/embedded/2026-11-22_Muon"
+    record, whole = shutil.copytree(muon, tmp_path / "embedded/Muon"), sources.kept_texts(muon)
+    sources.write_texts(whole, record / "source")
+    monkeypatch.setattr(sources, "ROOT", tmp_path / "nowhere")  # whose store has them already
+    sources.share(record, tmp_path / "sources")
+    left = {path.relative_to(record).as_posix() for path in record.rglob("*.py")}
+    assert left == {"source/train_gpt.py", "source/records/harness.py"}
+    (moved,) = (tmp_path / "sources").iterdir()
+    assert moved.name == "9a298a10e6ee_shards.py" and moved.read_text() == whole["data/shards.py"]
+    assert sources.kept_texts(record) == whole
+    assert not both_faults(record)
+    moved.unlink()
+    assert "the source data/shards.py is not at" in both_faults(record)[0][1]
 
 
 def test_a_diff_makes_the_text_that_it_was_taken_of():
@@ -864,7 +888,7 @@ def test_attempts_take_turns(attempt_flags, tmp_path):
     assert one.ledger["turn"] > 0.9 * other.ledger["train"]
     assert other.ledger["turn"] > 0.9 * one.ledger["train"]
     assert "unknown kind" not in tool("validate", one.path).stdout
-    assert "in turns of 2 steps" in tool("diff", REAL / "steps_120", a).stdout
+    assert "in turns of 2 steps" in tool("diff", REAL / "same", a).stdout
     for words, problem in (
         ([a, b], "go on with --turns 2"),
         (["--turns", 2, a, tmp_path / "new"], "one attempt has 0 runs, the other 1"),
@@ -1002,7 +1026,7 @@ OLD_LAYOUTS = {
     "the source in the log": "records/embedded/2026-11-22_Default",
     "a try, by two diffs": "records/embedded/tries/2026-11-22_Windows",
     "the baseline": "records/embedded/baseline/2026-11-22_GPT2",
-    "by a store": "tests/logs/turns_114",
+    "by a store": "records/embedded/2026-11-26_EarlyCopying",
 }
 
 
@@ -1032,7 +1056,7 @@ def test_flags_of_a_run_leave_out_what_names_the_run():
 
 
 def test_a_checked_in_log_is_reproduced_digit_for_digit(log, embedded_data):
-    old = runs.read_log(runs.find_logs(REAL / "steps_114")[0])
+    old = runs.read_log(runs.find_logs(REAL / "same")[0])
     here = runs.read_log(log).environment
     for key in ("torch", "cpu", "matmul_dtype"):
         if here[key] != old.environment[key]:

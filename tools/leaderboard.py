@@ -17,7 +17,7 @@ from tools import stats
 from tools.audit import MISSED, ineligible
 from tools.cli import ToolError, finish, flag_parser
 from tools.comparison import Arm, compare, signed
-from tools.sources import ROOT
+from tools.sources import ROOT, share
 
 RECORDS = ROOT / "records"
 BEGIN, END = "<!-- leaderboard: ./run.sh tools/leaderboard.py -->", "<!-- end of leaderboard -->"
@@ -139,6 +139,8 @@ def main() -> int:
         return int(new != old or bool(missing))
     readme.write_text(new, encoding="utf-8")
     for group, records in ranked.items():
+        for record in records:
+            share(record.folder, RECORDS / "sources")
         if len(records) > 1:
             from tools.plots import plot_ladder  # matplotlib takes a second to load
 

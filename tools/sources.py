@@ -1,8 +1,10 @@
-"""A trainer's source as {path: text}: found by its imports, kept whole, as a diff, or in a store.
+"""A trainer's source as {path: text}: found by its imports, and kept with an attempt.
 
-An attempt's folder keeps it whole in source/, or as NAME.diff against another attempt. A diff's
-first line is `base: FOLDER`; the rest is for `patch -p1` in a copy of that folder's source.
-A store is a folder sources/ whose files have names that begin with digits of their sha256.
+An attempt keeps its source in source/, whole while it runs. Files that many attempts share, such
+as the referee's, then move to a store: a folder sources/ above the attempt, or records/sources.
+Names of files in a store begin with digits of their sha256, which the logs name.
+A try keeps NAME.diff instead, against the source of another attempt. Its first line is
+`base: FOLDER`; the rest is for `patch -p1` in a copy of that source.
 """
 
 import ast
@@ -11,6 +13,7 @@ import hashlib
 import os
 import re
 import shutil
+from contextlib import suppress
 from itertools import chain
 from pathlib import Path
 
@@ -18,6 +21,7 @@ from tools.cli import ToolError
 
 ROOT = Path(__file__).resolve().parent.parent
 ENTRIES = ("train_gpt.py", "baselines/train_gpt2.py")  # the first is what a checkout is run for
+SHARED = ("referee/", "data/")  # folders whose files many attempts share
 STORE_DIGITS = 12
 
 
@@ -111,19 +115,45 @@ def top_name(path: str | Path) -> str:
 def kept_texts(folder: Path) -> dict[str, str]:
     """The source that an attempt's folder keeps; empty if it keeps none."""
     whole = folder / "source"
-    if whole.is_dir():
-        files = sorted(whole.rglob("*.py"))
-        return {
-            path.relative_to(whole).as_posix(): whole_lines(read_source(path)) for path in files
-        }
-    diff = diff_of(folder)
-    return made_by(diff) if diff else {}
+    if not whole.is_dir():
+        diff = diff_of(folder)
+        return made_by(diff) if diff else {}
+    shared = {path: stored(folder, sha256) for path, sha256 in named_sources(folder).items()}
+    files = {path: file for path, file in shared.items() if file}
+    files |= {file.relative_to(whole).as_posix(): file for file in whole.rglob("*.py")}
+    return {path: whole_lines(read_source(files[path])) for path in sorted(files)}
+
+
+def named_sources(folder: Path) -> dict[str, str]:
+    """sha256 by path of the sources that an attempt's first log names and does not contain."""
+    log = next(iter(sorted(folder.glob("logs/*.txt"))), None)
+    text = log.read_text(encoding="utf-8", errors="replace") if log else ""
+    return dict(re.findall(r"^=== source (\S+) .*\bsha256:(\w+) kept:", text, re.M))
+
+
+def stored(place: Path, sha256: str) -> Path | None:
+    """The file with this sha256 in a store above a place, or in records/sources."""
+    for folder in (*place.resolve().parents, ROOT / "records"):
+        for file in folder.glob(f"sources/{sha256[:STORE_DIGITS]}*"):
+            return file
+    return None
+
+
+def share(folder: Path, store: Path) -> None:
+    """Move the files that many attempts share from the source/ of a finished attempt to a store."""
+    for path, sha256 in named_sources(folder).items():
+        own = folder / "source" / path
+        if path.startswith(SHARED) and own.exists() and sha256_of(read_source(own)) == sha256:
+            store.mkdir(exist_ok=True)
+            own.replace(store / f"{sha256[:STORE_DIGITS]}_{own.name}")
+            with suppress(OSError):  # until it is empty
+                own.parent.rmdir()
 
 
 def write_texts(texts: dict[str, str], folder: Path) -> None:
     for path, text in texts.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / path).write_text(text)
+        (folder / path).write_text(text, encoding="utf-8")
 
 
 def diff_of(folder: Path) -> Path | None:
@@ -132,7 +162,7 @@ def diff_of(folder: Path) -> Path | None:
 
 def base_of(diff: Path) -> Path:
     """The attempt's folder against whose source a diff stands."""
-    first = diff.read_text().partition("\n")[0]
+    first = diff.read_text(encoding="utf-8").partition("\n")[0]
     if not first.startswith("base: "):
         raise ToolError(f"{diff}:1: this is not `base: FOLDER`, an attempt against which it stands")
     return diff.parent / first.removeprefix("base: ")
@@ -143,7 +173,8 @@ def made_by(diff: Path) -> dict[str, str]:
     base = base_of(diff)
     try:
         texts = kept_texts(base)
-        _, *parts = re.split(r"^--- a/.*\n\+\+\+ b/(.*)\n", diff.read_text(), flags=re.M)
+        text = diff.read_text(encoding="utf-8")
+        _, *parts = re.split(r"^--- a/.*\n\+\+\+ b/(.*)\n", text, flags=re.M)
         for path, hunks in zip(parts[::2], parts[1::2], strict=True):
             texts[path] = patched(texts.get(path, ""), hunks)
     except (ValueError, RecursionError):
@@ -172,14 +203,14 @@ def patched(old: str, hunks: str) -> str:
 
 
 def keep_as_diff(folder: Path, base: Path) -> None:
-    """Put in place of an attempt's source/ a diff against the source of base, another attempt."""
+    """Replace an attempt's source/ by a diff against the source of base, another attempt."""
     old, new = kept_texts(base), kept_texts(folder)
     lines = [f"base: {Path(os.path.relpath(base, folder)).as_posix()}\n"]
     for path in sorted(old | new):
         texts = (lines_of(texts.get(path, "")) for texts in (old, new))
         lines += difflib.unified_diff(*texts, f"a/{path}", f"b/{path}")
     diff = diff_of(folder) or folder / f"{slug_of(folder.resolve().name)}.diff"
-    diff.write_text("".join(lines))
+    diff.write_text("".join(lines), encoding="utf-8")
     if made_by(diff) != new:
         diff.unlink()
         raise ToolError(f"no diff makes the source of {folder} from that of {base}; it stays whole")
@@ -187,18 +218,15 @@ def keep_as_diff(folder: Path, base: Path) -> None:
 
 
 def find_source(log: Path, named: Path, path: str, sha256: str) -> tuple[Path, str]:
-    """(where it stands, text) of a source that a log keeps elsewhere.
+    """(where it stands, text) of a source that a log names and does not contain.
 
-    named is where the log says; what is not there any more is found by its sha256.
+    named is the place that the log gives; a file that has left it is found by its sha256.
     """
-    if named.exists():
-        return named, named.read_text()
-    log = log.resolve()
-    for folder in log.parents:
-        for kept in folder.glob(f"sources/{sha256[:STORE_DIGITS]}*"):
-            return kept, kept.read_text()
-    diff = diff_of(log.parent.parent)
+    if file := named if named.exists() else stored(log, sha256):
+        return file, file.read_text(encoding="utf-8")
+    diff = diff_of(log.resolve().parent.parent)
     text = made_by(diff).get(path, "") if diff else ""
     if sha256_of(text) != sha256:
-        raise ToolError("no folder sources/ above the log has it, and no diff of its attempt")
+        raise ToolError("no folder sources/ above the log has it, nor has records/sources, "
+                        "nor the diff of its attempt")  # fmt: skip
     return diff, text
