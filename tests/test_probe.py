@@ -16,6 +16,8 @@ from tools.attempts import copy_of
 from tools.cli import ToolError
 
 MUON = ROOT / "records/embedded/2026-11-22_Muon"
+ROOT_HARNESS = ROOT / "records/embedded/2026-11-26_EarlyCopying_1.34"  # its referee is harness.py
+YOUNGER = ("--layers", "--value_layers", "--mix_")  # flags that it has not, or in another form
 HIDDEN = "self.hidden(inputs_BT, per_step).flatten(0, 1)"
 LOGITS = "            yield self.logits(x_ND)\n"
 
@@ -87,16 +89,21 @@ def forked(words: list[str], folder: Path) -> str:
 
 @pytest.fixture
 def tiny(shards, tmp_path, monkeypatch):
-    """Makes an attempt of this checkout with changes (path, old, new), for the tiny task."""
-    monkeypatch.setattr(probe, "start", forked)
+    """Makes an attempt of a source with changes (path, old, new), for the tiny task."""
     tokens = open_shard(shards / "val.bin")
     starts = [i * (len(tokens) - 65) // 31 for i in range(32)]
     rows = np.stack([tokens[s : s + 65] for s in starts])
     monkeypatch.setitem(probe.ROWS, "embedded", [32, 65, hashlib.sha256(rows).hexdigest()])
 
-    def attempt(*changes):
-        made = copy_of(ROOT, tmp_path / "attempt", tiny_flags(shards, tmp_path))
-        quick = ("referee/environment.py", "while sum(seconds) < 0.3", "while not seconds")
+    def attempt(*changes, source=ROOT):
+        flags = tiny_flags(shards, tmp_path)
+        if source == ROOT:
+            monkeypatch.setattr(probe, "start", forked)
+        else:  # a forked process would take data/ from this checkout
+            flags = [flag for flag in flags if not flag.startswith(YOUNGER)]
+        made = copy_of(source, tmp_path / "attempt", flags)
+        (path,) = [path for path in made.texts if path.endswith("environment.py")]
+        quick = (path, "while sum(seconds) < 0.3", "while not seconds")
         for path, old, new in (quick, *changes):
             assert old in made.texts[path], old
             made.texts[path] = made.texts[path].replace(old, new)
@@ -110,8 +117,9 @@ def faults(attempt, across_documents: bool = False) -> dict[str, str]:
     return {name: fault for name, fault in found if fault}
 
 
-def test_the_default_passes(tiny):
-    assert faults(tiny()) == {}
+@pytest.mark.parametrize("source", [ROOT, pytest.param(ROOT_HARNESS, marks=pytest.mark.slow)])
+def test_sound_sources_of_both_layouts_pass(tiny, source):
+    assert faults(tiny(source=source)) == {}
 
 
 QUICK = ("future token", "target as an argument")
@@ -182,6 +190,8 @@ def test_the_records_of_the_ladder_are_probed(tmp_path):
 @pytest.mark.parametrize("source, words", [
     ("nowhere", "nowhere cannot be read"),
     ("tests", "neither a log, nor an attempt"),
+    (MUON, "is older than the records of 26 November 2026 and cannot be probed any more"),
+    (MUON.parent / "baseline/2026-11-22_Speedrun", "cannot be probed any more"),
 ])  # fmt: skip
 def test_what_is_no_source_is_refused(source, words, tmp_path):
     with pytest.raises(ToolError, match=words):

@@ -1,15 +1,16 @@
 #!/usr/bin/env python3
-"""Run a source for four steps, and try whether its losses can be believed.
+"""Run a source for four steps, and check whether its losses can be believed.
 
-    probe.py .                                       this checkout; also a folder of sources
-    probe.py baselines/train_gpt2.py                 another trainer of a checkout
-    probe.py records/embedded/2026-11-22_Muon        a record, a try, or a log of one
-    probe.py RECORD --write                          and tell it in the record's README.md
+    probe.py .                                             this checkout, or a folder of sources
+    probe.py baselines/train_gpt2.py                       another trainer of a checkout
+    probe.py records/embedded/2026-11-26_EarlyCopying      a record, a try, or one of its logs
+    probe.py RECORD --write                                add the result to the record's README.md
 
-It runs twice, each time in a process of its own, without torch.compile: with seed 0, and with seed
-1 and a validation shard of random tokens, which nobody predicts. In the first run a few validation
-rows are changed, and the logits compared. What a source does when it is not probed, people read.
---across-documents: the network means to see the earlier documents of its row; the line says so.
+The source runs twice, each time in its own process, without torch.compile: with seed 0, and with
+seed 1 and a validation shard of random tokens, which nobody can predict. In the first run a few
+validation rows are changed, and the logits compared. A source can behave otherwise when it is not
+probed; people read it for that. Sources older than the records of 26 November 2026 are refused.
+--across-documents: the network is meant to see the earlier documents of its row.
 
 Exit code: 0 if every probe passed, 1 if one failed, 2 if the source cannot be probed.
 """
@@ -43,24 +44,22 @@ STEPS = 4
 LOGITS_AGREE = 1e-3  # rounding in fp32; leaks change logits by more than 0.1
 LOSSES_AGREE = 1e-4  # nats per token
 SHORT_DOCUMENT = 32  # tokens; shorter ones, such as licences, may stand in both
-# By track: rows, their tokens, sha256 of these as uint16. The source's own word is no evidence.
+# By track: number of rows, tokens per row, sha256 of all as uint16. Not taken from the source.
 ROWS = {
     "embedded": [256, 1025, "83df7e5f8376b7b57bdda04992ba7a8d0560ef3be2d93563c1797441a029b99a"],
 }
-READERS = (  # who may open a validation shard, before the trainer is made
-    "referee/task.py:check_shards", "referee/task.py:__init__",
-    "harness.py:check_shards", "harness.py:__init__", "data/batches.py:check_shards",
-    "data/batches.py:validation_batches", "train_gpt.py:check_data",
-    "train_gpt.py:validation_batches",
-)  # fmt: skip
+REFEREES = ("referee/task.py", "harness.py")  # today's, and that of the records of 26 November
+READERS = [  # who may open a validation shard, before the trainer is made
+    f"{referee}:{function}" for referee in REFEREES for function in ("check_shards", "__init__")
+]
 
 
 class Probed(NamedTuple):
-    """One run, and what was seen of it from inside."""
+    """One run, and what probe_inside.py saw of it."""
 
     run: LoggedRun
     facts: dict
-    train: list[Path]  # shards that its configuration names
+    train: list[Path]  # shards named by its configuration
     val: list[Path]
 
     @property
@@ -72,26 +71,31 @@ class Probed(NamedTuple):
 
 
 def attempt_of(source: Path, folder: Path, flags: list[str]) -> Attempt:
-    """What is to be probed, as replay.py would run it; source may be a trainer's file too."""
+    """What to probe, as replay.py would run it; source may also be a trainer's file."""
     entry = next((e for e in ENTRIES if source.resolve().as_posix().endswith(f"/{e}")), None)
     if entry:
         source = source.resolve().parents[entry.count("/")]
     attempt = copy_of(source, folder, flags, entry)
     attempt.entry = entry or attempt.entry
     require_whole(attempt.texts)
+    if not attempt.texts.keys() & set(REFEREES):
+        raise ToolError(f"{source} is older than the records of 26 November 2026 and cannot be "
+                        "probed any more; its record's page says if it passed")  # fmt: skip
     return attempt
 
 
 def run_probed(attempt: Attempt, seed: int, flags: list[str]) -> Probed:
-    """Run a source with the other half of this tool inside; ToolError if it cannot be."""
-    with staged({**attempt.texts, INSIDE.name: INSIDE.read_text()}) as scratch:
+    """Run a source together with probe_inside.py; ToolError if that is not possible."""
+    inside = INSIDE.read_text(encoding="utf-8")
+    with staged({**attempt.texts, INSIDE.name: inside}) as scratch:
         facts, logs = scratch / "facts.json", scratch / "logs"
         own = {"num_steps": STEPS, "val_every": STEPS, "seed": seed, "log_dir": logs,
                "compile": "false", "fp32": "true"}  # fmt: skip
-        own = [f"--{name}={value}" for name, value in own.items() if name in attempt.settings]
+        own = [f"--{name}={value}" for name, value in own.items()]
         command = [scratch / INSIDE.name, attempt.entry, facts, *attempt.flags, *own, *flags]
         said = start([str(word) for word in command], scratch)
-        if not facts.exists() or "future" not in (seen := json.loads(facts.read_text())):
+        seen = json.loads(facts.read_text(encoding="utf-8")) if facts.exists() else {}
+        if "future" not in seen:  # which stands there from the last validation on
             raise ToolError(f"{attempt.name} cannot be probed: {said}")
         run = read_log(find_logs(logs)[0])
         shards = (shards_of(scratch, run.config[f"{kind}_files"]) for kind in ("train", "val"))
@@ -99,7 +103,7 @@ def run_probed(attempt: Attempt, seed: int, flags: list[str]) -> Probed:
 
 
 def start(command: list[str], scratch: Path) -> str:
-    """Run Python with these words; return the last line of what it said."""
+    """Run Python with these words; return the last line of its output."""
     done = subprocess.run([sys.executable, *command], env=variables(scratch), text=True,
                           capture_output=True)  # fmt: skip
     return (done.stderr.strip() or done.stdout.strip() or "it said nothing").splitlines()[-1]
@@ -123,7 +127,7 @@ def both_runs(attempt: Attempt) -> tuple[Probed, Probed]:
 
 
 def findings(first: Probed, second: Probed, across_documents: bool) -> list[tuple[str, str]]:
-    """(what was tried, what is wrong or empty) of every probe."""
+    """(name, what is wrong; empty if it passed) of every probe."""
     facts, validations = first.facts, first.facts["validations"]
 
     def unchanged(fact: str, words: str) -> str:
@@ -135,15 +139,16 @@ def findings(first: Probed, second: Probed, across_documents: bool) -> list[tupl
     return [
         ("future tokens", unchanged("future", "a later token changes earlier logits")),
         ("other documents", "" if across_documents else unchanged(
-            "documents", "a token of the document before changes logits (if the network means to "
-            "see it, say so: --across-documents)")),
+            "documents", "a token of the document before changes logits (if the network is meant "
+            "to see it: --across-documents)")),
         ("other rows", unchanged("rows", "a row alone has other logits than among others")),
         ("grouping of rows", unchanged("grouping", "rows in pairs have other logits")),
         ("order of rows", unchanged("order", "rows in reverse order have other logits")),
         ("inputs count", felt("inputs_felt", "a changed token changes no logit after it")),
-        ("weights count", felt("weights_felt", "other weights give the same logits: kept ones")),
+        ("weights count", felt("weights_felt", "other weights give the same logits, so these are "
+                               "cached")),
         ("weights stay", learning(validations)),
-        ("same loss again", other_loss(validations, "again", "judged twice it has a loss of")),
+        ("same loss again", other_loss(validations, "again", "computed twice, its loss is")),
         ("loss as reported", other_loss(validations, "reported", "it reports a loss of")),
         ("first loss", too_low(first, 0, "trained before its first step: its first loss is")),
         ("unknown targets", too_low(second, -1, "it knows the targets: on random tokens its loss "
@@ -191,7 +196,7 @@ def other_rows(probed: Probed) -> str:
 
 
 def documents(path: Path, start: int) -> list[int]:
-    """Hashes of a shard's documents."""
+    """Hashes of a shard's documents, without the shortest."""
     tokens = open_shard(path)
     parts = np.split(tokens, np.flatnonzero(tokens == start))
     return [hash(part.tobytes()) for part in parts if len(part) >= SHORT_DOCUMENT]
@@ -199,13 +204,13 @@ def documents(path: Path, start: int) -> list[int]:
 
 def shared_documents(probed: Probed) -> str:
     start = int(probed.run.config["document_start"])
-    judged = {d for path in probed.val for d in documents(path, start)}
-    both = sum(d in judged for path in probed.train for d in documents(path, start))
+    in_val = {d for path in probed.val for d in documents(path, start)}
+    both = sum(d in in_val for path in probed.train for d in documents(path, start))
     return f"{both} documents stand in training and in validation shards" if both else ""
 
 
 def openings(probed: Probed, shards: list[Path] = ()) -> str:
-    """Who opened a validation shard and is not the referee, before the trainer was made."""
+    """Who opened a validation shard, but for the referee before the trainer was made."""
     shards = {str(path) for path in [*probed.val, *shards]}
     others = sorted({f"{caller}{' after set-up' * is_set_up}"
                      for path, caller, is_set_up in probed.facts["opened"]
@@ -218,11 +223,11 @@ def calls(probed: Probed) -> str:
     return f"it used the network: {made[0]}" if made else ""
 
 
-# ------------------------------------------------------------------------------ Telling
+# ------------------------------------------------------------------------------ Reporting
 
 
 def seen(probed: Probed) -> list[str]:
-    """The files that a run opened outside of Python's own, and the programs that it started."""
+    """The files that a run opened, without Python's own, and the programs that it started."""
     opened = Counter((path, caller) for path, caller, _ in probed.facts["opened"])
     programs = sorted({f"{name} by {caller}" for name, caller in probed.facts["programs"]})
     return [f"opened    {path} by {caller}" for path, caller in sorted(opened)] + [
@@ -235,13 +240,13 @@ def source_hash(attempt: Attempt) -> str:
 
 
 def write_line(record: Path, attempt: Attempt, count: int, across_documents: bool) -> None:
-    """Put the line that its probes passed into a record's README.md, in place of an earlier one."""
+    """Write into a record's README.md that its probes passed, in place of an earlier such line."""
     page = record / "README.md"
     line = (f"Probed {datetime.now(UTC):%Y-%m-%d}, source {source_hash(attempt)}: {count} probes "
             f"passed{', and it sees earlier documents of its row' * across_documents} "
             "(`tools/probe.py --write`).\n")  # fmt: skip
-    text = re.sub(r"\n*^Probed \d{4}-.*\n", "", page.read_text(), flags=re.M)
-    page.write_text(f"{text.rstrip()}\n\n{line}")
+    text = re.sub(r"\n*^Probed \d{4}-.*\n", "", page.read_text(encoding="utf-8"), flags=re.M)
+    page.write_text(f"{text.rstrip()}\n\n{line}", encoding="utf-8")
     print(f"{page}: {line}", end="")
 
 
@@ -258,7 +263,7 @@ def main() -> int:
     parser = flag_parser(__doc__, "%(prog)s SOURCE [--write] [--FLAG VALUE of the trainer]...")
     parser.add_argument("source", type=Path, metavar="SOURCE", help="checkout, folder or log")
     parser.add_argument("--across-documents", action="store_true", help="see above")
-    parser.add_argument("--write", action="store_true", help="tell it in the record's README.md")
+    parser.add_argument("--write", action="store_true", help="add it to the record's README.md")
     args, flags = parser.parse_known_args()
     require_own_flags(flags)
     record = record_of(args.source) if args.write else None

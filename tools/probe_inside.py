@@ -1,18 +1,14 @@
-"""The half of tools/probe.py that runs in the process of a source under test, from its folder.
+"""The half of tools/probe.py that runs in the process of the source under test, from its folder.
 
     python probe_inside.py ENTRY FACTS [--FLAG VALUE of the trainer]...
 
-It stands where the trainer hands over logits, asks for those of changed rows, and writes what it
-saw to FACTS, as JSON. It imports nothing of the project but that source, and judges nothing.
-
-Two layouts of sources are known. In the present one the referee holds the rows, and harness.Run
-validates through a function that the trainer gives it. Until 2026-11-25 the trainer itself had rows
-and loss; its logits are then what it hands to cross_entropy.
+It wraps the referee's `carry_out` and `Run.validate`, asks the trainer for the logits of changed
+rows, and writes what it saw to FACTS, as JSON. It imports nothing of the project but that source.
+tools/probe.py judges the facts.
 """
 
 import hashlib
 import importlib
-import inspect
 import json
 import os
 import sys
@@ -29,16 +25,16 @@ QUIET = (ROOT, *map(os.path.realpath, (sys.prefix, sys.base_prefix)), "/proc/", 
          "/etc/", "/usr/")  # fmt: skip
 NETWORK = ("socket.connect", "socket.bind", "socket.sendto", "socket.getaddrinfo",
            "socket.gethostbyname", "urllib.Request")  # fmt: skip
-NOBODY = ("data/shards.py", "referee/shards.py", Path(__file__).name)  # who opens for others
+SHARD_READERS = ("data/shards.py", "referee/shards.py", Path(__file__).name)  # they open for others
 PROGRAMS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn")
 
 
 class Watch:
-    """What the process opens, starts and calls: an audit hook, which nothing can take off."""
+    """Notes what the process opens, starts and calls: an audit hook, which nothing can remove."""
 
     def __init__(self):
         self.seen = {"opened": set(), "network": set(), "programs": set()}
-        self.is_set_up = False  # from then on nobody has to open a validation shard
+        self.is_set_up = False  # once it is, nobody needs to open a validation shard
 
     def __call__(self, event: str, args: tuple) -> None:
         if event == "open" and isinstance(args[0], str | bytes | os.PathLike):
@@ -51,11 +47,11 @@ class Watch:
             self.seen["programs"].add((str(args[0]), self.caller()))
 
     def caller(self) -> str:
-        """FILE:FUNCTION of the source that is nearest to the call, but for the reader of shards."""
+        """FILE:FUNCTION of the source nearest to the call, not counting the shard reader."""
         frame = sys._getframe(2)
         while frame:
             path, name = os.path.relpath(frame.f_code.co_filename, ROOT), frame.f_code.co_name
-            if not path.startswith("..") and path not in NOBODY and name[0] != "<":
+            if not path.startswith("..") and path not in SHARD_READERS and name[0] != "<":
                 return f"{path}:{name}"
             frame = frame.f_back
         return "a library"
@@ -75,38 +71,37 @@ def largest(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 class Probe:
-    """One run's trainer, whose validations it stands around.
+    """What is tried at each validation of one run.
 
-    owner: what has step, hp, curve. chunks(rows (B, T + 1)) yields logits (n, V) for the positions
-    of rows[:, :-1].flatten() in order.
+    chunks(rows (B, T + 1)) yields logits (n, V) for the positions of rows[:, :-1].flatten().
     """
 
     def __init__(self, watch: Watch):
         self.watch, self.facts = watch, {"validations": []}
 
     def take_rows(self, rows: torch.Tensor) -> torch.Tensor:
-        """Note what the validation is measured on; return the part of it that is probed."""
+        """Note which rows the validation uses; return the few that are probed."""
         tokens = np.ascontiguousarray(rows.numpy(), "<u2")
         self.facts["validated_rows"] = [*rows.shape, hashlib.sha256(tokens).hexdigest()]
         self.rows = rows[:PROBED_ROWS].contiguous()
         self.watch.is_set_up = True
         return self.rows
 
-    def around(self, validate, owner, chunks, state) -> None:
-        """Let the run validate, and take the same loss before and after."""
-        task = getattr(owner, "task", owner.hp)
+    def around(self, validate, run, chunks, state) -> None:
+        """Let the run validate, and compute the same loss before and after."""
         before, own = digest(state()), self.loss(chunks)
         validate()
         again, after = self.loss(chunks), digest(state())
         self.facts["validations"].append(
-            {"step": owner.step, "loss": own, "again": again, "reported": owner.curve[-1][1],
+            {"step": run.step, "loss": own, "again": again, "reported": run.curve[-1][1],
              "weights": before, "weights_after": after})  # fmt: skip
-        if owner.step == owner.hp.num_steps:
+        if run.step == run.hp.num_steps:
             weights = [t for name, t in state().items() if name.startswith("model.")]
-            self.facts |= self.with_noise(chunks, weights, task.vocab_size, task.document_start)
+            self.facts |= self.with_noise(chunks, weights, run.task.vocab_size,
+                                          run.task.document_start)  # fmt: skip
 
     def loss(self, chunks) -> float:
-        """Mean cross-entropy of the probed rows, nats per token, as the referee has it."""
+        """Mean cross-entropy of the probed rows, nats per token, as the referee computes it."""
         targets, total, done = self.rows[:, 1:].flatten(), 0.0, 0
         for logits in chunks(self.rows):
             part = targets[done : done + len(logits)].to(logits.device)
@@ -115,7 +110,7 @@ class Probe:
         return total / len(targets)
 
     def with_noise(self, chunks, weights: list, vocab: int, start: int) -> dict[str, float]:
-        """Largest changes of logits, by what was changed, in a network where every path is open."""
+        """Largest changes of logits, by what was changed, with noise on every weight."""
         rows = self.rows[:, : PROBED_TOKENS + 1]
 
         def logits(rows):
@@ -141,7 +136,7 @@ class Probe:
         return facts
 
     def between_documents(self, logits, rows, vocab: int, start: int) -> dict[str, float]:
-        """Of two documents in a row, what the first does to the second."""
+        """How much the first of two documents in a row changes the logits of the second."""
         cut = rows.size(1) // 2 + 5  # no multiple of any length into which rows may be cut
         two = replaced(rows, slice(cut), vocab, start)
         two[:, cut] = start
@@ -164,11 +159,11 @@ def replaced(rows: torch.Tensor, places: slice, vocab: int, start: int) -> torch
     return rows
 
 
-# ------------------------------------------------------------------------------ Layouts
+# ------------------------------------------------------------------------------ Running
 
 
-def beside_the_referee(harness, probe: Probe) -> None:
-    """Take part in a run of the present layout."""
+def wrap_referee(harness, probe: Probe) -> None:
+    """Let the probe take part in the run."""
     carry_out, validate = harness.carry_out, harness.Run.validate
 
     def carry_out_probed(run, make_trainer):
@@ -189,67 +184,13 @@ def beside_the_referee(harness, probe: Probe) -> None:
     harness.carry_out, harness.Run.validate = carry_out_probed, validate_probed
 
 
-def inside_the_trainer(Trainer, probe: Probe) -> None:
-    """Take part in a run of a layout whose trainer has rows and loss."""
-    make, validate = Trainer.__init__, Trainer.validate
-
-    def make_probed(trainer, *args):
-        make(trainer, *args)
-        inputs, targets = (torch.cat(part) for part in zip(*trainer.val, strict=True))
-        is_next = torch.equal(inputs[:, 1:], targets[:, :-1])  # else these rows are no track's
-        rows = torch.cat([inputs if is_next else targets, targets[:, -1:]], dim=1)
-        rows = probe.take_rows(rows)
-        trainer.val = [(rows[:, :-1].contiguous(), rows[:, 1:].contiguous())]
-
-    def validate_probed(trainer):
-        def chunks(rows):
-            batch = rows[:, :-1].contiguous(), rows[:, 1:].contiguous()
-            return handed_to_cross_entropy(lambda: loss_of(trainer, [batch]))
-
-        owner = getattr(trainer, "run", trainer)
-        probe.around(lambda: validate(trainer), owner, chunks, trainer.state)
-
-    Trainer.__init__, Trainer.validate = make_probed, validate_probed
-
-
-def loss_of(trainer, batches) -> float:
-    steps = [getattr(trainer, "run", trainer).step]
-    takes_step = "step" in inspect.signature(trainer.validation_loss).parameters
-    return trainer.validation_loss(*(steps if takes_step else []), batches)
-
-
-def handed_to_cross_entropy(work) -> list[torch.Tensor]:
-    """The logits (n, V) that work() takes losses of."""
-    cross_entropy, seen = F.cross_entropy, []
-
-    def keep(logits, *args, **options):
-        seen.append(logits.detach())
-        return cross_entropy(logits, *args, **options)
-
-    F.cross_entropy = keep
-    try:
-        work()
-    finally:
-        F.cross_entropy = cross_entropy
-    if not seen:
-        sys.exit("it takes its loss by no cross_entropy of torch (layout of 2026-11-22 to 25)")
-    return seen
-
-
 def main() -> int:
     entry, facts_path, *flags = sys.argv[1:]
     sys.argv[:] = [os.path.join(ROOT, entry), *flags]
-    torch.cpu._is_amx_tile_supported = lambda: False  # fp32 also where there was no --fp32 yet
     sys.addaudithook(watch := Watch())
     probe = Probe(watch)
     module = importlib.import_module(entry.removesuffix(".py").replace("/", "."))
-    harness = sys.modules.get("referee.harness") or sys.modules.get("harness")
-    if hasattr(harness, "Validation"):
-        beside_the_referee(harness, probe)
-    elif hasattr(getattr(module, "Trainer", None), "validation_loss"):
-        inside_the_trainer(module.Trainer, probe)
-    else:
-        sys.exit("it has neither a referee's Validation nor a Trainer with validation_loss")
+    wrap_referee(sys.modules.get("referee.harness") or sys.modules["harness"], probe)
     code = module.main()
     seen = {kind: sorted(entries) for kind, entries in watch.seen.items()}
     Path(facts_path).write_text(json.dumps(probe.facts | seen))
