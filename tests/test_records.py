@@ -1122,10 +1122,13 @@ def test_the_leaderboard_never_mixes_classes_and_notices_a_stale_readme(
     (tmp_path / "README.md").write_text(f"a\n{leaderboard.BEGIN}\n{leaderboard.END}\nz\n")
     monkeypatch.setattr(leaderboard, "ROOT", tmp_path)
     monkeypatch.setattr(leaderboard, "RECORDS", tmp_path / "records")
+    shared = []
+    monkeypatch.setattr(leaderboard, "share", lambda folder, store: shared.append(folder.name))
     monkeypatch.setattr(sys, "argv", ["leaderboard.py", "--check"])
-    assert leaderboard.main() == 1 and "stale" in capsys.readouterr().err
+    assert leaderboard.main() == 1 and "stale" in capsys.readouterr().err and not shared
     monkeypatch.setattr(sys, "argv", ["leaderboard.py"])
     assert leaderboard.main() == 0
+    assert sorted(shared) == ["2026-01-01_One", "2026-01-02_Two", "2026-01-03_Three"]
     text = (tmp_path / "README.md").read_text()
     assert text.startswith("a\n") and text.endswith("\nz\n")
     first, second = text.split("**embedded, target 9**")[1:]
