@@ -86,12 +86,11 @@ def errors_named(path: Path) -> Iterator[None]:
 
 def opened(path: Path, bar: tqdm) -> io.BufferedReader:
     """The contents, decompressed; the bar counts bytes of the file."""
-    file = pa.PythonFile(CallbackIOWrapper(bar.update, path.open("rb"), "read"), "r")
-    if form := {".gz": "gzip", ".zst": "zstd"}.get(path.suffix.lower()):
-        if not path.stat().st_size:
-            raise ValueError("it has no bytes")
-        file = pa.CompressedInputStream(file, form)
-    return io.BufferedReader(file, CHUNK_BYTES)
+    form = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix.lower())
+    if form and not path.stat().st_size:
+        raise ValueError("it has no bytes")
+    counted = CallbackIOWrapper(bar.update, path.open("rb"), "read")
+    return io.BufferedReader(pa.input_stream(counted, form), CHUNK_BYTES)
 
 
 def text_chunks(path: Path, bar: tqdm) -> Iterator[str]:
@@ -101,7 +100,7 @@ def text_chunks(path: Path, bar: tqdm) -> Iterator[str]:
 
 
 def is_utf8(path: Path) -> bool:
-    """Reads all of it: when its end turns out to be wrong, its beginning must not be in a shard."""
+    """Reads all of it: if its end is wrong, its beginning must not be in a shard."""
     with path.open(encoding="utf-8") as file:
         try:
             while file.read(CHUNK_BYTES):
@@ -112,10 +111,13 @@ def is_utf8(path: Path) -> bool:
 
 
 def rows_of(path: Path, column: str, skipped: Counter, bar: tqdm) -> Iterator[Document]:
-    is_json = kind_of(path) != ".parquet"
-    for data in json_lines(path, bar) if is_json else parquet_values(path, column, bar):
+    if kind_of(path) == ".parquet":
+        values, key = parquet_values(path, column, bar), None
+    else:
+        values, key = json_lines(path, bar), column
+    for data in values:
         try:
-            yield [text_of(data, column if is_json else None)]
+            yield [text_of(data, key)]
         except ValueError as reason:
             skipped[str(reason)] += 1
 

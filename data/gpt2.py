@@ -1,25 +1,20 @@
-"""GPT-2's tokenizer, alone or in several processes."""
+"""GPT-2's tokenizer, and its use on several threads."""
 
 import base64
 import re
-import subprocess
-import sys
-import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
-from multiprocessing.connection import Connection, Pipe
 from pathlib import Path
 
 import numpy as np
 import tiktoken
 from tiktoken_ext import openai_public
 
-ROOT = Path(__file__).resolve().parent.parent
-GPT2_FILE = ROOT / "data" / "gpt2.tiktoken"
+GPT2_FILE = Path(__file__).resolve().parent / "gpt2.tiktoken"
 START, START_TEXT = 50256, "<|endoftext|>"
-WORKER = threading.local()  # .pipe: to the process that works for this thread
+BATCH_CHARS = 1 << 20  # of text that a thread encodes at once
+BATCHES_AHEAD = 4  # per thread
 
 PIECE_CHARS = 1 << 18
 # Exactly what tiktoken's regular expression takes for \s; Python's \s is wider.
@@ -28,10 +23,7 @@ LAST_SAFE_CUT = re.compile(f"(?s:.+)(?=[{BLANK}][^{BLANK}])")
 
 
 class TextError(OSError):
-    """What is wrong with which input, and what to do about it, in words for a person."""
-
-
-# ------------------------------------------------------------------------------ Tokenizer
+    """What is wrong with which input, and what to do about it, in one sentence for a person."""
 
 
 def gpt2_ranks(file: Path | None) -> dict[bytes, int]:
@@ -76,10 +68,10 @@ def encoding_of(ranks: dict[bytes, int]) -> tiktoken.Encoding:
 def pieces(chunks: Iterable[str]) -> Iterator[str]:
     """Cut a text, which comes in chunks, into pieces of at most PIECE_CHARS characters.
 
-    The tokens of the pieces are those of the text: GPT-2's regular expression never matches across
-    the place before a blank that something else follows. Only where a stretch of PIECE_CHARS has no
-    such place it is cut anyhow; it decodes to the same text, but tiktoken would need memory and
-    time for it that grow without bound, or fail.
+    The pieces have the same tokens as the whole text: GPT-2's regular expression never matches
+    across the place before a blank that is followed by a non-blank, and the cuts lie there. A
+    stretch of PIECE_CHARS without such a place is cut at its end: it decodes to the same text, and
+    tiktoken, whose memory and time grow without bound on such a stretch, does not fail.
     """
     rest = ""
     for chunk in chunks:
@@ -93,60 +85,30 @@ def pieces(chunks: Iterable[str]) -> Iterator[str]:
     yield rest
 
 
-# ------------------------------------------------------------------------------ Processes
-
-
 def encode_all(
-    batches: Iterable[list], ranks: dict[bytes, int], workers: int, ahead: int
-) -> Iterator[tuple[list, list[np.ndarray]]]:
-    """Yield each batch of pieces, in order, with the tokens (N,) uint16 of each piece's text.
+    pieces: Iterable, encoding: tiktoken.Encoding, threads: int
+) -> Iterator[tuple[object, np.ndarray]]:
+    """Yield each piece, in order, with the tokens (N,) uint16 of its .text.
 
-    ahead: batches that are read before their turn. Raises TextError if a process was killed.
+    Threads suffice: tiktoken releases the interpreter's lock while it encodes. Each takes a batch
+    at once, and only so many batches are read ahead.
     """
-    pending = deque()
-    with ThreadPoolExecutor(workers) as threads:
-        try:
-            for batch in batches:
-                texts = [piece.text for piece in batch]
-                pending.append((batch, threads.submit(encode_elsewhere, texts, ranks)))
-                while pending and (pending[0][1].done() or len(pending) > ahead):
-                    batch, tokens = pending.popleft()
-                    yield batch, tokens.result()
-            for batch, tokens in pending:
-                yield batch, tokens.result()
-        finally:
-            threads.shutdown(cancel_futures=True)
 
+    def encode(batch: list) -> list[tuple[object, np.ndarray]]:
+        # START_TEXT in a text is ordinary text.
+        tokens = [encoding.encode_to_numpy(piece.text, disallowed_special=()) for piece in batch]
+        return [(piece, part.astype(np.uint16)) for piece, part in zip(batch, tokens, strict=True)]
 
-def encode_elsewhere(texts: list[str], ranks: dict[bytes, int]) -> list[np.ndarray]:
-    """The tokens of each text, from a process that this thread alone has a pipe to.
-
-    So when one side is killed the other meets the end of the pipe at once. The pools of the
-    standard library can hang then, or leave their processes behind.
-    """
-    try:
-        if not hasattr(WORKER, "pipe"):
-            WORKER.pipe, there = Pipe()
-            command = [sys.executable, "-c", f"import data.gpt2; data.gpt2.serve({there.fileno()})"]
-            # In a process group of its own: ctrl-C is for the parent alone.
-            subprocess.Popen(command, cwd=ROOT, pass_fds=[there.fileno()], process_group=0)
-            there.close()
-            WORKER.pipe.send(ranks)
-        WORKER.pipe.send(texts)
-        return WORKER.pipe.recv()
-    except (EOFError, OSError):
-        raise TextError(
-            "a worker was killed, most likely for want of memory; run the same command with "
-            "fewer --workers, it goes on where it stopped"
-        ) from None
-
-
-def serve(descriptor: int) -> None:
-    """What such a process does, until the thread ends."""
-    pipe = Connection(descriptor)
-    with suppress(EOFError, ConnectionError):
-        encoding = encoding_of(pipe.recv())
-        while True:
-            texts = pipe.recv()  # in which START_TEXT is ordinary text
-            tokens = [encoding.encode_to_numpy(text, disallowed_special=()) for text in texts]
-            pipe.send([part.astype(np.uint16) for part in tokens])
+    batch, chars, pending = [], 0, deque()
+    with ThreadPoolExecutor(threads) as pool:
+        for piece in pieces:
+            batch.append(piece)
+            chars += len(piece.text)
+            if chars >= BATCH_CHARS:
+                pending.append(pool.submit(encode, batch))
+                batch, chars = [], 0
+            if len(pending) > BATCHES_AHEAD * threads:
+                yield from pending.popleft().result()
+        for encoded in pending:
+            yield from encoded.result()
+    yield from encode(batch)

@@ -3,16 +3,14 @@
 
 Documents keep the order of the input, in which `fineweb` trains. One in 20 goes to validation,
 chosen by the hash of its text, until --val_tokens are reached; later copies of such a document are
-left out. So no document is in both, and where it goes depends neither on the number of workers nor
+left out. So no document is in both, and where it goes depends neither on the number of threads nor
 on what follows it in the input.
 
-An interrupted run goes on after its last whole shard when it is started again: it reads what is in
-those shards, and so notices if that has changed, but does not tokenize it. manifest.json is written
-last: where it stands, the shards are finished.
+Shards are named .part until all are written, then get their names; manifest.json is written last.
+An interrupted run begins again when it is started again.
 """
 
 import argparse
-import fcntl
 import hashlib
 import json
 import os
@@ -20,7 +18,6 @@ import re
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,115 +28,77 @@ import numpy as np
 from tqdm import tqdm
 
 from data.documents import KINDS, Document, articles, find_files, read_documents
-from data.gpt2 import START, TextError, encode_all, gpt2_ranks, pieces
+from data.gpt2 import START, TextError, encode_all, encoding_of, gpt2_ranks, pieces
+from data.hub import download, list_files, locked
 from referee.shards import HEADER_BYTES, file_sha256, write_shard
 
 FOLDER = Path(__file__).resolve().parent
 MAX_SHARD_TOKENS = 2**31 - 1  # the header's count is an int32
 VAL_SHARE = 20  # one document in this many may go to validation
-BATCH_CHARS = 1 << 20  # of text that a worker gets at once
-AHEAD = 4  # batches per worker that are read before they can be encoded
 FIRST = np.array([START], np.uint16)  # token of each document
 
 
 class Piece(NamedTuple):
     """A document, or a part of it if it is long.
 
-    digest: of the document's first piece, for which starts is true; checksum: of all that was read
-    up to here; text: empty if it is in a whole shard already.
+    split: train, val, or both if its hash decides; starts: is it the document's first piece?
+    digest: hash of that first piece.
     """
 
     split: str
     starts: bool
     digest: str
-    checksum: str
     text: str
 
 
-def read_pieces(
-    splits: dict[str, Iterable[Document]], done: int, skipped: Counter
-) -> Iterator[Piece]:
-    """All pieces of the input, of which the first `done` are in whole shards, or in validation."""
-    checksum, count = hashlib.blake2b(digest_size=16), 0
+def read_pieces(splits: dict[str, Iterable[Document]], skipped: Counter) -> Iterator[Piece]:
     for split, documents in splits.items():
         for document in documents:
             for number, text in enumerate(pieces(document)):
-                if not text:
-                    skipped["empty"] += 1
-                    continue
-                own = hashlib.blake2b(text.encode(), digest_size=8)
-                checksum.update(own.digest())
                 if number == 0:
-                    digest = own.hexdigest()
-                count += 1
-                text = text if count >= done or may_be_val(split, digest) else ""
-                yield Piece(split, number == 0, digest, checksum.hexdigest(), text)
-
-
-def may_be_val(split: str, digest: str) -> bool:
-    return split == "val" or split == "both" and int(digest, 16) % VAL_SHARE == 0
-
-
-def batches(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
-    batch, size = [], 0
-    for piece in pieces:
-        batch.append(piece)
-        size += len(piece.text) or 100  # batches of pieces without text end as well
-        if size >= BATCH_CHARS:
-            yield batch
-            batch, size = [], 0
-    yield batch
+                    digest = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
+                if text:
+                    yield Piece(split, number == 0, digest, text)
+                else:
+                    skipped["empty"] += 1
 
 
 # ------------------------------------------------------------------------------ Shards
 
 
 class Shards:
-    """Deals the tokens of one run to its shards.
-
-    OUT/unfinished.json is written with each whole shard of training, and says how much of the input
-    is in those. Validation is written last: the next run tokenizes what may belong to it again.
-    """
+    """Deals the tokens of one run to its shards."""
 
     def __init__(self, out: Path, options: dict, ranks: dict[bytes, int]):
-        self.out, self.options, self.journal = out, options, out / "unfinished.json"
+        self.out, self.options = out, options
         self.token_bytes = np.zeros(1 << 16, np.uint16)  # of text in each token
         self.token_bytes[list(ranks.values())] = [len(token) for token in ranks]
         self.train, self.filled = np.empty(options["shard_tokens"], np.uint16), 0
         self.val, self.val_tokens, self.val_digests = [], 0, set()
-        self.pieces, self.goal, self.skipped = 0, "", Counter()
-        # The last whole shard ends in the piece of this number, after `offset` of its tokens.
-        self.done = {"options": options, "pieces": 0, "offset": 0, "checksum": "", "shards": []}
+        self.split, self.skipped = "", Counter()
+        self.written = []  # what the manifest says of each whole shard
         for part in out.glob(f"{options['name']}_*.part"):  # of a run that was killed
             part.unlink()
-        if self.journal.exists():
-            self.done = {**read_made(self.journal, options), "options": options}
-        elif found := sorted(out.glob(f"{options['name']}_*.bin")):
+        if found := sorted(out.glob(f"{options['name']}_*.bin")):
             raise TextError(
-                f"{found[0]} is there, from no run that could be continued; choose another "
-                "--out or --name, or delete it"
+                f"{found[0]} is there without the manifest.json of a finished run; delete it, or "
+                "choose another --out or --name"
             )
-        else:
-            write_json(self.journal, self.done)
 
     def take(self, piece: Piece, tokens: np.ndarray) -> None:
-        """Put the next piece where it belongs. Raises TextError if the input has changed."""
-        self.pieces += 1
-        is_last_done = self.pieces == self.done["pieces"]
-        if is_last_done and piece.checksum != self.done["checksum"]:
-            raise self.changed()
+        """Put the next piece where it belongs."""
         if piece.starts:
-            self.goal = self.goal_of(piece)
+            self.split = self.split_of(piece)
             tokens = np.concatenate((FIRST, tokens))
-        if self.goal == "train" and self.pieces >= self.done["pieces"]:
-            self.fill(tokens, self.done["offset"] if is_last_done else 0, piece.checksum)
-        elif self.goal == "val":
+        if self.split == "train":
+            self.fill(tokens)
+        elif self.split == "val":
             if piece.split == "both":
                 tokens = tokens[: self.options["val_tokens"] - self.val_tokens]
             self.val.append(tokens)
             self.val_tokens += len(tokens)
 
-    def goal_of(self, piece: Piece) -> str:
+    def split_of(self, piece: Piece) -> str:
         """Where a document goes: train, val, or nowhere."""
         if piece.split != "both":
             return piece.split
@@ -147,48 +106,45 @@ class Shards:
             self.skipped["in validation already"] += 1
             return ""
         is_full = self.val_tokens == self.options["val_tokens"]
-        if is_full or not may_be_val(piece.split, piece.digest):
+        if is_full or int(piece.digest, 16) % VAL_SHARE:
             return "train"
         self.val_digests.add(piece.digest)
         return "val"
 
-    def fill(self, tokens: np.ndarray, begin: int, checksum: str) -> None:
-        """Add tokens[begin:] to training, and write each shard that they make whole."""
-        while begin < len(tokens):
-            part = tokens[begin : begin + len(self.train) - self.filled]
+    def fill(self, tokens: np.ndarray) -> None:
+        """Add tokens to training, and write each shard that becomes full."""
+        while len(tokens):
+            part, tokens = np.split(tokens, [len(self.train) - self.filled])
             self.train[self.filled : self.filled + len(part)] = part
-            self.filled, begin = self.filled + len(part), begin + len(part)
+            self.filled += len(part)
             if self.filled == len(self.train):
-                self.done["shards"].append(self.write("train", self.train))
-                self.done |= {"pieces": self.pieces, "offset": begin, "checksum": checksum}
-                write_json(self.journal, self.done)
+                self.written.append(self.write("train", self.train))
                 self.filled = 0
 
     def write(self, split: str, tokens: np.ndarray) -> dict:
-        """Write one shard; return what the manifest says of it."""
-        number = len(self.done["shards"]) + 1 if split == "train" else 0
-        path = self.out / f"{self.options['name']}_{split}_{number:06d}.bin"
-        write_shard(path, tokens)
+        """Write one shard, as yet named .part; return what the manifest says of it."""
+        number = len(self.written) + 1 if split == "train" else 0
+        name = f"{self.options['name']}_{split}_{number:06d}.bin"
+        part = self.out / f"{name}.part"
+        write_shard(part, tokens)
         return {
-            "name": path.name,
+            "name": name,
             "tokens": len(tokens),
             "documents": int(np.count_nonzero(tokens == START)),
             "bytes_of_text": int(self.token_bytes[tokens].sum(dtype=np.int64)),
-            "sha256": file_sha256(path),
+            "sha256": file_sha256(part),
         }
 
     def finish(self) -> dict:
         """Write the last shards and the manifest; return that. TextError if nothing can train."""
-        if self.pieces < self.done["pieces"]:
-            raise self.changed()
-        shards = self.done["shards"]
-        if not self.filled and not shards:
+        shards = self.written
+        if self.filled:
+            shards.append(self.write("train", self.train[: self.filled]))
+        if not shards:
             raise TextError(
                 f"no text is left to train on ({self.val_tokens:,} tokens are in validation, "
                 f"skipped: {dict(self.skipped) or 'nothing'}); give more, or --val_tokens 0"
             )
-        if self.filled:
-            shards.append(self.write("train", self.train[: self.filled]))
         if self.val_tokens:
             shards.insert(0, self.write("val", np.concatenate(self.val)))
         manifest = {"created_by": "data/tokenize_text.py", "options": self.options}
@@ -196,61 +152,41 @@ class Shards:
             manifest[key] = sum(shard[key] for shard in shards)
         manifest["bytes_per_token"] = round(manifest["bytes_of_text"] / manifest["tokens"], 6)
         manifest |= {"skipped": dict(sorted(self.skipped.items())), "shards": shards}
-        write_json(self.out / "manifest.json", manifest)
-        self.journal.unlink()
+        for shard in shards:
+            (self.out / f"{shard['name']}.part").replace(self.out / shard["name"])
+        text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
+        part = self.out / "manifest.json.part"
+        part.write_text(text, encoding="utf-8")
+        part.replace(self.out / "manifest.json")
         return manifest
 
-    def changed(self) -> TextError:
-        return TextError(
-            "the input is not what it was when this work began; restore it, or delete "
-            f"{self.out} to begin anew"
-        )
 
-
-def read_made(path: Path, options: dict) -> dict:
-    """Read a journal or manifest. TextError if it has other options, or shards that are gone."""
-    made = {"options": {}, "shards": []}
-    with suppress(ValueError, TypeError):  # if it is damaged it has none of these
-        made |= json.loads(path.read_text())
-    found = made["options"]
+def read_manifest(path: Path, options: dict) -> dict:
+    """The manifest of a finished run. TextError if it had other options, or shards are gone."""
+    anew = f"delete {path.parent} to begin anew"
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        found, shards = manifest["options"], manifest["shards"]
+    except (ValueError, TypeError, KeyError):
+        raise TextError(f"{path} is damaged; {anew}") from None
     changed = [f"{k}: {found.get(k)}, now {v}" for k, v in options.items() if found.get(k) != v]
-    if changed and (made["shards"] or not found):  # without a shard nothing is lost
+    if changed:
         raise TextError(
             f"{path} is of a run with other options ({', '.join(changed)}); give those again, "
-            f"choose another --out, or delete {path.parent} to begin anew"
+            f"choose another --out, or {anew}"
         )
-    for shard in made["shards"]:
+    for shard in shards:
         file, size = path.with_name(shard["name"]), HEADER_BYTES + 2 * shard["tokens"]
         if not file.exists() or file.stat().st_size != size:
-            raise TextError(f"{file} is not as {path} says; delete {path.parent} to begin anew")
-    return made
+            raise TextError(f"{file} is not as {path} says; {anew}")
+    return manifest
 
 
-def write_json(path: Path, value: dict) -> None:
-    part = path.with_name(f"{path.name}.part")
-    part.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n")
-    part.replace(path)
-
-
-@contextmanager
-def locked(out: Path) -> Iterator[None]:
-    """Keep other processes from a folder."""
-    out.mkdir(parents=True, exist_ok=True)
-    with (out / ".lock").open("a") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise TextError(f"another process is writing to {out}; wait, or choose --out") from None
-        yield
-
-
-# ------------------------------------------------------------------------------ WikiText-103
+# ------------------------------------------------------------------------------ Main
 
 
 def wikitext103(out: Path) -> dict[str, list[Path]]:
     """The parquet files of each split, downloaded to a folder in out. Raises HubError."""
-    from data.hub import download, list_files  # slow to import, and only needed here
-
     repo, prefix = "Salesforce/wikitext", "wikitext-103-raw-v1/"
     advice = f"run this on a machine with network, and bring all that it writes to {out}"
     listed = {
@@ -258,9 +194,6 @@ def wikitext103(out: Path) -> dict[str, list[Path]]:
         for split, name in {"val": "validation-", "train": "train-"}.items()
     }
     return {split: download(repo, files, out / "parquet") for split, files in listed.items()}
-
-
-# ------------------------------------------------------------------------------ Main
 
 
 def tokenize(args: argparse.Namespace) -> dict:
@@ -279,7 +212,7 @@ def tokenize(args: argparse.Namespace) -> dict:
         options |= {"input_files": len(files["both"]), "input_bytes": size_of(files)}
     with locked(args.out):
         if (path := args.out / "manifest.json").exists():
-            return read_made(path, options)
+            return read_manifest(path, options)
         shards = Shards(args.out, options, ranks)
         files = files or wikitext103(args.out)
         with tqdm(total=size_of(files), unit="B", unit_scale=True, disable=None) as bar:
@@ -289,10 +222,9 @@ def tokenize(args: argparse.Namespace) -> dict:
             }
             if args.preset:
                 splits = {split: articles(rows) for split, rows in splits.items()}
-            todo = batches(read_pieces(splits, shards.done["pieces"], shards.skipped))
-            for batch, tokens in encode_all(todo, ranks, args.workers, AHEAD * args.workers):
-                for piece, piece_tokens in zip(batch, tokens, strict=True):
-                    shards.take(piece, piece_tokens)
+            todo = read_pieces(splits, shards.skipped)
+            for piece, tokens in encode_all(todo, encoding_of(ranks), args.workers):
+                shards.take(piece, tokens)
         return shards.finish()
 
 
@@ -314,7 +246,7 @@ def parse() -> argparse.Namespace:
     add("--tokenizer_file", type=Path, help="default: data/gpt2.tiktoken, or a download")
     # A Mac cannot say which cores this process may use.
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    add("--workers", type=int, default=cores, help="processes (default: one per core)")
+    add("--workers", type=int, default=cores, help="threads (default: one per core)")
     args = parser.parse_args()
     if bool(args.preset) == bool(args.inputs):
         parser.error("give either inputs or a --preset")
@@ -339,7 +271,7 @@ def main() -> int:
         print(f"error: {where}{error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("stopped; the same command goes on where this one was", file=sys.stderr)
+        print("stopped; the same command begins again", file=sys.stderr)
         return 130
     for shard in manifest["shards"]:
         print(f"{args.out / shard['name']}  {shard['tokens']:,} tokens")

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 
-from data.gpt2 import ROOT, START, encoding_of, gpt2_ranks
+from data.gpt2 import START, encoding_of, gpt2_ranks
 from referee.shards import HEADER_BYTES
 
 

@@ -1,15 +1,11 @@
 import base64
-import contextlib
 import gzip
 import json
 import os
 import random
-import resource
 import signal
 import subprocess
 import sys
-import threading
-import time
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +15,7 @@ import pytest
 from conftest import ROOT
 
 from data import check_shards, documents, gpt2, tokenize_text
-from referee.shards import open_shard
+from referee.shards import open_shard, write_shard
 
 START = 50256
 MERGES = [b" t", b"he", b" a", b"in", b" the", b"er", b"on", b"\n\n", b"  ", b" w", b"or", b" wor"]
@@ -60,21 +56,8 @@ def run(rank_file, tmp_path, monkeypatch, capsys):
             code = end.code
         return code, *capsys.readouterr()
 
-    monkeypatch.setattr(tokenize_text, "BATCH_CHARS", 1000)
+    monkeypatch.setattr(gpt2, "BATCH_CHARS", 1000)
     return call
-
-
-def start(flags: list, rank_file: Path, **options) -> subprocess.Popen:
-    """The same as a process of its own, in a group of its own."""
-    script = "from data import tokenize_text as t; t.BATCH_CHARS = 1000; raise SystemExit(t.main())"
-    return subprocess.Popen(
-        [sys.executable, "-c", script, f"--tokenizer_file={rank_file}", "--workers=2", *flags],
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}:{ROOT / 'tools'}"},
-        **options,
-    )
 
 
 def texts_of(paths: list[Path]) -> list[str]:
@@ -351,156 +334,40 @@ def test_the_manifest_adds_up(run, corpus, tmp_path, monkeypatch):
 # ------------------------------------------------------------------------------ Interruptions
 
 
-def wait_until(is_true, process: subprocess.Popen | None = None) -> None:
-    deadline = time.monotonic() + 60
-    while not is_true():
-        assert process is None or process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.002)
+def test_ctrl_c_ends_it_and_the_same_command_begins_again(run, rank_file, corpus, tmp_path):
+    pipe, out, flags = tmp_path / "in.jsonl", tmp_path / "out", ["--val_tokens=500"]
+    os.mkfifo(pipe)
+    command = [sys.executable, ROOT / "data/tokenize_text.py", pipe, *flags, f"--out={out}"]
+    command += ["--shard_tokens=3000", f"--tokenizer_file={rank_file}", "--workers=2"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    with pipe.open("wb", buffering=0) as file:
+        while not list(out.glob("*.part")):  # more than is read ahead
+            file.write(corpus.read_bytes())
+            assert process.poll() is None, process.communicate()
+        code, _, errors = run(corpus, "--val_tokens=0")
+        assert code == 1 and "another process" in errors and str(out) in errors
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=20)
+    assert process.returncode == 130 and errors.count("\n") == 1 and "begins again" in errors
+    assert list(out.glob("*.part")) and not list(out.glob("*.bin")) + list(out.glob("*.json"))
+    flags += [corpus, "--shard_tokens=20000"]
+    assert run(*flags)[0] == run(*flags, out="undisturbed")[0] == 0
+    assert contents(out) == contents(tmp_path / "undisturbed")
 
 
-def children(pid: int) -> list[int]:
-    lists = [path.read_text() for path in Path(f"/proc/{pid}/task").glob("*/children")]
-    return [int(child) for children in lists for child in children.split()]
-
-
-def is_alive(pid: int) -> bool:
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
-
-
-class Pipe:
-    """A .jsonl that comes through a named pipe: its lines slowly, again and again, or any data."""
-
-    def __init__(self, path: Path, lines: bytes):
-        os.mkfifo(path)
-        self.path, self.lines, self.fed, self.thread = path, lines, 0, None
-
-    def feed(self, data: bytes = b"") -> None:
-        if self.thread:  # two writers at once would mix their data
-            self.thread.join(60)
-        self.thread = threading.Thread(target=self.write, args=(data,), daemon=True)
-        self.thread.start()
-
-    def write(self, data: bytes) -> None:
-        with contextlib.suppress(BrokenPipeError), self.path.open("wb", buffering=0) as file:
-            file.write(data)
-            while not data:
-                begin = self.fed % len(self.lines)
-                self.fed += file.write(self.lines[begin : begin + 5000])
-                time.sleep(0.01)
-
-    def all_fed(self) -> bytes:
-        """What came slowly, and some more."""
-        return self.lines * (self.fed // len(self.lines) + 2)
-
-
-@pytest.fixture
-def interrupted(rank_file, tmp_path):
-    """(flags, pipe, process): a run that has finished a shard, and is in the middle of another."""
-    pipe = Pipe(tmp_path / "in.jsonl", json_lines(english(0, 1000)))
-    pipe.feed()
-    flags = [pipe.path, "--val_tokens=2000", "--shard_tokens=3000"]
-    process = start([*flags, f"--out={tmp_path / 'out'}"], rank_file)
-    wait_until((tmp_path / "out/text_train_000003.bin").exists, process)
-    yield flags, pipe, process
-    process.kill()
-    process.communicate()
-
-
-def test_killed_it_goes_on_and_ends_the_same(run, interrupted, tmp_path, monkeypatch):
-    flags, pipe, process = interrupted
-    workers = children(process.pid)
-    assert len(workers) == 2
-    process.kill()
-    process.wait()
-    wait_until(lambda: not any(map(is_alive, workers)))
-    (tmp_path / "out/text_train_000099.bin.1.part").touch()
-    before = {path: path.stat().st_mtime_ns for path in train_shards(tmp_path / "out")[:-1]}
-
-    code, _, errors = run(*flags, "--val_tokens=5")
-    assert code == 1 and "val_tokens: 2000, now 5" in errors and str(tmp_path / "out") in errors
-    text = pipe.all_fed()
-    for changed in (text.replace(b"the", b"teh", 1), text[:5000]):
-        pipe.feed(changed)
-        code, _, errors = run(*flags)
-        assert code == 1 and "the input is not what it was" in errors
-
-    pipe.feed(text)
-    assert run(*flags, out="undisturbed")[0] == 0
-    encoded, encode_all = [], tokenize_text.encode_all
-
-    def watched(batches, *rest):
-        for batch, tokens in encode_all(batches, *rest):
-            encoded.extend(batch)
-            yield batch, tokens
-
-    monkeypatch.setattr(tokenize_text, "encode_all", watched)
-    pipe.feed(text)
-    assert run(*flags)[0] == 0
-    assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
-    assert before and all(path.stat().st_mtime_ns == when for path, when in before.items())
-    blank = [not piece.text for piece in encoded]  # not tokenized again
-    assert sum(blank[: sum(blank)]) > 0.8 * sum(blank) and not any(blank[2 * sum(blank) :])
-
-
-def test_ctrl_c_ends_it_in_one_line(run, interrupted):
-    flags, pipe, process = interrupted
-    busy = run(*flags)
-    assert busy[0] == 1 and "another process" in busy[2]
-    workers = children(process.pid)
-    os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=20)
-    assert process.returncode == 130 and errors.count("\n") == 1, errors
-    wait_until(lambda: not any(map(is_alive, workers)))
-    pipe.feed(pipe.all_fed())
-    assert run(*flags)[0] == 0
-
-
-def test_a_killed_worker_ends_the_run_with_advice(interrupted):
-    _, _, process = interrupted
-    os.kill(children(process.pid)[0], signal.SIGKILL)
-    _, errors = process.communicate(timeout=20)
-    assert process.returncode == 1 and errors.count("\n") == 1, errors
-    assert "fewer --workers" in errors
-
-
-def test_going_on_inside_a_long_document(run, tmp_path, monkeypatch):
-    monkeypatch.setattr(gpt2, "PIECE_CHARS", 1000)
-    (tmp_path / "a.txt").write_text("\n".join(english(0, 500)))
-    flags = [tmp_path / "a.txt", "--val_tokens=0", "--shard_tokens=3000"]
-    assert run(*flags, out="undisturbed")[0] == 0
-    count = iter(range(3))
-    write_shard = tokenize_text.write_shard
-
-    def failing(*given):
-        if next(count, None) is None:
+def test_a_full_disk_is_named_and_the_next_run_begins_again(run, corpus, tmp_path, monkeypatch):
+    def failing(path, tokens):
+        if "000004" in path.name:
             raise OSError(28, "No space left on device")
-        write_shard(*given)
+        write_shard(path, tokens)
 
+    monkeypatch.setattr(gpt2, "PIECE_CHARS", 100)  # shards end inside documents
+    flags = [corpus, "--val_tokens=500", "--shard_tokens=3000"]
     with monkeypatch.context() as patch:
         patch.setattr(tokenize_text, "write_shard", failing)
         code, _, errors = run(*flags)
     assert code == 1 and "No space left" in errors and "make room" in errors
-    assert len(train_shards(tmp_path / "out")) == 3
-    assert run(*flags)[0] == 0
-    assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
-
-
-def test_a_full_disk_is_named_and_the_next_run_goes_on(run, rank_file, corpus, tmp_path):
-    flags = [corpus, "--val_tokens=500", "--shard_tokens=3000"]
-    full = (5_000, 5_000)  # bytes per file; a shard needs more
-    process = start(
-        [*flags, f"--out={tmp_path / 'out'}"],
-        rank_file,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, full),
-    )
-    _, errors = process.communicate()
-    assert process.returncode == 1 and errors.count("\n") == 1, errors
-    assert "File too large" in errors and str(tmp_path / "out") in errors
-    assert not list((tmp_path / "out").glob("*.bin*"))
+    assert str(tmp_path / "out") in errors and len(list((tmp_path / "out").iterdir())) == 4
     assert run(*flags)[0] == run(*flags, out="undisturbed")[0] == 0
     assert contents(tmp_path / "out") == contents(tmp_path / "undisturbed")
 
@@ -560,18 +427,17 @@ def hub(monkeypatch):
     def list_files(repo, prefix, advice):
         if not hub.is_there:
             raise hub.HubError(f"cannot list {repo}; {advice}")
-        found = WIKITEXT.items()
-        return [hub.RemoteFile(n, len(d), None) for n, d in found if n.startswith(prefix)]
+        return [name for name in WIKITEXT if name.startswith(prefix)]
 
-    def download(repo, files, folder):
-        for file in files:
-            (folder / file.name).parent.mkdir(parents=True, exist_ok=True)
-            (folder / file.name).write_bytes(WIKITEXT[file.name])
-        return [folder / file.name for file in files]
+    def download(repo, names, folder):
+        for name in names:
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            (folder / name).write_bytes(WIKITEXT[name])
+        return [folder / name for name in names]
 
     monkeypatch.setattr(hub, "is_there", True, raising=False)
-    monkeypatch.setattr(hub, "list_files", list_files)
-    monkeypatch.setattr(hub, "download", download)
+    monkeypatch.setattr(tokenize_text, "list_files", list_files)
+    monkeypatch.setattr(tokenize_text, "download", download)
     return hub
 
 
