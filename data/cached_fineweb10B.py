@@ -64,7 +64,8 @@ def check(folder: Path, revision: str) -> int:
         raise ShardError(f"no shards in {folder}; run: ./run.sh data/cached_fineweb10B.py")
     report = check_all(paths, VOCAB_SIZE, DOCUMENT_START)
     try:
-        known = {file.rfilename: {"sha256": file.lfs.sha256} for file in list_files(REPO, revision)}
+        listed = list_files(REPO, revision, "fineweb_")
+        known = {file.rfilename: {"sha256": file.lfs.sha256} for file in listed}
         compare(report.facts, known, f"{REPO} at {revision}", report)
         print(f"{len(report.facts)} shards have been compared with the hub's")
     except HubError as error:

@@ -39,43 +39,16 @@ def is_validation(path: Path) -> bool:
     return "val" in path.stem.split("_")
 
 
-def compare_splits(path: Path, tokens: np.ndarray, starts: np.ndarray, report: Report) -> None:
-    """Remember the documents of a validation shard; look those of a training shard up."""
-    if not is_validation(path) and not report.val_documents:
-        return
-    documents = np.split(tokens, starts)[1:]  # what lies before the first start was cut
-    hashes = [
-        hashlib.blake2b(d, digest_size=DIGEST_BYTES).digest() for d in documents if len(d) > 1
-    ]
-    if is_validation(path):
-        report.val_documents.update(hashes)
-    elif shared := sum(digest in report.val_documents for digest in hashes):
-        report.problems.append(f"{path} has {shared:,} documents that stand in validation too")
-
-
-def compare(facts: dict[Path, dict], known: dict[str, dict], where: str, report: Report) -> None:
-    """Compare the facts of shards with those that are known of them, by file name, elsewhere."""
-    for path, found in facts.items():
-        if path.name not in known:
-            report.problems.append(f"{path} is not in {where}")
-        for key, value in known.get(path.name, {}).items():
-            if found.get(key, value) != value:
-                report.problems.append(f"{path} has {key} {found[key]}, {where} says {value}")
-
-
-def check_manifest(manifest: Path, report: Report) -> None:
-    """Compare the shards of one folder with the manifest in it."""
-    try:
-        shards = json.loads(manifest.read_text())["shards"]
-        known = {Path(entry["name"]).name: entry for entry in shards}
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        report.problems.append(f"{manifest} is damaged ({type(error).__name__}: {error})")
-        return
-    for name in known:
-        if not manifest.with_name(name).exists():
-            report.problems.append(f"{manifest.with_name(name)} is not there, but in {manifest}")
-    beside = {path: found for path, found in report.facts.items() if path.parent == manifest.parent}
-    compare(beside, known, str(manifest), report)
+def check_all(paths: Iterable[Path], vocab_size: int, document_start: int) -> Report:
+    """Check the shards of validation first: those of training are compared with them."""
+    report = Report()
+    paths = sorted(paths, key=lambda path: (not is_validation(path), path))
+    for path in tqdm(paths, unit="shard", disable=None):
+        try:
+            check_shard(path, vocab_size, document_start, report)
+        except OSError as error:  # the advice of a ShardError is for a track's own data
+            report.problems.append(error.problem if isinstance(error, ShardError) else str(error))
+    return report
 
 
 def check_shard(path: Path, vocab_size: int, document_start: int, report: Report) -> None:
@@ -94,19 +67,43 @@ def check_shard(path: Path, vocab_size: int, document_start: int, report: Report
         f"sha256 {digest}"
     )
     report.facts[path] = {"tokens": len(tokens), "documents": len(starts), "sha256": digest}
-    compare_splits(path, tokens, starts, report)
+    if is_validation(path):
+        report.val_documents |= set(document_hashes(tokens, starts))
+    elif report.val_documents:
+        hashes = document_hashes(tokens, starts)
+        if shared := sum(digest in report.val_documents for digest in hashes):
+            report.problems.append(f"{path} has {shared:,} documents that are in validation too")
 
 
-def check_all(paths: Iterable[Path], vocab_size: int, document_start: int) -> Report:
-    """Check the shards of validation first: those of training are compared with them."""
-    report = Report()
-    paths = sorted(paths, key=lambda path: (not is_validation(path), path))
-    for path in tqdm(paths, unit="shard", disable=None):
-        try:
-            check_shard(path, vocab_size, document_start, report)
-        except OSError as error:  # the advice of a ShardError is for a track's own data
-            report.problems.append(error.problem if isinstance(error, ShardError) else str(error))
-    return report
+def document_hashes(tokens: np.ndarray, starts: np.ndarray) -> list[bytes]:
+    """The hash of each document that is not empty."""
+    documents = np.split(tokens, starts)[1:]  # what lies before the first start was cut
+    return [hashlib.blake2b(d, digest_size=DIGEST_BYTES).digest() for d in documents if len(d) > 1]
+
+
+def compare(facts: dict[Path, dict], known: dict[str, dict], where: str, report: Report) -> None:
+    """Compare the facts of shards with those that are known of them, by file name, elsewhere."""
+    for path, found in facts.items():
+        if path.name not in known:
+            report.problems.append(f"{path} is not in {where}")
+        for key, value in known.get(path.name, {}).items():
+            if found.get(key, value) != value:
+                report.problems.append(f"{path} has {key} {found[key]}, {where} says {value}")
+
+
+def check_manifest(manifest: Path, report: Report) -> None:
+    """Compare the shards of one folder with the manifest in it."""
+    try:
+        shards = json.loads(manifest.read_text(encoding="utf-8"))["shards"]
+        known = {Path(entry["name"]).name: entry for entry in shards}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        report.problems.append(f"{manifest} is damaged ({type(error).__name__}: {error})")
+        return
+    for name in known:
+        if not manifest.with_name(name).exists():
+            report.problems.append(f"{manifest.with_name(name)} is not there, but in {manifest}")
+    beside = {path: found for path, found in report.facts.items() if path.parent == manifest.parent}
+    compare(beside, known, str(manifest), report)
 
 
 def print_problems(report: Report) -> int:
@@ -118,13 +115,10 @@ def print_problems(report: Report) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("globs", nargs="+", metavar="GLOB", help="shards; a glob may be quoted")
-    parser.add_argument(
-        "--vocab_size", type=int, default=50257, help="ids lie below it (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--document_start", type=int, default=50256, help="token (default: %(default)s)"
-    )
+    add = parser.add_argument
+    add("globs", nargs="+", metavar="GLOB", help="shards; a glob may be quoted")
+    add("--vocab_size", type=int, default=50257, help="ids lie below it (default: %(default)s)")
+    add("--document_start", type=int, default=50256, help="token (default: %(default)s)")
     args = parser.parse_args()
     try:
         paths = {path for pattern in args.globs for path in find_shards(pattern)}

@@ -59,20 +59,15 @@ def is_validation(name: str) -> bool:
     return int(hashlib.sha256(name.encode()).hexdigest()[:8], 16) % VAL_SHARE == 0
 
 
-def tokens_of(texts: list[bytes]) -> np.ndarray:
-    """One uint16 stream: each text behind its separator."""
-    separator = np.array([SEPARATOR], np.uint16)
-    return np.concatenate([p for t in texts for p in (separator, np.frombuffer(t, np.uint8))])
-
-
 def build(folder: Path, package: Path) -> dict[str, int]:
     """Write embedded_train.bin and embedded_val.bin into folder; return tokens by file name."""
-    texts = documents(package)
-    counts = {}
+    texts, counts = documents(package), {}
+    separator = np.array([SEPARATOR], np.uint16)
     for split in ("val", "train"):
         chosen = [t for name, t in texts.items() if is_validation(name) == (split == "val")]
         random.Random(SHUFFLE_SEED).shuffle(chosen)
-        tokens = tokens_of(chosen)
+        files = [np.frombuffer(text, np.uint8) for text in chosen]
+        tokens = np.concatenate([part for file in files for part in (separator, file)])
         write_shard(folder / f"embedded_{split}.bin", tokens)
         counts[f"embedded_{split}.bin"] = len(tokens)
     return counts

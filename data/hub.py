@@ -67,6 +67,8 @@ def download(
         # Its cache is not the user's: a damaged copy there would be taken again and again.
         ask = partial(ask, local_dir=staging, cache_dir=staging, allow_patterns=names)
         with locked(folder):
+            for left in staging.rglob("*.incomplete"):  # by a run that was killed
+                left.unlink()
             require_space(missing, folder)
             before = signal.signal(signal.SIGINT, stop)
             try:
@@ -86,8 +88,6 @@ def download(
 
 def require_space(files: list[RepoSibling], folder: Path) -> None:
     """Raise HubError if the folder has no room for files that are still to come."""
-    for left in (folder / "part").rglob("*.incomplete"):  # by a run that was killed
-        left.unlink()
     coming = [file for file in files if not (folder / "part" / file.rfilename).exists()]
     needed, free = sum(file.size for file in coming), shutil.disk_usage(folder).free
     if needed > free:
@@ -112,6 +112,7 @@ def accept(file: RepoSibling, staging: Path, folder: Path, check: Callable[[Path
 
 
 def with_retries(call: Callable):
+    """call(), tried again after any error. Raises what the last try raised."""
     for wait_s in WAITS_S:
         try:
             return call()

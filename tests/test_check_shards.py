@@ -65,7 +65,7 @@ def test_documents_of_both_splits_are_named(folder):
     write_shard(folder / "my_val_000000.bin", np.concatenate([empty, stream]))
     done = check(folder / "*.bin")
     assert done.returncode == 1
-    shared = f"{folder / 'my_train_000001.bin'} has 1 documents that stand in validation too"
+    shared = f"{folder / 'my_train_000001.bin'} has 1 documents that are in validation too"
     assert done.stderr == f"error: {shared}\n"
 
 

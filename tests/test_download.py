@@ -47,7 +47,7 @@ def contents(tmp_path_factory) -> dict[str, bytes]:
 
 @pytest.fixture
 def hub(contents):
-    with HubServer({REPO: dict(contents)}) as server:
+    with HubServer({REPO: {".gitattributes": b"", **contents}}) as server:
         yield server
 
 
