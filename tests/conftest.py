@@ -1,32 +1,26 @@
 """Small shards, small models, and the trainer as a process of its own."""
 
 import dataclasses
-import multiprocessing
 import os
 import re
-import runpy
 import signal
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+from forked import ROOT, run_forked
+from forked import clean_environment as clean_environment  # for the tests
 
 from referee.flags import as_flag
-from referee.harness import RunOptions, Settings
 from referee.shards import write_shard
-from referee.task import TASKS
-from train_gpt import TRACKS
 
-ROOT = Path(__file__).resolve().parent.parent
+# Before torch is imported, which happens in functions: the controller of pytest-xdist needs none.
+os.environ["OMP_NUM_THREADS"] = "1"
 for signum in (signal.SIGINT, signal.SIGHUP):  # ignored behind `&` and nohup, and then by children
     if signal.getsignal(signum) == signal.SIG_IGN:
         signal.signal(signum, lambda *_: None)
-SERVER = multiprocessing.get_context("forkserver")
-SERVER.set_forkserver_preload(["torch._dynamo", "torch._inductor.exc", "tqdm",
-                               "torch.nn.attention.flex_attention", "triton"])  # fmt: skip
 VOCAB, START = 64, 63
 TINY_TASK = dict(
     vocab_size=VOCAB,
@@ -82,24 +76,30 @@ def the_referee_under_test_is_known():
     audit.known_referees().update(audit.git_blob(path.read_text()) for path in files)
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_task(shards):
+    from referee.task import TASKS
+
     return dataclasses.replace(
         TASKS["embedded"],
         **TINY_TASK,
         data_sha256="",
-        train_files=str(shards / "train_*.bin"),
-        val_files=str(shards / "val.bin"),
+        train_files=f"{shards}/train_*.bin",
+        val_files=f"{shards}/val.bin",
     )
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_hp():
+    from train_gpt import TRACKS
+
     return dataclasses.replace(TRACKS["embedded"], **TINY)
 
 
-def settings(task, hp, **options) -> Settings:
-    """What the flags of a run of this task and these hyperparameters say."""
+def settings(task, hp, **options):
+    """The Settings that the flags of a run of this task and these hyperparameters give."""
+    from referee.harness import RunOptions, Settings
+
     return Settings("embedded", task, hp, RunOptions(**options), [])
 
 
@@ -143,60 +143,13 @@ def tiny_flags(shards, log_dir) -> list[str]:
     ]
 
 
-def clean_environment(**changes) -> dict[str, str]:
-    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    return {**kept, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **changes}
+def command(flags: list[str]) -> list[str]:
+    return [sys.executable, str(ROOT / "train_gpt.py"), *flags]
 
 
-def command(flags: list[str], ranks: int = 1) -> list[str]:
-    launcher = [sys.executable]
-    if ranks > 1:
-        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
-    return [*launcher, str(ROOT / "train_gpt.py"), *flags]
-
-
-def train(flags: list[str], ranks: int = 1, **changes) -> subprocess.CompletedProcess:
-    """Run the trainer in a process of its own, forked after the slow imports where that may be."""
-    if ranks == 1 and not changes:
-        return forked(flags)
-    return subprocess.run(
-        command(flags, ranks),
-        env=clean_environment(**changes),
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-
-
-def forked(flags: list[str]) -> subprocess.CompletedProcess:
-    """`python train_gpt.py FLAGS`, in a process that is forked after the slow imports."""
-    with tempfile.TemporaryDirectory() as folder:
-        code = fork(be_trainer, command(flags)[1:], clean_environment(), folder)
-        output = (Path(folder, name).read_text() for name in ("stdout", "stderr"))
-        assert code is not None, "the run took more than 180 s"
-        return subprocess.CompletedProcess(command(flags), code, *output)
-
-
-def fork(function, *arguments) -> int | None:
-    """Call a function in a process that is forked after the slow imports; return its exit code."""
-    process = SERVER.Process(target=function, args=arguments)
-    with pytest.MonkeyPatch.context() as patch:  # the server starts with the first process
-        patch.setenv("OMP_NUM_THREADS", "1")
-        process.start()
-    process.join(180)
-    code = process.exitcode
-    process.kill()
-    return code
-
-
-def be_trainer(argv: list[str], environment: dict[str, str], folder: str) -> None:
-    os.environ.clear()
-    os.environ.update(environment)
-    for stream, name in ((1, "stdout"), (2, "stderr")):
-        os.dup2(os.open(Path(folder, name), os.O_WRONLY | os.O_CREAT), stream)
-    sys.argv = argv
-    sys.path.insert(0, str(ROOT))
-    runpy.run_path(argv[0], run_name="__main__")
+def train(flags: list[str], ranks: int = 1, **options) -> subprocess.CompletedProcess:
+    """Run the trainer in processes of its own; options: of Forked."""
+    return run_forked(command(flags)[1:], ranks, **options)
 
 
 def losses(log: Path) -> dict[tuple[str, int], str]:

@@ -6,6 +6,7 @@ from functools import partial
 from itertools import product
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.attention.flex_attention as flex
@@ -69,16 +70,16 @@ def tokens(rows: int, length: int, seed: int = 0) -> torch.Tensor:
 
 def brute_force_mask(inputs_BT, window):
     rows, length = inputs_BT.shape
-    allowed = torch.zeros(rows, 1, length, length, dtype=torch.bool)
+    inputs, allowed = inputs_BT.tolist(), np.zeros((rows, 1, length, length), bool)
     for b in range(rows):
         for q in range(length):
             for k in range(q, -1, -1):
                 if q - k >= window:
                     break
                 allowed[b, 0, q, k] = True
-                if inputs_BT[b, k] == START:
+                if inputs[b][k] == START:
                     break  # whatever lies before belongs to another document
-    return allowed
+    return torch.from_numpy(allowed)
 
 
 def docs_of(inputs_BT):
@@ -132,7 +133,7 @@ def test_block_mask_lists_only_blocks_that_the_mask_touches_and_full_ones_as_ful
     assert torch.equal(blocks.kv_num_blocks[0, 0], (touched & ~full).sum(-1).int())
 
 
-@pytest.mark.parametrize("B", [1, 2, 4])
+@pytest.mark.parametrize("B", [1, 3])
 def test_block_lists_are_dense_for_every_row_also_in_a_graph(B):
     chosen = torch.rand(B, 5, 7) < 0.5
     for mode in (nullcontext(), FakeTensorMode()):
@@ -234,7 +235,8 @@ def test_every_parameter_gets_a_gradient(tiny_hp):
 
 def test_one_compiled_graph_with_flex_attention_serves_every_window(tiny_hp, monkeypatch):
     """The GPU's path of the model as torch.compile captures it, forward only, run on the CPU."""
-    hp = dataclasses.replace(tiny_hp, seq_len=256)
+    hp = dataclasses.replace(tiny_hp, seq_len=256, layers="sL", mix_at=(1, 2), mix_from=(0,),
+                             value_layers=(0,))  # fmt: skip
     model, inputs = randomized(hp), tokens(2, 256)
     windows = [through(hp, w) for w in (16, 100, 256)]
     with torch.no_grad():

@@ -1,11 +1,10 @@
 import dataclasses
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, TINY_TASK, clean_environment
+from conftest import TINY_TASK
+from forked import run_forked
 
 from referee.task import Task
 from train_gpt import (
@@ -286,10 +285,9 @@ def test_ranks_together_take_the_steps_of_one(tmp_path, ranks):
     """Banks of 7 matrices, of 1, and of 19 numbers, of which the ranks' parts differ in size."""
     script = tmp_path / "rank.py"
     script.write_text(RANK)
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    for launcher in ([sys.executable], [*torchrun, f"--nproc_per_node={ranks}"]):
-        environment = clean_environment(PYTHONPATH=str(ROOT))
-        subprocess.run([*launcher, script, tmp_path], env=environment, check=True, timeout=120)
+    for count in (1, ranks):
+        done = run_forked([str(script), str(tmp_path)], count)
+        assert done.returncode == 0, done.stderr
     alone = torch.load(tmp_path / "1_0.pt")
     for rank in range(ranks):
         together = torch.load(tmp_path / f"{ranks}_{rank}.pt")

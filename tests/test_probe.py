@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import sources_process
-from conftest import ROOT, clean_environment, fork, tiny_flags
+from conftest import ROOT, tiny_flags
+from forked import run_forked
 
 from referee.shards import open_shard, write_shard
 from tools import probe
@@ -82,9 +82,8 @@ LEAKS = [  # (name, changes (path, old, new) of the source, the probe that fails
 
 def forked(words: list[str], folder: Path) -> str:
     """probe.start in a process that is forked after the slow imports."""
-    errors = folder / "stderr"
-    fork(sources_process.run, words, folder, errors, clean_environment())
-    return (errors.read_text().strip() or "nothing").splitlines()[-1]
+    errors = run_forked(words, root=folder).stderr
+    return (errors.strip() or "nothing").splitlines()[-1]
 
 
 @pytest.fixture

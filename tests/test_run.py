@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import re
-import resource
 import shlex
 import shutil
 import signal
@@ -15,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -27,8 +27,10 @@ from conftest import (
     only_log,
     run_section,
     settings,
+    tiny_flags,
     train,
 )
+from forked import Forked, run_forked
 
 import kernels
 from kernels import Softcap
@@ -50,98 +52,117 @@ from referee.task import check_shards
 from tools.runs import read_log
 from train_gpt import PROCESS_START, SOURCES, TRACKS, Hyperparameters, Trainer
 
+SLOW = pytest.mark.slow
+
+
+class Finished(NamedTuple):
+    """A run that has ended."""
+
+    folder: Path
+    done: subprocess.CompletedProcess
+    wall_s: float
+
+    @property
+    def log(self) -> Path:
+        return only_log(self.folder)
+
+
+def run_to_its_end(shards, folder, *flags) -> Finished:
+    started = time.perf_counter()
+    done = train([*tiny_flags(shards, folder), *flags])
+    assert done.returncode == 0, done.stderr
+    return Finished(folder, done, time.perf_counter() - started)
+
+
+@pytest.fixture(scope="module")
+def finished(shards, tmp_path_factory) -> Finished:
+    """A run of 20 steps that has left a checkpoint."""
+    return run_to_its_end(shards, tmp_path_factory.mktemp("finished"), "--save_every=10")
+
+
+LONG = ("--num_steps=60", "--target_val_loss=4.0")
+
+
+@pytest.fixture(scope="module")
+def long(shards, tmp_path_factory) -> Finished:
+    return run_to_its_end(shards, tmp_path_factory.mktemp("long"), *LONG)
+
 
 def checkpoint_in(folder) -> Path:
     (found,) = folder.glob("*_step*")
     return found
 
 
-def start(flags, ranks=1, **changes) -> subprocess.Popen:
-    return subprocess.Popen(
-        by_run_sh(flags) if ranks == 2 else command(flags),
-        env=clean_environment(**changes),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def test_two_runs_take_turns_of_so_many_steps(flags, tmp_path):
+def test_two_runs_take_turns_of_so_many_steps(flags, tmp_path, finished):
     """This test is the other run: between two of its bytes the trainer takes so many steps."""
-    flags = [*flags, "--num_steps=9", "--val_every=5"]
-    for folder in ("alone", "turns"):
-        (tmp_path / folder).mkdir()
-    assert train([*flags, f"--log_dir={tmp_path / 'alone'}"]).returncode == 0
-    alone = only_log(tmp_path / "alone")
     ours, its = socket.socketpair()
-    words = command([*flags, f"--log_dir={tmp_path / 'turns'}", "--turn_steps=3"])
+    words = command([*flags, "--turn_steps=7"])
     with subprocess.Popen(words, env=clean_environment(), stdin=its) as process, ours:
         its.close()
-        ours.settimeout(60)
+        ours.settimeout(180)
         ours.send(b".")
-        assert ours.recv(1) == b"." and not list((tmp_path / "turns").iterdir())
-        for last_step in ([], [3], [6]):
+        assert ours.recv(1) == b"." and not list(tmp_path.iterdir())
+        for last_step in ([], [7], [14]):
             ours.send(b".")
             assert ours.recv(1) == b"."
             time.sleep(0.3)
-            steps = [n for kind, n in losses(only_log(tmp_path / "turns")) if kind == "train"]
+            steps = [n for kind, n in losses(only_log(tmp_path)) if kind == "train"]
             assert steps[-1:] == last_step and process.poll() is None
         ours.send(b".")
         assert ours.recv(1) == b""  # only when nothing of the process can disturb the other
         assert not Path(f"/proc/{process.pid}/maps").read_text()
         assert process.wait(60) == 0
-    log = only_log(tmp_path / "turns")
-    assert losses(log) == losses(alone)
+    log = only_log(tmp_path)
+    assert losses(log) == losses(finished.log)
     (waited,) = re.findall(r"^ledger: .* turn:([\d.]+)s", log.read_text(), re.M)
-    assert float(waited) > 3 * 0.3 and " turn:" not in alone.read_text()
+    assert float(waited) > 3 * 0.3 and " turn:" not in finished.log.read_text()
 
 
 def test_turns_need_another_run(flags, tmp_path):
     done = train([*flags, "--turn_steps=3"])
     assert done.returncode == 1 and "tools/race.py --turns" in done.stderr
-    ours, its = socket.socketpair()
-    ours.send(b"1")
-    ours.close()  # the other run has ended before it was set up
-    words = command([*flags, "--turn_steps=3"])
-    done = subprocess.run(words, env=clean_environment(), stdin=its, capture_output=True, text=True)
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, runpy, socket, sys\n"
+        "ours, its = socket.socketpair()\n"
+        "ours.send(b'1')\n"
+        "ours.close()  # the other run has ended before it was set up\n"
+        "os.dup2(its.fileno(), 0)\n"
+        "runpy.run_path(sys.argv.pop(1), run_name='__main__')\n"
+    )
+    done = run_forked([str(script), *command([*flags, "--turn_steps=3"])[1:]])
     assert done.returncode == 1 and "before its first step" in done.stderr
     assert "Traceback" not in done.stderr and not list(tmp_path.glob("*.txt"))
 
 
-def wait_for(folder, pattern: str, process, seconds=90) -> str:
+def wait_for(folder, pattern: str, process, seconds=180) -> Path:
     """The newest log once it holds pattern."""
     for _ in range(seconds * 20):
         for log in folder.glob("*.txt"):
             if re.search(pattern, run_section(log)):
                 return log
-        assert process.poll() is None, process.stdout.read()
+        assert process.poll() is None, process.communicate()
         time.sleep(0.05)
     raise AssertionError(f"no {pattern} within {seconds} s")
 
 
 def test_importing_the_file_touches_nothing(tmp_path):
-    script = (
-        "import sys, torch, os, threading; before = set(os.listdir('.')); import train_gpt;"
-        "assert set(os.listdir('.')) == before, 'files';"
-        "assert not torch.cuda.is_initialized(), 'cuda';"
-        "assert not torch.distributed.is_initialized(), 'process group';"
-        "assert threading.active_count() == 1, 'threads'"
+    (tmp_path / "script.py").write_text(
+        f"import os, threading, torch; os.chdir({str(tmp_path)!r}); import train_gpt\n"
+        "assert os.listdir('.') == ['script.py']\n"
+        "assert not torch.cuda.is_initialized() and not torch.distributed.is_initialized()\n"
+        "assert threading.active_count() == 1\n"
     )
-    environment = clean_environment(PYTHONPATH=str(ROOT), PYTHONDONTWRITEBYTECODE="1")
-    subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, check=True)
-
-
-def test_a_run_learns_and_its_log_holds_everything(flags, tmp_path):
-    done = train([*flags, "--num_steps=60", "--target_val_loss=4.0"])
+    done = run_forked([str(tmp_path / "script.py")])
     assert done.returncode == 0, done.stderr
-    log = only_log(tmp_path)
-    text, lines = log.read_text(), log.read_text().splitlines()
+
+
+def test_a_run_learns_and_its_log_holds_everything(long):
+    text, lines = long.log.read_text(), long.log.read_text().splitlines()
     result = dict(pair.split(":", 1) for pair in lines[-1].split()[1:])
-    assert lines[-1].startswith("result status:success") and done.stdout.rstrip() == "\n".join(
-        [*done.stdout.splitlines()[:-1], lines[-1]]
-    )
-    seen = losses(log)
+    assert lines[-1].startswith("result status:success")
+    assert long.done.stdout.splitlines()[-1] == lines[-1]
+    seen = losses(long.log)
     assert float(seen["val", 0]) == pytest.approx(np.log(64), abs=0.05)
     assert float(seen["val", 60]) < 3.0 and result["val_loss"] == seen["val", 60]
     assert all(("train", step) in seen for step in range(1, 61))
@@ -156,14 +177,11 @@ def test_a_run_learns_and_its_log_holds_everything(flags, tmp_path):
     assert len(re.findall(r"^train_shard: \S+ tokens:\d+ sha256:[0-9a-f]{64}$", text, re.M)) == 3
 
 
-def test_timed_and_untimed_seconds_add_up_to_the_wall_time(flags, tmp_path):
-    before = time.perf_counter()
-    train(flags)
-    wall = time.perf_counter() - before
-    ledger = re.search(r"^ledger: (.*) total:([\d.]+)s$", only_log(tmp_path).read_text(), re.M)
+def test_timed_and_untimed_seconds_add_up_to_the_wall_time(finished):
+    ledger = re.search(r"^ledger: (.*) total:([\d.]+)s$", finished.log.read_text(), re.M)
     accounts = [float(pair.split(":")[1][:-1]) for pair in ledger[1].split()]
     assert sum(accounts) == pytest.approx(float(ledger[2]), abs=0.01)
-    assert float(ledger[2]) < wall  # a bound from outside; interpreter start and exit are beyond it
+    assert float(ledger[2]) < finished.wall_s  # which holds the start of the process, too
 
 
 def trainer(task, hp) -> Trainer:
@@ -196,60 +214,56 @@ def test_the_collector_leaves_what_exists_alone_while_training(tiny_task, tiny_h
 
 
 @pytest.mark.parametrize("dtype, bound", [("float32", 2.5e-6), ("bfloat16", 5e-3)])
-def test_two_ranks_give_the_losses_of_one(flags, tmp_path, dtype, bound):
-    flags = [*flags, "--num_steps=20", f"--cpu_dtype={dtype}"]
-    for ranks in (1, 2):
-        done = train([*flags, f"--log_dir={tmp_path}/{ranks}"], ranks)
-        assert done.returncode == 0, done.stderr
-    one, two = (losses(only_log(tmp_path / str(ranks))) for ranks in (1, 2))
+def test_two_ranks_give_the_losses_of_one(shards, tmp_path, finished, dtype, bound):
+    one = finished
+    if dtype == "bfloat16":
+        one = run_to_its_end(shards, tmp_path / "one", "--cpu_dtype=bfloat16")
+    done = train([*tiny_flags(shards, tmp_path / "two"), f"--cpu_dtype={dtype}"], ranks=2)
+    assert done.returncode == 0, done.stderr
+    one, two = losses(one.log), losses(only_log(tmp_path / "two"))
     assert one.keys() == two.keys() and len(one) == 23
     for key, loss in one.items():  # both rounded to 1e-6
         assert abs(float(loss) - float(two[key])) < bound, key
 
 
-def test_killing_a_rank_ends_the_other_with_a_message(flags, tmp_path):
-    process = start([*flags, "--num_steps=400", "--max_epochs=9"], ranks=2)
+ENDLESS = ("--num_steps=400", "--max_epochs=9")
+
+
+def forked_at_step_5(flags, tmp_path, ranks=1) -> Forked:
+    process = Forked(command([*flags, *ENDLESS])[1:], ranks)
     wait_for(tmp_path, r"step:5/400", process)
-    children = subprocess.run(
-        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
-    ).stdout.split()
-    os.kill(int(children[-1]), signal.SIGKILL)
-    output, _ = process.communicate(timeout=30)
-    assert process.returncode != 0
-    assert "error: lost contact with rank 1 (" in output
+    return process
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, pytest.param(signal.SIGSTOP, marks=SLOW)])
+def test_a_rank_that_is_killed_or_stands_still_is_named(flags, tmp_path, number):
+    flags = [*flags, "--save_every=3", "--rank_timeout_s=5"]
+    process = forked_at_step_5(flags, tmp_path, ranks=2)
+    first, second = process.ranks
+    os.kill(second.pid, number)
+    if number == signal.SIGKILL:  # torchrun then ends the others
+        second.join(60)
+        os.kill(first.pid, signal.SIGTERM)
+    first.join(90)
+    second.kill()
+    _, errors = process.communicate()
+    reason = re.search(r"error: lost contact with rank 1 \((.*?)\)", errors)[1]
+    assert ("timeout" in reason.lower()) == (number == signal.SIGSTOP) and first.exitcode == 1
+    assert re.search(r"^to resume from step \d+: .* --resume ", errors, re.M)
     assert "status:aborted" in only_log(tmp_path).read_text()
 
 
-@pytest.mark.slow
-def test_a_rank_that_stands_still_is_named(flags, tmp_path):
-    flags = [*flags, "--num_steps=400", "--max_epochs=9", "--save_every=3", "--rank_timeout_s=5"]
-    process = start(flags, ranks=2)
-    wait_for(tmp_path, r"step:5/400", process)
-    children = subprocess.run(
-        ["pgrep", "-P", str(process.pid)], capture_output=True, text=True
-    ).stdout.split()
-    os.kill(int(children[-1]), signal.SIGSTOP)
-    wait_for(tmp_path, "status:aborted", process)
-    os.kill(int(children[-1]), signal.SIGCONT)  # or torchrun would wait 30 s for it to end
-    output, _ = process.communicate(timeout=90)
-    assert "error: lost contact with rank 1 (" in output and "timeout" in output.lower()
-    assert re.search(r"^to resume from step \d+: .* --resume ", output, re.M)
-    assert process.returncode != 0 and "status:aborted" in only_log(tmp_path).read_text()
-
-
-def test_killed_runs_resume_to_the_same_digits(flags, tmp_path):
-    flags = [*flags, "--num_steps=60", "--max_epochs=2"]
-    whole = tmp_path / "whole"
-    assert train([*flags, f"--log_dir={whole}"]).returncode == 0
-    process = start([*flags, "--save_every=7", f"--log_dir={tmp_path}/killed"])
-    log = wait_for(tmp_path / "killed", r"checkpoint: \S+ step:21\n", process)
-    os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-    assert "result" not in run_section(log)
-    resumed = tmp_path / "resumed"
-    done = train([*flags, f"--log_dir={resumed}", f"--resume={checkpoint_in(tmp_path / 'killed')}"])
+def test_killed_runs_resume_to_the_same_digits(flags, tmp_path, long):
+    flags = [*flags, *LONG]
+    killed, resumed = tmp_path / "killed", tmp_path / "resumed"
+    process = Forked(command([*flags, "--save_every=7", f"--log_dir={killed}"])[1:])
+    log = wait_for(killed, r"checkpoint: \S+ step:21\n", process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL and "result" not in run_section(log)
+    done = train([*flags, f"--log_dir={resumed}", f"--resume={checkpoint_in(killed)}"])
     assert done.returncode == 0, done.stderr
-    expected, found = losses(only_log(whole)), losses(only_log(resumed))
+    expected, found = losses(long.log), losses(only_log(resumed))
     assert len(found) >= 35
     assert found == {key: expected[key] for key in found}
     assert re.search(r"resumed_from:\d\d", only_log(resumed).read_text())
@@ -257,18 +271,17 @@ def test_killed_runs_resume_to_the_same_digits(flags, tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGHUP, signal.SIGUSR1])
 def test_interrupted_runs_save_a_checkpoint_and_say_how_to_go_on(flags, tmp_path, number):
-    process = start([*flags, "--num_steps=400", "--max_epochs=9"])
-    log = wait_for(tmp_path, r"step:5/400", process)
+    process = forked_at_step_5(flags, tmp_path)
     for _ in range(3):  # within milliseconds, as a key bounces or a launcher passes it on
-        os.killpg(process.pid, number)
+        process.send_signal(number)
         time.sleep(0.01)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == 128 + number, output
-    assert output.count("stopping after this step; press again to abort without") == 1
-    assert re.search(r"^result status:aborted", log.read_text(), re.M)
+    _, errors = process.communicate()
+    assert process.returncode == 128 + number, errors
+    assert errors.count("stopping after this step; press again to abort without") == 1
+    assert re.search(r"^result status:aborted", only_log(tmp_path).read_text(), re.M)
     saved = json.loads((checkpoint_in(tmp_path) / "config.json").read_text())
     assert saved["step"] >= 5 and not list(tmp_path.glob("*.part"))
-    line = output.splitlines()[-1]
+    line = errors.splitlines()[-1]
     assert line.startswith(f"to resume from step {saved['step']}: ")
     words = shlex.split(line.partition(": ")[2])
     assert words[:2] == process.args[:2]
@@ -278,22 +291,51 @@ def test_interrupted_runs_save_a_checkpoint_and_say_how_to_go_on(flags, tmp_path
     assert same[:3] == before[:3] and same.options.seed == before.options.seed
 
 
+def torchrun(*words) -> subprocess.Popen:
+    """Two ranks of a script, as run.sh starts them."""
+    script = f'python={sys.executable}\n{run_sh_function("launch")}\nlaunch "$@"'
+    return subprocess.Popen(
+        ["bash", "-c", script, "bash", "--standalone", "--nproc_per_node=2", *words],
+        env=clean_environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+
+
 def test_two_ranks_agree_on_the_step_at_which_they_stop(flags, tmp_path):
-    process = start([*flags, "--num_steps=400", "--max_epochs=9"], ranks=2)
+    process = torchrun(*command([*flags, *ENDLESS])[1:])
     log = wait_for(tmp_path, r"step:5/400", process)
     os.killpg(process.pid, signal.SIGINT)
-    output, _ = process.communicate(timeout=60)
+    output, _ = process.communicate(timeout=180)
     assert process.returncode == 128 + signal.SIGINT and "Traceback" not in output, output
     assert re.search(r"^result status:aborted", log.read_text(), re.M), output
     assert checkpoint_in(tmp_path).exists()
 
 
 def test_ctrl_c_while_torchrun_is_imported_prints_nothing(flags):
-    process = start(flags, ranks=2)
-    time.sleep(0.7)
+    process = torchrun(*command(flags)[1:])
+    while "libtorch" not in Path(f"/proc/{process.pid}/maps").read_text():
+        assert process.poll() is None
+        time.sleep(0.01)
     os.killpg(process.pid, signal.SIGINT)
-    assert process.communicate(timeout=30) == ("", None)
+    assert process.communicate(timeout=180) == ("", None)
     assert process.returncode == -signal.SIGINT
+
+
+def test_torchrun_says_little_of_a_rank_that_ends_with_an_error(tmp_path):
+    (tmp_path / "script.py").write_text(
+        "import os, sys, time\n"
+        "if os.environ['RANK'] == '0':\n"
+        "    sys.exit('error: the reason')\n"
+        "time.sleep(600)\n"
+    )
+    process = torchrun(str(tmp_path / "script.py"))
+    said, *by_torchrun = process.communicate(timeout=180)[0].splitlines()
+    assert process.returncode == 1 and said == "error: the reason"
+    assert "failed (exitcode: 1) local_rank:" in by_torchrun[-1]
+    assert len(by_torchrun) <= 3  # it also says that it ends the other rank
 
 
 def test_a_diverging_run_stops(flags, tmp_path):
@@ -395,112 +437,79 @@ def test_damaged_shards_get_one_clear_error(flags, tmp_path, damage):
     refused(train([*flags, f"--train_files={path}"]), re.escape(str(path)), "; ")
 
 
-def test_a_world_size_that_does_not_divide_ends_every_rank(flags):
-    done = train(flags, ranks=3)
-    assert done.returncode != 0 and done.stderr.count("cannot be dealt to 3 ranks") == 1
+@pytest.mark.parametrize(
+    "ranks, flag, said",
+    [
+        (3, "--seed=0", "cannot be dealt to 3 ranks"),  # an error of every rank
+        (2, "--train_files=/nowhere/*.bin", "error: no shards match"),  # of one
+    ],
+)
+def test_an_error_is_printed_once_and_ends_every_rank(flags, ranks, flag, said):
+    process = Forked(command([*flags, flag])[1:], ranks)
+    _, errors = process.communicate()
+    assert errors.count(said) == errors.count("error: ") == 1 and "Traceback" not in errors
+    assert [rank.exitcode for rank in process.ranks] == [1] * ranks
 
 
-def by_run_sh(flags) -> list[str]:
-    """The command by which run.sh starts two ranks of the trainer."""
-    words = command(flags, ranks=2)
-    script = f'python={sys.executable}\n{run_sh_function("launch")}\nlaunch "$@"'
-    return ["bash", "-c", script, "bash", *words[words.index("--standalone") :]]
-
-
-def test_an_error_of_one_rank_is_printed_once_and_ends_all(flags):
-    words = by_run_sh([*flags, "--train_files=/nowhere/*.bin"])
-    done = subprocess.run(words, env=clean_environment(), capture_output=True, text=True)
-    said, *by_torchrun = done.stderr.splitlines()
-    assert done.returncode == 1 and said.startswith("error: no shards match"), done.stderr
-    assert "failed (exitcode: 1) local_rank:" in by_torchrun[-1]
-    assert len(by_torchrun) <= 3  # it also says that it ends the slower rank
-
-
-def test_a_checkpoint_of_another_run_is_refused_with_the_flags_it_needs(flags, tmp_path):
-    assert train([*flags, "--save_every=10"]).returncode == 0
-    saved = checkpoint_in(tmp_path)
+def test_a_checkpoint_of_another_run_is_refused_with_the_flags_it_needs(flags, finished):
+    saved = checkpoint_in(finished.folder)
     done = train([*flags, "--num_steps=30", "--window_tokens=8,16", f"--resume={saved}"])
     refused(done, r"to resume it, add: --num_steps=20 --window_tokens=16,32,48\n")
 
 
-def flip_a_bit(saved: Path):
-    path = saved / "__0_0.distcp"
-    raw = bytearray(path.read_bytes())
-    raw[len(raw) // 2] ^= 0x40
-    path.write_bytes(raw)
-
-
-def test_a_changed_checkpoint_is_refused_before_anything_is_computed(flags, tmp_path):
+def test_a_changed_checkpoint_is_refused_before_anything_is_computed(flags, tmp_path, finished):
     """Other changes: test_checkpoints.py."""
-    assert train([*flags, "--save_every=20"]).returncode == 0
-    flip_a_bit(checkpoint_in(tmp_path))
-    done = train([*flags, f"--resume={checkpoint_in(tmp_path)}", f"--log_dir={tmp_path}/again"])
-    refused(done, "was changed after it was written")
-    assert "=== data ===" not in only_log(tmp_path / "again").read_text()
+    saved = Path(shutil.copytree(checkpoint_in(finished.folder), tmp_path / "saved"))
+    raw = bytearray((saved / "__0_0.distcp").read_bytes())
+    raw[len(raw) // 2] ^= 0x40
+    (saved / "__0_0.distcp").write_bytes(raw)
+    refused(train([*flags, f"--resume={saved}"]), "was changed after it was written")
+    assert "=== data ===" not in only_log(tmp_path).read_text()
 
 
-def test_a_checkpoint_of_other_shards_is_refused_and_a_moved_folder_is_not(flags, shards, tmp_path):
-    assert train([*flags, "--save_every=10"]).returncode == 0
-    resume = [*flags, f"--resume={checkpoint_in(tmp_path)}", f"--log_dir={tmp_path}/again"]
+def test_a_checkpoint_of_other_shards_is_refused_and_a_moved_folder_is_not(
+    flags, shards, tmp_path, finished
+):
     shutil.copytree(shards, tmp_path / "moved")
     moved = [f"--train_files={tmp_path}/moved/train_*.bin", f"--val_files={tmp_path}/moved/val.bin"]
-    assert train([*resume, *moved]).returncode == 0
+    resume = [*flags, f"--resume={checkpoint_in(finished.folder)}", *moved]
+    assert train(resume).returncode == 0
     (tmp_path / "moved/train_2.bin").unlink()
-    refused(train([*resume, *moved]), "is of other shards")
+    refused(train(resume), "is of other shards")
 
 
-def test_a_full_disk_ends_the_run_with_one_error(flags, tmp_path):
+def test_a_full_disk_ends_the_run_with_one_error(flags, tmp_path, finished):
     """A limit on file size stands for the full disk: both fail in the middle of a write."""
-    assert train(flags).returncode == 0
-    log = only_log(tmp_path)
-    limit = log.stat().st_size - 1500
-    log.unlink()
-    done = subprocess.run(
-        command(flags),
-        env=clean_environment(),
-        capture_output=True,
-        text=True,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
-    )
+    done = train(flags, file_limit=finished.log.stat().st_size - 1500)
     refused(done, "File too large", re.escape(str(tmp_path)))
 
 
 def test_a_checkpoint_that_cannot_be_written_ends_no_run(flags, tmp_path):
-    def limit():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (150_000, 150_000))
-
-    done = subprocess.run(
-        command([*flags, "--save_every=10", f"--source_dir={tmp_path}/source"]),
-        env=clean_environment(),
-        capture_output=True,
-        text=True,
-        preexec_fn=limit,
-    )
+    flags = [*flags, "--save_every=10", f"--source_dir={tmp_path}/source"]
+    done = train(flags, file_limit=150_000)
     assert done.returncode == 0, done.stderr
     said = r"^no checkpoint: cannot save \S+_step0000010: File too large; .*; the run goes on$"
     assert re.search(said, done.stdout, re.M) and "status:missed" in done.stdout
     assert not list(tmp_path.glob("*_step*"))
 
 
-def test_without_a_compiler_the_run_falls_back_to_eager_and_says_so(flags, tmp_path):
-    flags = [flag for flag in flags if flag != "--compile=false"]
-    done = train(flags, CXX="/nowhere/g++")
-    assert done.returncode == 0, done.stderr
-    assert "compile: no compiler /nowhere/g++" in done.stdout
-    assert "compile: no compiler" in run_section(only_log(tmp_path))
-
-
-@pytest.mark.slow
-def test_with_a_broken_compiler_the_run_falls_back_to_eager_and_says_so(flags, tmp_path):
-    flags = [flag for flag in flags if flag != "--compile=false"]
-    eager, broken = tmp_path / "eager", tmp_path / "broken"
-    assert train([*flags, "--compile=false", f"--log_dir={eager}"]).returncode == 0
+@pytest.mark.parametrize(
+    "compiler, said",
+    [
+        ("/nowhere/g++", "compile: no compiler /nowhere/g++"),
+        pytest.param("false", "compile: failed, so this run is slower", marks=SLOW),
+    ],
+)
+def test_without_a_working_compiler_the_run_falls_back_to_eager_and_says_so(
+    flags, tmp_path, finished, compiler, said
+):
     cache = str(tmp_path / "cache")
-    done = train([*flags, f"--log_dir={broken}"], CXX="false", TORCHINDUCTOR_CACHE_DIR=cache)
+    flags = [*flags, "--compile=true"]
+    done = train(flags, CXX=compiler, TORCHINDUCTOR_CACHE_DIR=cache)
     assert done.returncode == 0, done.stderr
-    assert "compile: failed, so this run is slower" in done.stdout
+    assert said in done.stdout and said in run_section(only_log(tmp_path))
     assert "Traceback" not in done.stdout + done.stderr
-    assert losses(only_log(broken)) == losses(only_log(eager))
+    assert losses(only_log(tmp_path)) == losses(finished.log)
 
 
 def test_help_names_every_hyperparameter_with_its_default():
@@ -676,20 +685,18 @@ def test_the_fiftieth_such_step_in_a_row_ends_the_run(tiny_task, tiny_hp, tmp_pa
 
 def test_output_that_nobody_reads_ends_no_run(tmp_path):
     """As when an ssh window closes, or behind `| head`: the log goes on."""
-    script = (
-        "import sys; from referee.log import Log; log = Log(sys.argv[1], 'x', 3); log.open()\n"
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, sys; from referee.log import Log\n"
+        "read_end, write_end = os.pipe()\n"
+        "os.dup2(write_end, 1), os.close(write_end), os.close(read_end)\n"
+        "log = Log(sys.argv[1], 'x', 3); log.open()\n"
         "for n in range(9):\n"
         "    log.line(f'line {n}', show=True)\n"
         "log.close()\n"
     )
-    process = subprocess.Popen(
-        [sys.executable, "-c", script, str(tmp_path)],
-        env=clean_environment(PYTHONPATH=str(ROOT)),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-    )
-    process.stdout.close()
-    assert process.wait(60) == 0 and not process.stderr.read()
+    done = run_forked([str(script), str(tmp_path)])
+    assert done.returncode == 0 and not done.stderr
     assert len(only_log(tmp_path).read_text().splitlines()) == 9
 
 
