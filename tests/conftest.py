@@ -103,6 +103,18 @@ def settings(task, hp, **options):
     return Settings("embedded", task, hp, RunOptions(**options), [])
 
 
+def trainer(task, hp):
+    """A Trainer in this process, which compiles nothing."""
+    from referee.harness import Run
+    from referee.ranks import Runtime
+    from train_gpt import PROCESS_START, SOURCES, Trainer
+
+    run = Run(settings(task, hp, compile=False), SOURCES, Runtime(), None, PROCESS_START)
+    made = Trainer(run)
+    made.compile(lambda function: function)
+    return made
+
+
 def documents(seed: int, count: int) -> np.ndarray:
     """A stream of documents of 5 to 200 tokens, in which each token mostly sets the next."""
     rng, parts = np.random.default_rng(seed), []

@@ -11,7 +11,6 @@ import runpy
 import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -74,19 +73,14 @@ class Forked:
             os.kill(process.pid, number)
 
     def communicate(self, timeout: float = 180) -> tuple[str, str]:
-        """What all ranks printed until their end."""
-        until = time.monotonic() + timeout
+        """What all ranks printed until their end, on stdout and on stderr."""
         for process in self.ranks:
-            process.join(until - time.monotonic())
+            process.join(timeout)
+        files = [Path(self.output.name, name) for name in ("stdout", "stderr")]
+        stdout, stderr = (path.read_text(encoding="utf-8") for path in files)
         if self.returncode is None:
-            for process in self.ranks:
-                process.kill()
-            raise subprocess.TimeoutExpired(self.args, timeout, *self.printed())
-        return self.printed()
-
-    def printed(self) -> tuple[str, str]:
-        stdout, stderr = (Path(self.output.name, name) for name in ("stdout", "stderr"))
-        return stdout.read_text(encoding="utf-8"), stderr.read_text(encoding="utf-8")
+            raise subprocess.TimeoutExpired(self.args, timeout, stdout, stderr)
+        return stdout, stderr
 
 
 def run_forked(words: list, ranks: int = 1, **options) -> subprocess.CompletedProcess:

@@ -3,9 +3,9 @@
     ./run.sh tests/kill_trials.py [--trials 8] [--kinds plain compiled ...] [--seed 0]
 
 A trial starts a run that saves often, kills all of its processes by SIGKILL, starts it again in the
-same folder from the newest checkpoint, and compares every loss with those of a run that was left
-alone. It prints a table, a row a kind, and why a trial failed. Exit code 1 if a loss differs, a
-checkpoint is refused, or half a one is left. A trial takes some 15 s, of a compiled run some 60 s.
+same folder from the newest checkpoint, and compares every loss with the losses of an undisturbed
+run. It prints a table with one row per kind, and why a trial failed. Exit code 1 if a loss differs,
+a checkpoint is refused, or half a checkpoint is left. A trial takes some 15 s, a compiled one 60 s.
 """
 
 import argparse
@@ -20,7 +20,8 @@ import time
 from collections import Counter
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from forked import ROOT, clean_environment
+
 STEPS = 60
 TINY = f"""--track embedded --num_steps {STEPS} --val_every 20 --val_tokens 8192 --model_dim 64
     --num_heads 2 --cpu_dtype float32""".split()
@@ -42,11 +43,10 @@ COLUMNS = ("killed", "in a save", "resumed with equal losses", "nothing saved ye
 
 def start(command: list[str], folder: Path, *flags: str) -> subprocess.Popen:
     folder.mkdir(exist_ok=True)
-    kept = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     with (folder / "output").open("ab") as output:
         return subprocess.Popen(
             [sys.executable, *command, f"--log_dir={folder}", *flags],
-            env={**kept, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+            env=clean_environment(),
             stdout=output,
             stderr=output,
             start_new_session=True,

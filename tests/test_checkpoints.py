@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import TINY, TINY_TASK, settings
+from conftest import settings
 
 from referee import ranks
 from referee.checkpoints import (
@@ -28,7 +28,6 @@ from referee.flags import RunError
 from referee.harness import Run, parse_flags
 from referee.ranks import Runtime
 from referee.shards import ShardError, file_sha256
-from referee.task import TASKS
 from train_gpt import PROCESS_START, SOURCES, TRACKS, Trainer
 
 RT = Runtime()
@@ -56,13 +55,10 @@ class Saved:
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory, shards):
+def saved(tmp_path_factory, tiny_task, tiny_hp):
     """Two of them, that differ in the seed alone."""
-    files = dict(train_files=f"{shards}/train_*.bin", val_files=f"{shards}/val.bin")
-    task = dataclasses.replace(TASKS["embedded"], **TINY_TASK, **files, data_sha256="")
-    hp = dataclasses.replace(TRACKS["embedded"], **TINY)
     folder = tmp_path_factory.mktemp("saved")
-    yield [Saved(folder / f"step{seed}", task, hp, seed) for seed in (0, 1)]
+    yield [Saved(folder / f"step{seed}", tiny_task, tiny_hp, seed) for seed in (0, 1)]
     print(f"\n{len(REFUSED)} altered checkpoints were refused")  # with -s
 
 
@@ -119,16 +115,13 @@ def add(folder, rng):
     (folder / "more").write_bytes(b"more")
 
 
-def to_pipe(folder, rng):
-    path = rng.choice(files_of(folder))
-    path.unlink()
-    os.mkfifo(path)
+def replace_by(make):
+    def alter(folder, rng):
+        path = rng.choice(files_of(folder))
+        path.unlink()
+        make(path)
 
-
-def to_folder(folder, rng):
-    path = rng.choice(files_of(folder))
-    path.unlink()
-    path.mkdir()
+    return alter
 
 
 def nest(folder, rng):
@@ -136,7 +129,7 @@ def nest(folder, rng):
 
 
 ACCIDENTS = [flip] * 30 + [cut] * 10 + [lengthen] * 3 + [remove] * 3
-ACCIDENTS += [add, to_pipe, to_pipe, to_pipe, to_folder, to_folder, nest]
+ACCIDENTS += [add, nest, *[replace_by(os.mkfifo)] * 3, *[replace_by(os.mkdir)] * 2]
 
 
 @pytest.mark.parametrize("number, alter", list(enumerate(ACCIDENTS)))

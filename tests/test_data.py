@@ -64,27 +64,26 @@ def test_a_failed_write_leaves_no_file(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "place, value, message",
-    [(0, 7, "magic"), (1, 2, "version 2"), (2, 99, "truncated"), (2, 0, "truncated")],
+    "damage, message",
+    [
+        (lambda raw: b"\7\0\0\0" + raw[4:], "magic"),
+        (lambda raw: raw[:4] + b"\2\0\0\0" + raw[8:], "version 2"),
+        (lambda raw: raw[:8] + b"\x63\0\0\0" + raw[12:], "truncated"),
+        (lambda raw: raw[:8] + b"\0\0\0\0" + raw[12:], "truncated"),
+        (lambda raw: b"", None),
+        (lambda raw: raw[:500], None),
+        (lambda raw: raw[:-1], "truncated"),
+        (lambda raw: raw + b"\0", "truncated"),
+        (lambda raw: bytes(5000), "magic number"),  # another program's, without a header
+    ],
 )
-def test_damaged_headers_are_named(tmp_path, place, value, message):
+def test_damaged_shards_are_named_and_never_to_be_deleted(tmp_path, damage, message):
     path = tmp_path / "bad.bin"
     write_shard(path, np.arange(50, dtype=np.uint16))
-    raw = bytearray(path.read_bytes())
-    raw[4 * place : 4 * place + 4] = value.to_bytes(4, "little")
-    path.write_bytes(raw)
+    path.write_bytes(damage(path.read_bytes()))
     with pytest.raises(ShardError, match=message) as caught:
         open_shard(path)
     assert str(path) in str(caught.value) and "delete" not in str(caught.value)
-
-
-@pytest.mark.parametrize("size", [0, 500, 1024 + 2 * 50 - 1, 1024 + 2 * 50 + 1])
-def test_files_of_the_wrong_size_are_refused(tmp_path, size):
-    path = tmp_path / "bad.bin"
-    write_shard(path, np.arange(50, dtype=np.uint16))
-    path.write_bytes(path.read_bytes().ljust(size, b"\0")[:size])
-    with pytest.raises(ShardError):
-        open_shard(path)
 
 
 def test_tokens_beyond_the_vocabulary_are_refused(tmp_path):
@@ -248,11 +247,6 @@ def test_every_number_of_ranks_sees_the_same_global_batches(
     assert rows_of(tiny_hp, tiny_task, world_size, micro_seqs) == one
 
 
-def test_order_depends_on_the_seed_alone(tiny_hp, tiny_task):
-    one, again, two = (rows_of(tiny_hp, tiny_task, 1, 8, seed) for seed in (1, 1, 2))
-    assert one == again != two
-
-
 @pytest.mark.parametrize("first_step", [1, 13, 40])
 def test_starting_later_gives_the_later_batches(tiny_hp, tiny_task, first_step):
     whole = rows_of(tiny_hp, tiny_task, 1, 8)
@@ -334,11 +328,6 @@ def test_validation_that_cannot_be_had_is_refused(tiny_task):
         Validation(tiny_task, rank(0, 3))
 
 
-def test_too_few_tokens_are_named_before_training(tiny_hp, tiny_task):
-    with pytest.raises(ShardError, match="steps need"):
-        check_supply(dataclasses.replace(tiny_hp, num_steps=10_000), tiny_task, seed=0)
-
-
 def test_a_validation_shard_among_those_of_training_is_refused(tiny_task):
     everything = dataclasses.replace(tiny_task, train_files=f"{Path(tiny_task.val_files).parent}/*")
     with pytest.raises(ShardError, match=r"val\.bin is a training shard too; change --train_files"):
@@ -352,15 +341,8 @@ def test_two_equal_validation_shards_are_no_training_shards(tiny_task, tmp_path)
     assert sum(line.startswith("val_shard") for line in lines) == 2
 
 
-OTHER_FILES = {
-    "magic number": lambda path: path.write_bytes(bytes(5000)),  # nanoGPT's have no header
-    "is no file": os.mkfifo,  # nothing waits for its other end
-    "no file; name shards": Path.mkdir,
-}
-
-
-@pytest.mark.parametrize("message, make", OTHER_FILES.items())
-def test_files_of_other_programs_are_named_and_never_to_be_deleted(tmp_path, message, make):
+@pytest.mark.parametrize("message, make", [("is no file", os.mkfifo), ("name shards", Path.mkdir)])
+def test_what_is_no_file_is_named_and_not_waited_for(tmp_path, message, make):
     make(tmp_path / "train.bin")
     for path in find_shards(str(tmp_path / "*.bin")):
         with pytest.raises(ShardError, match=message) as caught:
@@ -390,13 +372,14 @@ def test_the_advice_for_a_track_s_shard_is_the_command_that_writes_it(
     assert str(caught.value).endswith(command)
 
 
-@pytest.mark.parametrize("folder, pattern", [("v2 [a]", "x_*.bin"), ("v2 [a]", "x_[1].bin")])
-def test_brackets_in_a_path_are_no_glob(monkeypatch, tmp_path, folder, pattern):
-    (tmp_path / folder).mkdir()
-    write_shard(tmp_path / folder / "x_[1].bin", np.arange(9, dtype=np.uint16))
-    monkeypatch.chdir(tmp_path / folder)
-    assert find_shards(absolute_glob(pattern)) == [tmp_path / folder / "x_[1].bin"]
-    assert find_shards(f"{tmp_path}/{folder}/x_[1].bin") == [tmp_path / folder / "x_[1].bin"]
+def test_brackets_in_a_path_are_no_glob(monkeypatch, tmp_path):
+    folder = tmp_path / "v2 [a]"
+    folder.mkdir()
+    shard = folder / "x_[1].bin"
+    write_shard(shard, np.arange(9, dtype=np.uint16))
+    monkeypatch.chdir(folder)
+    for pattern in (absolute_glob("x_*.bin"), absolute_glob("x_[1].bin"), str(shard)):
+        assert find_shards(pattern) == [shard]
 
 
 def test_data_hash_is_compared(tiny_task):

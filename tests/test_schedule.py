@@ -7,27 +7,9 @@ from itertools import islice
 import numpy as np
 import pytest
 import torch
-from conftest import settings
+from conftest import trainer
 
-from referee.harness import Run
-from referee.ranks import Runtime
-from train_gpt import (
-    HEAD_LR,
-    PROCESS_START,
-    SOURCES,
-    TRACKS,
-    Trainer,
-    lr_scale,
-    muon_momentum,
-    step_inputs,
-)
-
-
-def trainer(hp, task) -> Trainer:
-    run = Run(settings(task, hp, compile=False), SOURCES, Runtime(), None, PROCESS_START)
-    made = Trainer(run)
-    made.compile(lambda function: function)
-    return made
+from train_gpt import HEAD_LR, TRACKS, lr_scale, muon_momentum, step_inputs
 
 
 def test_slow_frequencies_stretch_with_the_window():
@@ -86,7 +68,7 @@ def test_further_targets_fade_by_two_thirds_of_the_run():
 
 def test_the_head_is_the_embedding_until_they_part(tiny_hp, tiny_task):
     hp = dataclasses.replace(tiny_hp, tied_frac=0.5, num_steps=8, embed_lr=HEAD_LR)
-    run = trainer(hp, tiny_task)
+    run = trainer(tiny_task, hp)
     batches = run.batches(0)
     for step in range(8):
         before = run.model.embed.detach().clone()
@@ -99,7 +81,7 @@ def test_the_head_is_the_embedding_until_they_part(tiny_hp, tiny_task):
 def test_a_waiting_gradient_is_the_sum_over_steps_and_tied_matrices(tiny_hp, tiny_task, tied_frac):
     """Two steps of which Adam takes the second, against one step by hand with all gradients."""
     tiny_hp = dataclasses.replace(tiny_hp, tied_frac=tied_frac, embed_lr=HEAD_LR)
-    run, moved_by = trainer(tiny_hp, tiny_task), []
+    run, moved_by = trainer(tiny_task, tiny_hp), []
     reduce = run.optimizers["embed"].reduce
     run.optimizers["embed"].reduce = lambda: moved_by.append(embed.grad) or reduce()
     batches = list(islice(run.batches(0), 2))
@@ -121,7 +103,7 @@ def test_a_waiting_gradient_is_the_sum_over_steps_and_tied_matrices(tiny_hp, tin
 
 def test_larger_batches_of_later_stages_take_more_forward_passes(tiny_hp, tiny_task):
     hp = dataclasses.replace(tiny_hp, batch_tokens=(512, 1024, 1536), num_steps=9)
-    run, drawn = trainer(hp, tiny_task), []
+    run, drawn = trainer(tiny_task, hp), []
     run.loss = lambda inputs, targets, at: drawn.append(inputs) or run.model(inputs, targets, at)
     batches = run.batches(0)
     counts = []
