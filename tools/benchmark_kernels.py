@@ -1,15 +1,12 @@
-"""Time what fineweb runs by kernels: ./run.sh tools/benchmark_kernels.py
+"""Time the kernels of the fineweb track: ./run.sh tools/benchmark_kernels.py
 
-    --rows N     rows of 16,384 tokens (default: 1)
-    --shrink     tiny sizes, on a CPU too: does the script work?
-
-Each line: medians of two, timed in turns, and their ratio. The MLP by its kernel and by its
-definition, the head in fp8 and bf16, attention in a window and in 2,560 tokens, Adam and a copy.
+Prints median times, each also as a multiple of the line's last: the MLP by its kernel and by its
+definition, the head in fp8 and in bf16, attention by window, Adam's update of a table and a copy
+of its gradient. All but Adam with the backward pass.
 """
 
-import statistics
 import sys
-import time
+from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -17,119 +14,97 @@ if __name__ == "__main__":
 
 import torch
 import torch.nn.functional as F
+from torch.utils.benchmark import Timer
 
 import kernels
-from kernels import Softcap, attend, attention_mask, head_loss, linear, relu_squared_mlp
 from referee.ranks import Runtime
 from tools.cli import finish, flag_parser
 from train_gpt import TRACKS, Adam, Group
 
-CAP = Softcap(23.0, 5.0, 7.5)
-ROUNDS = 20
+HP, CAP, WINDOWS = TRACKS["fineweb"], kernels.Softcap(23.0, 5.0, 7.5), (128, 384, 640, 2560)
 
 
-def milliseconds(function, rt: Runtime) -> float:
-    rt.synchronize()
-    start = time.perf_counter()
-    function()
-    rt.synchronize()
-    return 1e3 * (time.perf_counter() - start)
-
-
-def compare(name: str, rt: Runtime, **functions) -> None:
-    """Time the functions in turns; print their medians, and the first's share of the second's."""
-    times = {label: [] for label in functions}
-    for turn in range(ROUNDS + 3):
-        for label, function in functions.items():
-            taken = milliseconds(function, rt)
-            if turn >= 3:  # the first ones compile
-                times[label].append(taken)
-    medians = {label: statistics.median(taken) for label, taken in times.items()}
-    first, second = list(medians.values())[:2]
-    listed = ", ".join(f"{label} {ms:.3f} ms" for label, ms in medians.items())
-    print(f"{name}: {listed}, ratio {first / second:.3f}", flush=True)
-
-
-def both_ways(function, *inputs):
-    """Forward and backward of a function of tensors."""
-
+def milliseconds(function, inputs: list) -> float:
     def run():
-        for t in inputs:
-            t.grad = None
-        function(*inputs).float().sum().backward()
+        y = function(*inputs)
+        if y is not None and y.requires_grad:
+            y.float().sum().backward()
 
-    return run
+    if torch.cuda.is_available():
+        from triton.testing import do_bench
+
+        return do_bench(run, rep=500, grad_to_none=inputs, return_mode="median")
+    return 1e3 * Timer("run()", globals={"run": run}).timeit(3).median
 
 
-def mlp(rt: Runtime, N: int, D: int, M: int) -> None:
-    x, up, down = (torch.randn(*shape, device=rt.device, dtype=rt.matmul_dtype).requires_grad_()
-                   for shape in ((N, D), (M, D), (M, D)))  # fmt: skip
+def compare(name: str, inputs: list, **functions) -> None:
+    times = {label: milliseconds(function, inputs) for label, function in functions.items()}
+    *_, last = times.values()
+    listed = ", ".join(f"{label} {ms:.3f} ms ({ms / last:.3f})" for label, ms in times.items())
+    print(f"{name}: {listed}", flush=True)
 
+
+def mlp(randn, N: int, dtype: torch.dtype) -> None:
     @torch.compile(dynamic=False)
     def definition(x, up, down):
-        return linear(F.relu(linear(x, up, x.dtype)) ** 2, down.T, x.dtype)
+        return kernels.linear(F.relu(kernels.linear(x, up, dtype)) ** 2, down.T, dtype)
 
-    compare(f"MLP {N} x {D} x {M}", rt,
-            kernel=both_ways(lambda *t: relu_squared_mlp(*t, rt.matmul_dtype), x, up, down),
-            definition=both_ways(definition, x, up, down))  # fmt: skip
+    inputs = [randn(size, HP.model_dim, dtype=dtype) for size in (N, HP.mlp_dim, HP.mlp_dim)]
+    kernel = partial(kernels.relu_squared_mlp, dtype=dtype)
+    compare("MLP", inputs, kernel=kernel, definition=definition)
 
 
-def head(rt: Runtime, N: int, D: int, V: int) -> None:
-    x = F.rms_norm(torch.randn(N, D, device=rt.device), (D,)).to(rt.matmul_dtype).requires_grad_()
-    weight = (0.1 * torch.randn(V, D, device=rt.device)).requires_grad_()
+def head(randn, N: int, V: int, rt: Runtime) -> None:
     targets, weights = torch.randint(V, (N, 2), device=rt.device), torch.ones(2, device=rt.device)
 
-    def with_fp8(fp8: bool):
-        loss = lambda x, W: head_loss(x, W, targets, weights, CAP, rt.matmul_dtype, fp8)  # noqa: E731
-        return both_ways(loss, x, weight)
+    def loss(x, weight, fp8: bool):
+        return kernels.head_loss(x, weight, targets, weights, CAP, rt.matmul_dtype, fp8)
 
-    compare(f"head {N} x {D} x {V}", rt, fp8=with_fp8(rt.has_fp8), bf16=with_fp8(False))
+    inputs = [randn(N, HP.model_dim, dtype=rt.matmul_dtype), randn(V, HP.model_dim)]
+    inputs[1].data.mul_(0.1)
+    compare("head", inputs, fp8=partial(loss, fp8=rt.has_fp8), bf16=partial(loss, fp8=False))
 
 
-def attention(rt: Runtime, B: int, T: int, H: int, K: int, window: int) -> None:
+def attention(randn, B: int, T: int, rt: Runtime) -> None:
     docs = (torch.rand(B, T, device=rt.device) < 1 / 600).cumsum(1)
-    q, k, v = (torch.randn(B, H, T, K, device=rt.device, dtype=rt.stream_dtype).requires_grad_()
-               for _ in range(3))  # fmt: skip
     options = kernels.flex_options(rt.shared_memory_bytes)
 
     @torch.compile(dynamic=False)
-    def masked(q, k, v, at):
-        return attend(q, k, v, attention_mask(docs, at, 2560), options)
+    def attend(q, k, v, window):
+        mask = kernels.attention_mask(docs, window, max(WINDOWS))
+        return kernels.attend(q, k, v, mask, options)
 
-    widths = {f"window_{w}": torch.tensor(w, device=rt.device) for w in (window, 2560)}
-    compare(f"attention {B} x {T} x {H} x {K}", rt,
-            **{name: both_ways(lambda *t, at=at: masked(*t, at), q, k, v)
-               for name, at in widths.items()})  # fmt: skip
+    inputs = [randn(B, HP.num_heads, T, HP.head_dim, dtype=rt.stream_dtype) for _ in range(3)]
+    windows = {f"window_{w}": torch.tensor(w, device=rt.device) for w in WINDOWS}
+    compare("attention", inputs, **{k: partial(attend, window=w) for k, w in windows.items()})
 
 
-def table_update(rt: Runtime, rows: int, D: int) -> None:
-    p = torch.randn(rows, D, device=rt.device).requires_grad_()
+def table_update(randn, rows: int, rt: Runtime) -> None:
+    p = randn(rows, HP.model_dim)
     grad = torch.randn_like(p)
     group = Group([p], 0.1, 0.025, 1, (0.75, 0.95))
     adam = Adam(group, TRACKS["fineweb"], rt, torch.compile)
 
-    def update():
+    def update(p):
         p.grad = grad
         adam.start_exchange()
         adam.step(0)
 
-    compare(f"Adam of a table {rows} x {D}", rt, update=update, copy=grad.clone)
+    compare(f"Adam of {rows} rows", [p], update=update, copy=lambda p: grad.clone())
 
 
 def main() -> int:
     parser = flag_parser(__doc__)
-    parser.add_argument("--rows", type=int, default=1)
-    parser.add_argument("--shrink", action="store_true")
-    own = parser.parse_args()
-    rt, hp = Runtime(), TRACKS["fineweb"]
-    T, V, table = (256, 512, 1024) if own.shrink else (hp.seq_len, 50304, hp.bigram_rows)
-    print(f"{rt.device_name}, torch {torch.__version__}, forward and backward")
-    N = own.rows * T
-    mlp(rt, N, hp.model_dim, hp.mlp_dim)
-    head(rt, N, hp.model_dim, V)
-    for window in (128, 384, 640):
-        attention(rt, own.rows, T, hp.num_heads, hp.head_dim, window)
-    table_update(rt, table, hp.model_dim)
+    parser.add_argument("--rows", type=int, default=1, help="rows of 16,384 tokens (default: 1)")
+    parser.add_argument("--shrink", action="store_true", help="tiny sizes: does the script work?")
+    own, rt = parser.parse_args(), Runtime()
+    T, V, table_rows = (256, 512, 1024) if own.shrink else (HP.seq_len, 50304, HP.bigram_rows)
+    print(f"{rt.device_name}, torch {torch.__version__}: {own.rows} x {T} tokens, vocabulary {V}")
+    randn = partial(torch.randn, device=rt.device, requires_grad=True)
+    mlp(randn, own.rows * T, rt.matmul_dtype)
+    head(randn, own.rows * T, V, rt)
+    attention(randn, own.rows, T, rt)
+    table_update(randn, table_rows, rt)
     return 0
 
 
