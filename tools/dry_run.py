@@ -1,9 +1,8 @@
-"""A run without data or device: what its steps launch and move, and the peak of memory.
+"""Run a trainer without data or GPU, and record what it launches, moves and allocates.
 
-Works on a card of tools/fake_gpu.py, which has to be installed before this is imported. The trainer
-is carried out as harness.py does it: made, compiled, warmed up, trained; tensors hold no data.
-Inductor's generated code runs and launches its kernels, each of which is compiled to the last step,
-but none is executed.
+Needs a card of tools/fake_gpu.py, installed before this module is imported. The trainer is made,
+compiled, warmed up and trained as by the harness, on tensors without data. Inductor's generated
+code runs; each kernel that it launches is compiled by ptxas, but none is executed.
 """
 
 import os
@@ -11,12 +10,14 @@ import re
 import subprocess
 import tempfile
 import weakref
+from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import cache, wraps
 from pathlib import Path
 from typing import NamedTuple
+from unittest.mock import patch
 
 import torch
 import torch._dynamo.utils
@@ -37,7 +38,6 @@ from referee import ranks
 from referee.cards import Card
 from referee.harness import Run, Settings, compiled_graphs, warm_up
 from referee.ranks import Runtime
-from tools.fake_gpu import mock
 
 CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 MAX_SPILL_BYTES = 128  # per thread
@@ -47,7 +47,7 @@ PRODUCTS = {"relu_squared_kernel": lambda A, B, post, out, N, M, K: 2 * N * M * 
 
 
 class Kernel(NamedTuple):
-    """One configuration of a Triton kernel, as ptxas made it."""
+    """One configuration of a Triton kernel, compiled by ptxas."""
 
     name: str
     config: str
@@ -63,29 +63,23 @@ class Launch(NamedTuple):
     name: str
     moved_bytes: int  # of the tensors that it reads and writes
     flops: int
-    operand_bytes: int  # of an element that is multiplied; 0: no product
+    operand_bytes: int  # per element of a matrix product; 0: no product
     wire_bytes: int  # sent to other ranks
 
 
 @dataclass
-class Step:
-    """The launches of one optimizer step, one list per forward and backward pass."""
-
-    step: int
-    passes: list[list[Launch]] = field(default_factory=list)  # the last one ends with the update
-
-
-@dataclass
 class Trace:
-    """What a dry run has seen."""
+    """The record of a dry run."""
 
     rows: int = 0  # per forward pass
     peak_bytes: int = 0
     peak_when: str = ""
     graphs: int = 0
     recompiled: int = 0
-    steps: list[Step] = field(default_factory=list)
-    kernels: dict[str, list[Kernel]] = field(default_factory=dict)  # configurations by source
+    # By step, one list per forward and backward pass; the last one ends with the update.
+    steps: dict[int, list[list[Launch]]] = field(default_factory=lambda: defaultdict(list))
+    # By source, one item per configuration.
+    kernels: dict[str, list[Kernel]] = field(default_factory=lambda: defaultdict(list))
     problems: list[str] = field(default_factory=list)
 
     def problem(self, text: str) -> None:
@@ -94,16 +88,13 @@ class Trace:
 
 
 class DryRun(Run):
-    """A run that validates one batch, and reports to a recorder."""
+    """A run that validates one batch and writes no log."""
 
-    def __init__(self, settings: Settings, rt: Runtime, recorder: "Recorder"):
-        super().__init__(settings, {}, rt, stop=None, started=0.0)
-        self.recorder = recorder
-        self.all_rows = self.validation.rows
+    recorder: "Recorder"
 
     def validate(self, predict, batch_rows: int) -> None:
         self.recorder.begin("validation")
-        self.validation.rows = self.all_rows[:batch_rows]
+        self.validation.rows = self.validation.rows[:batch_rows]
         self.validation.loss(predict, batch_rows)
 
     def end_step(self, loss, tokens: int) -> None:
@@ -115,7 +106,7 @@ class DryRun(Run):
 
 
 class Recorder(TorchDispatchMode):
-    """Counts what every operator and kernel does, and the bytes that are alive at a time."""
+    """Counts the work of every operator and kernel, and the bytes allocated at a time."""
 
     def __init__(self, card: Card, trace: Trace, compile_kernels: bool, keys, tell):
         """The arguments are those of dry_run."""
@@ -127,19 +118,16 @@ class Recorder(TorchDispatchMode):
         self.compilations = {}
 
     @classmethod
-    def is_infra_mode(cls):  # else compiling under this mode would trace it
+    def is_infra_mode(cls):  # else torch.compile would trace this mode
         return True
 
     def begin(self, phase: str) -> list[Launch]:
-        """What follows belongs to this phase; return the list that its launches go to."""
+        """Start a phase; return the list of its launches."""
         self.phase, self.launches = phase, []
         return self.launches
 
     def begin_pass(self, step: int) -> None:
-        steps = self.trace.steps
-        if not steps or steps[-1].step != step:
-            steps.append(Step(step))
-        steps[-1].passes.append(self.begin(f"step {step}"))
+        self.trace.steps[step].append(self.begin(f"step {step}"))
 
     # ---- operators
 
@@ -177,7 +165,7 @@ class Recorder(TorchDispatchMode):
         return outputs
 
     def run_body(self, definition, func, args, kwargs):
-        """Run a custom operator's own code, and compare its results with its fake kernel's."""
+        """Run a custom operator's code; compare its results with those of its fake kernel."""
         if any(t.is_cuda for t in tensors((args, kwargs))):
             self.check_cuda_kernel(func)
         with recording_off(self):
@@ -187,8 +175,8 @@ class Recorder(TorchDispatchMode):
         for i, (fake, real) in enumerate(zip(promised, tensors(outputs), strict=True)):
             seen = [(tuple(t.shape), t.stride(), t.dtype) for t in (fake, real)]
             if seen[0] != seen[1]:
-                self.trace.problem(f"{func}, result {i}: its fake kernel says {seen[0]}, its code "
-                                   f"makes {seen[1]}")  # fmt: skip
+                self.trace.problem(f"{func}, result {i}: its fake kernel returns {seen[0]}, its "
+                                   f"code {seen[1]}")  # fmt: skip
         del promised
         return outputs
 
@@ -197,7 +185,7 @@ class Recorder(TorchDispatchMode):
             self.trace.problem(f"operator {func._schema.name} has no CUDA kernel")
 
     def launch(self, name, used, flops=0, operand_bytes=0, wire=0) -> None:
-        """used: the tensors that are read or written, each as often as it is."""
+        """used: a tensor per read or write."""
         moved = sum(t.numel() * t.element_size() for t in used)
         self.launches.append(Launch(name, moved, flops, operand_bytes if flops else 0, wire))
 
@@ -220,14 +208,14 @@ class Recorder(TorchDispatchMode):
     # ---- Triton kernels
 
     def compile(self, key: str, name: str, work) -> None:
-        """Run work(), which compiles a kernel, in a thread, unless it was run already."""
+        """Call work(), which compiles a kernel, in a thread; once per key."""
         if self.threads is not None and key not in self.compilations:
             self.compilations[key] = name, self.threads.submit(work)
 
     def finish_compiling(self) -> None:
-        if self.compilations:
-            self.tell(f"compiling {len(self.compilations)} kernels")
-        for name, done in self.compilations.values():
+        count = len(self.compilations)
+        for i, (name, done) in enumerate(self.compilations.values()):
+            self.tell(f"{i} of {count} kernels compiled")
             if error := done.exception():
                 reason = str(error).strip().splitlines()[0]
                 self.trace.problem(f"kernel {name} does not compile: {reason}")
@@ -246,7 +234,7 @@ class Recorder(TorchDispatchMode):
         elif spilled > MAX_SPILL_BYTES:
             problem = f"spills {spilled} B per thread"
         kernel = Kernel(name, config, registers, spilled, shared, problem)
-        self.trace.kernels.setdefault(key, []).append(kernel)
+        self.trace.kernels[key].append(kernel)
 
     def inductor_launch(self, autotuner, args) -> None:
         name = autotuner.inductor_meta.get("kernel_name", autotuner.fn.__name__)
@@ -271,7 +259,7 @@ class Recorder(TorchDispatchMode):
             self.add_kernel(str(id(autotuner)), name, str(config), result.kernel, config.num_warps)
 
     def user_launch(self, kernel: JITFunction, run, args, grid, options) -> None:
-        """A kernel that the project wrote: compile it for such arguments."""
+        """Compile a kernel of the project's own for these arguments."""
         name, described = kernel.fn.__name__, []
         for a in args:
             is_tensor = isinstance(a, torch.Tensor)
@@ -297,16 +285,16 @@ def tensors(tree) -> list[torch.Tensor]:
 
 @cache
 def composite(func) -> bool:
-    """Whether an operator is made of others, which are what is launched."""
+    """Whether an operator is made of others, which are counted in its place."""
     key = torch._C.DispatchKey.CompositeImplicitAutograd
     return func.namespace == "aten" and func.has_kernel_for_dispatch_key(key)
 
 
 @cache
 def cuda_kernels() -> set[str]:
-    """Names of torch's own operators that run on CUDA, which a CPU build cannot say."""
+    """Names of torch's operators that have a CUDA kernel; a CPU build registers none."""
     table = "torchgen/packaged/ATen/native/native_functions.yaml"
-    text, names = (Path(torch.__file__).parent.parent / table).read_text(), set()
+    text, names = (Path(torch.__file__).parent.parent / table).read_text("utf-8"), set()
     for entry in re.split(r"^- func: ", text, flags=re.M)[1:]:
         keys = ",".join(re.findall(r"^    ([A-Z][\w, ]*):", entry, re.M))
         runs = "CUDA" in keys or "Composite" in keys or "structured_delegate:" in entry
@@ -335,17 +323,17 @@ def recording_off(recorder: Recorder):
 
 
 def wire_bytes(name: str, exchanged: list[torch.Tensor]) -> int:
-    """What one rank sends in a collective, of ring algorithms."""
+    """Bytes that one rank sends in a collective, by ring algorithms."""
     n, sizes = dist.get_world_size(), [t.numel() * t.element_size() for t in exchanged]
     if "allreduce" in name:
         return 2 * (n - 1) * sum(sizes) // n
     if "broadcast" in name:
         return sum(sizes)
-    return (n - 1) * max(sizes, default=0) // n  # gathers and scatters; the larger one is whole
+    return (n - 1) * max(sizes, default=0) // n  # gather, scatter: max is the whole tensor
 
 
 def resources(cubin: bytes) -> tuple[int, int]:
-    """(registers, bytes of local memory) of a thread."""
+    """(registers, bytes of local memory) per thread."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
@@ -356,9 +344,9 @@ def resources(cubin: bytes) -> tuple[int, int]:
 
 
 def list_strides(autotuner, args) -> str:
-    """What is wrong with the strides at which FlexAttention's kernel reads its lists of blocks.
+    """The problem, if FlexAttention's kernel reads its lists of blocks at wrong strides.
 
-    It goes from row to row by the stride of the heads' dimension, which need not be that of rows.
+    It steps from row to row by the stride of the heads' dimension, which the lists may not have.
     """
     source, wrong = autotuner.fn.src, []
     constants = dict(re.findall(r"^ *(SPARSE_Z|SPARSE_HQ|stride_\w+_h) = (\d+)$", source, re.M))
@@ -369,14 +357,14 @@ def list_strides(autotuner, args) -> str:
         if stride in constants:
             per_row = int(constants["SPARSE_HQ"]) * int(constants[stride])
             if lists.stride(0) != per_row:
-                wrong.append(f"{stride} = {constants[stride]} leads {per_row} elements on, a row "
+                wrong.append(f"{stride} = {constants[stride]} moves by {per_row} elements, a row "
                              f"has {lists.stride(0)}")  # fmt: skip
     return "reads the block lists of another row: " + "; ".join(wrong) if wrong else ""
 
 
 @contextmanager
 def recording(recorder: Recorder):
-    """Let Inductor's and Triton's launches, and the trainer's batches, come to the recorder."""
+    """Send launches of Inductor and Triton to the recorder; give the trainer empty batches."""
     run = JITFunction.run
 
     def triton_run(kernel, *args, grid, warmup, **options):
@@ -401,7 +389,7 @@ def recording(recorder: Recorder):
 
         return compile_graph_unrecorded
 
-    autotuner, why = heuristics.CachingAutotuner, "kernels are compiled and counted, not launched"
+    autotuner = heuristics.CachingAutotuner
     changes = [
         (autotuner, "precompile", lambda self, *args, **kwargs: None),
         (autotuner, "run", lambda self, *args, **kwargs: recorder.inductor_launch(self, args)),
@@ -413,26 +401,15 @@ def recording(recorder: Recorder):
         (convert_frame.ConvertFrameAssert, "__call__",
          lowered(convert_frame.ConvertFrameAssert.__call__)),
     ]  # fmt: skip
-    with replaced(changes, why):
-        yield
-
-
-@contextmanager
-def replaced(changes: list, why: str):
-    """Put mocks in place, [(owner, name, value)], and take them out again."""
-    kept = [(owner, name, getattr(owner, name, None)) for owner, name, _ in changes]
-    try:
+    with ExitStack() as stack:
         for owner, name, value in changes:
-            mock(owner, name, value, why)
+            stack.enter_context(patch.object(owner, name, value))
         yield
-    finally:
-        for owner, name, value in kept:
-            setattr(owner, name, value)
 
 
 @contextmanager
 def rank_0_of(count: int):
-    """This process as the first of so many ranks, which exchange nothing."""
+    """Make this process the first of so many ranks, which exchange nothing."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     join = dist.init_process_group
@@ -440,14 +417,11 @@ def rank_0_of(count: int):
     def join_nobody(backend, **options):
         join("fake", rank=0, world_size=count, store=FakeStore())
 
-    changes = [
-        (ranks, "RANK", 0),
-        (ranks, "WORLD_SIZE", count),
-        (ranks, "rank_store", FakeStore),
-        (Runtime, "all_of", lambda self, value: [value] * count),
-        (dist, "init_process_group", join_nobody),
-    ]
-    with replaced(changes, "the other ranks are not there"):
+    with (
+        patch.multiple(ranks, RANK=0, WORLD_SIZE=count, rank_store=FakeStore),
+        patch.object(Runtime, "all_of", lambda self, value: [value] * count),
+        patch.object(dist, "init_process_group", join_nobody),
+    ):
         yield
         if count > 1:
             dist.destroy_process_group()
@@ -456,10 +430,9 @@ def rank_0_of(count: int):
 def dry_run(
     make_trainer, settings: Settings, card: Card, cards: int, compile_kernels: bool, keys, tell
 ) -> Trace:
-    """Carry out a run of settings, whose shards must be there, on so many cards.
+    """Run the trainer on so many cards; the shards that settings name must exist.
 
-    keys(step): keys that FlexAttention multiplies a query with; tell(text): is told what is being
-    done.
+    keys(step): keys per query that FlexAttention multiplies; tell(text): shows progress.
     """
     trace = Trace()
     recorder = Recorder(card, trace, compile_kernels, keys, tell)
@@ -467,7 +440,8 @@ def dry_run(
     torch._dynamo.utils.counters.clear()
     with ExitStack() as stack:
         stack.enter_context(rank_0_of(cards))
-        recorder.run = run = DryRun(settings, Runtime(), recorder)
+        run = DryRun(settings, {}, Runtime(), stop=None, started=0.0)
+        recorder.run, run.recorder = run, recorder
         stack.enter_context(recording(recorder))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(recorder)
@@ -479,5 +453,5 @@ def dry_run(
         trace.rows, trace.recompiled = run.micro_batch_seqs, compiled_graphs() - trace.graphs
         recorder.finish_compiling()
     if trace.recompiled:
-        trace.problem(f"{trace.recompiled} graphs are compiled again in the timed part")
+        trace.problem(f"{trace.recompiled} graphs are compiled again after warm-up")
     return trace

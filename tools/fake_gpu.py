@@ -1,11 +1,11 @@
-"""A GPU that is not there: everything that must be pretended to trace and compile for one.
+"""Mocks of a GPU, for tracing and compiling on a machine that has none.
 
-    library = load_guard()          before torch is imported
-    install(CARDS["H100"], library) before the trainer is imported
+    library = load_guard()           before torch is imported
+    install(CARDS["H100"], library)  before the trainer is imported
 
-Dynamo, AOTAutograd, Inductor and Triton then run as on that card, down to ptxas; tensors are fake
-(FakeTensorMode) and hold no data. Every mock stands here with its reason. For torch 2.11 to 2.13,
-with or without CUDA, on Linux.
+Dynamo, AOTAutograd, Inductor and Triton then work as on that card, down to ptxas, on tensors that
+hold no data (FakeTensorMode). Each mock has its reason beside it. For torch 2.11 to 2.13 on Linux,
+with or without CUDA.
 """
 
 import ast
@@ -26,22 +26,21 @@ from referee.cards import Card
 from tools.cli import ToolError
 
 TESTED = ("2.11", "2.12", "2.13")
-COMPILED_FOR = ("H100", "H200", "A100", "4090")  # of CARDS, what the project is compiled for
+COMPILED_FOR = ("H100", "H200", "A100", "4090")  # keys of CARDS
 GUARD = Path(__file__).with_name("fake_gpu.cpp")
 CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "photofinish")
 
 
 def check_machine() -> None:
-    """ToolError where nothing can be compiled for a GPU."""
+    """ToolError if this machine cannot compile for a GPU."""
     if sys.platform != "linux":
-        raise ToolError("Triton compiles on Linux only; run this in a container: docs/gpus.md")
+        raise ToolError("Triton compiles on Linux only; run in a container: docs/gpus.md")
     if importlib.util.find_spec("triton") is None:
-        raise ToolError("triton is not installed, which a CPU build of torch leaves out; run: "
+        raise ToolError("triton is missing: torch's CPU build comes without it; run: "
                         f"{sys.executable} -m pip install triton==3.7.1")  # fmt: skip
     for compiler in ("g++", "gcc"):
         if not shutil.which(compiler):
-            raise ToolError(f"there is no {compiler}, which torch.compile needs; run: "
-                            "apt install g++")  # fmt: skip
+            raise ToolError(f"torch.compile needs {compiler}; run: apt install g++")
     if numbers(release := torch_release()) < numbers(TESTED[0]):
         raise ToolError(f"torch {release} is too old; run: {sys.executable} -m pip install "
                         "torch==2.13.0")  # fmt: skip
@@ -52,7 +51,7 @@ def numbers(release: str) -> tuple[int, ...]:
 
 
 def torch_release() -> str:
-    """Such as 2.13."""
+    """Major and minor version, such as 2.13."""
     try:
         return ".".join(version("torch").split(".")[:2])
     except PackageNotFoundError:
@@ -60,7 +59,7 @@ def torch_release() -> str:
 
 
 def load_guard() -> ctypes.CDLL:
-    """Build fake_gpu.cpp once for each version of torch, and load it."""
+    """Load fake_gpu.cpp, built once per version of torch."""
     torch_root = Path(importlib.util.find_spec("torch").origin).parent
     digest = hashlib.sha256(GUARD.read_bytes() + version("torch").encode()).hexdigest()
     library = CACHE / f"fake_gpu-{digest[:12]}.so"
@@ -81,24 +80,19 @@ def load_guard() -> ctypes.CDLL:
     return ctypes.CDLL(str(library), ctypes.RTLD_GLOBAL)
 
 
-def mock(owner, name: str, value, why: str) -> None:
-    """Replace an attribute that this version of torch must have; ToolError where it has none."""
-    if not hasattr(owner, name):
-        where = getattr(owner, "__name__", type(owner).__name__)
-        raise ToolError(f"torch {version('torch')} has no {where}.{name}, for which "
-                        f"tools/fake_gpu.py has a stand-in ({why}); it is written for torch "
-                        f"{TESTED[0]} to {TESTED[-1]}")  # fmt: skip
+def mock(owner, name: str, value) -> None:
+    getattr(owner, name)  # AttributeError if this version of torch has no such attribute
     setattr(owner, name, value)
 
 
 def returns(value):
-    """A function object of its own each time: Dynamo's tables know functions by identity."""
+    """A new function per call, because Dynamo's tables tell functions apart by identity."""
     return lambda *args, **kwargs: value
 
 
 @contextmanager
 def quiet():
-    """Drop what is written to stderr, by C++ too."""
+    """Drop what Python and C++ write to stderr."""
     kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
     os.dup2(nothing, 2)
     try:
@@ -110,22 +104,22 @@ def quiet():
 
 
 def install(card: Card, library: ctypes.CDLL, interpret: bool = False) -> None:
-    """Make torch and Triton believe in the card; call it before torch is used.
+    """Make torch and Triton see the card; call it before torch is imported.
 
-    interpret: Triton's interpreter runs the kernels, which are not compiled.
+    interpret: Triton interprets kernels instead of compiling them.
     """
-    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # a card that is here stays out of it
+    os.environ["CUDA_VISIBLE_DEVICES"] = ""  # ignore a real card
     os.environ["TRITON_INTERPRET"] = str(int(interpret))
-    # Workers of Inductor would lack the mocks, and its caches would mix this card with a real one.
+    # Worker processes of Inductor would lack the mocks; its caches would mix in a real card.
     os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
     os.environ["TORCHINDUCTOR_FX_GRAPH_CACHE"] = os.environ["TORCHINDUCTOR_AUTOGRAD_CACHE"] = "0"
     os.environ["TORCHINDUCTOR_USE_STATIC_CUDA_LAUNCHER"] = "0"  # it drops what ptxas made
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(CACHE / "preflight" / "inductor")
     os.environ["TRITON_CACHE_DIR"] = str(CACHE / "preflight" / "triton")
-    with quiet():  # a CUDA build says that its hooks come second
+    with quiet():  # a CUDA build warns that its hooks are skipped
         import torch
     import torch._dynamo
-    import torch._inductor.compile_fx  # before the mocks: their tables hold torch.cuda's functions
+    import torch._inductor.compile_fx  # before the mocks: it tabulates torch.cuda's functions
 
     library.install_guard()
     mock_cuda(torch, card)
@@ -135,7 +129,7 @@ def install(card: Card, library: ctypes.CDLL, interpret: bool = False) -> None:
 
 
 def mock_cuda(torch, card: Card) -> None:
-    """What torch.cuda tells about the device."""
+    """torch.cuda's answers: there is no driver to ask."""
     from torch._dynamo.device_interface import CudaInterface
 
     threads = 2048 if card.capability in ((8, 0), (9, 0)) else 1536
@@ -160,27 +154,27 @@ def mock_cuda(torch, card: Card) -> None:
          "empty_cache", "manual_seed", "manual_seed_all", "set_rng_state", "set_device")
     )  # fmt: skip
     for name, answer in answers.items():
-        mock(torch.cuda, name, returns(answer), "there is no driver to ask")
+        mock(torch.cuda, name, returns(answer))
     stream = SimpleNamespace(cuda_stream=0, stream_id=0, device_index=0, device_type=1,
                              device=torch.device("cuda", 0), synchronize=returns(None),
                              wait_stream=returns(None), wait_event=returns(None))  # fmt: skip
-    mock(torch.cuda, "current_stream", returns(stream), "the one stream")
-    mock(torch.cuda, "get_rng_state", lambda device=0: torch.zeros(16, dtype=torch.uint8),
-         "Dynamo keeps the generator's state")  # fmt: skip
+    mock(torch.cuda, "current_stream", returns(stream))
+    # Dynamo saves the generator's state.
+    mock(torch.cuda, "get_rng_state", lambda device=0: torch.zeros(16, dtype=torch.uint8))
     interface = ("current_device", "set_device", "device_count", "synchronize", "is_available",
                  "get_device_properties", "current_stream", "is_bf16_supported")  # fmt: skip
     for name in interface:
-        mock(CudaInterface, name, staticmethod(getattr(torch.cuda, name)), "as torch.cuda")
+        mock(CudaInterface, name, staticmethod(getattr(torch.cuda, name)))
     for name in ("exchange_device", "maybe_exchange_device", "get_raw_stream"):
-        mock(CudaInterface, name, staticmethod(returns(0)), "device 0, stream 0")
+        mock(CudaInterface, name, staticmethod(returns(0)))
     for name in ("_cuda_getCurrentRawStream", "_cuda_getDevice", "_cuda_setDevice"):
         setattr(torch._C, name, returns(0))  # a CPU build has none of them
     torch._C._ensureCUDADeviceGuardSet = returns(None)  # would put a CUDA build's guard back
-    torch.version.cuda = torch.version.cuda or "13.0"  # Inductor asks for features by it
+    torch.version.cuda = torch.version.cuda or "13.0"  # Inductor chooses features by it
 
 
 def mock_tensors(torch) -> None:
-    """What touches the memory of tensors that have none."""
+    """Functions that would touch the memory of tensors, which have none."""
     import torch._C._dynamo.guards as guards
     import torch._subclasses.fake_tensor as fake_tensor
 
@@ -193,15 +187,15 @@ def mock_tensors(torch) -> None:
     def reinterpret(tensor, size, stride, offset=0):
         return torch.as_strided(tensor, size, stride, tensor.storage_offset() + offset)
 
-    why = "generated code calls it on tensors, in C++, which passes FakeTensorMode by"
-    mock(guards, "_empty_strided_cuda", empty("cuda:0"), why)
-    mock(guards, "_empty_strided_cpu", empty("cpu"), why)
-    mock(guards, "_reinterpret_tensor", reinterpret, why)
-    mock(guards, "assert_alignment", returns(None), "there is no address")
-    mock(fake_tensor, "init_gpu_context", returns(None), "there is no context")
-    mock(fake_tensor.FakeTensorMode, "avoid_device_init", property(returns(True)),
-         "a CUDA build would start the driver")  # fmt: skip
-    mock(fake_tensor.FakeTensor, "item", returns(0.0), "there is no value")
+    # Generated code calls these in C++, where FakeTensorMode does not see them.
+    mock(guards, "_empty_strided_cuda", empty("cuda:0"))
+    mock(guards, "_empty_strided_cpu", empty("cpu"))
+    mock(guards, "_reinterpret_tensor", reinterpret)
+    mock(guards, "assert_alignment", returns(None))  # there is no address
+    mock(fake_tensor, "init_gpu_context", returns(None))
+    # Else a CUDA build would start the driver.
+    mock(fake_tensor.FakeTensorMode, "avoid_device_init", property(returns(True)))
+    mock(fake_tensor.FakeTensor, "item", returns(0.0))  # there is no value
 
     class Generator(torch.Generator):
         def __new__(cls, device="cpu"):
@@ -222,42 +216,38 @@ def mock_tensors(torch) -> None:
         flash = torch.ops.aten._scaled_dot_product_flash_attention
         return flash(q, k, v, dropout_p, is_causal, scale=options.get("scale"))[0]
 
-    mock(torch.nn.functional, "scaled_dot_product_attention", flash_where_it_can,
-         "it asks the driver which of its kernels can run")  # fmt: skip
-    mock(torch, "Generator", Generator, "a CPU build has none for CUDA")
-    mock(torch.nn.Module, "to_empty", to_empty, "it swaps tensors, which fake ones do not bear")
+    # The original asks the driver which of its kernels can run.
+    mock(torch.nn.functional, "scaled_dot_product_attention", flash_where_it_can)
+    mock(torch, "Generator", Generator)  # a CPU build has none for CUDA
+    mock(torch.nn.Module, "to_empty", to_empty)  # the original swaps tensors, fake ones cannot
 
 
 def mock_inductor(torch, card: Card) -> None:
-    """What Inductor would ask the device, measure on it, or compute there."""
+    """What Inductor would ask the device, measure or compute on it."""
     from torch._inductor import compile_fx, constant_folding, output_code, utils
     from torch._inductor.fx_passes import joint_graph, pad_mm
 
-    why = "it looks at addresses, of which there are none"
-    for module in (utils, compile_fx):
-        mock(module, "copy_misaligned_inputs", returns(([], [])), why)
+    for module in (utils, compile_fx):  # these two look at addresses
+        mock(module, "copy_misaligned_inputs", returns(([], [])))
     for module in (utils, compile_fx, output_code):
-        mock(module, "align_inputs_from_check_idxs", lambda model, *args, **kwargs: model, why)
-    mock(pad_mm, "_should_pad", returns(False), "it times products on the GPU to decide")
-    mock(utils, "get_device_tflops", returns(card.bf16_tflops), "known from the data sheet")
-    mock(utils, "get_gpu_dram_gbps", returns(card.memory_gb_per_s), "known from the data sheet")
+        mock(module, "align_inputs_from_check_idxs", lambda model, *args, **kwargs: model)
+    mock(pad_mm, "_should_pad", returns(False))  # the original times products on the GPU
+    mock(utils, "get_device_tflops", returns(card.bf16_tflops))
+    mock(utils, "get_gpu_dram_gbps", returns(card.memory_gb_per_s))
+    # Constants are computed on the graph's device.
     for folder in (joint_graph.UniformValueConstantFolder, constant_folding.ConstantFolder):
-        mock(folder, "_deduce_value", on_cpu(torch, folder._deduce_value),
-             "it computes constants on the graph's device")  # fmt: skip
+        mock(folder, "_deduce_value", on_cpu(torch, folder._deduce_value))
 
 
 def on_cpu(torch, function):
-    """function, in which everything that would be made on the GPU is made on the CPU."""
-    from torch.utils import _pytree as pytree
+    """function, with a CPU in place of the GPU as the device of every operator."""
     from torch.utils._python_dispatch import TorchDispatchMode
-
-    def moved(x):
-        is_cuda = isinstance(x, torch.device) and x.type == "cuda"
-        return torch.device("cpu") if is_cuda else x
+    from torch.utils._pytree import tree_map_only
 
     class OnCPU(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            args, kwargs = pytree.tree_map(moved, (args, kwargs or {}))
+            cpu = lambda device: torch.device("cpu")  # noqa: E731
+            args, kwargs = tree_map_only(torch.device, cpu, (args, kwargs or {}))
             return func(*args, **kwargs)
 
     def on_cpu_function(*args, **kwargs):
@@ -268,7 +258,7 @@ def on_cpu(torch, function):
 
 
 def mock_triton(torch, card: Card) -> None:
-    """Triton's driver, which says what to compile for."""
+    """Triton's driver, which names the card to compile for."""
     import torch._inductor.runtime.triton_helpers as triton_helpers
     import triton
     from triton.backends.compiler import GPUTarget
@@ -285,20 +275,12 @@ def mock_triton(torch, card: Card) -> None:
         utils=SimpleNamespace(get_device_properties=returns(limits)),
     )  # fmt: skip
     triton.runtime.driver.set_active(driver)
-    mock(
-        ast,
-        "parse",
-        one_at_a_time(ast.parse),
-        "kernels are compiled in threads, between which CPython 3.11 counts an AST's depth wrong",
-    )
-    mock(triton_helpers, "set_driver_to_gpu", returns(None), "it would look for a real driver")
+    mock(triton_helpers, "set_driver_to_gpu", returns(None))  # it looks for a real driver
+    parse, lock = ast.parse, threading.RLock()
 
-
-def one_at_a_time(function):
-    lock = threading.RLock()
-
-    def locked(*args, **kwargs):
+    def parse_alone(*args, **kwargs):
         with lock:
-            return function(*args, **kwargs)
+            return parse(*args, **kwargs)
 
-    return locked
+    # Kernels compile in threads; CPython 3.11 counts an AST's depth wrong across threads.
+    mock(ast, "parse", parse_alone)
