@@ -1,26 +1,39 @@
 """tools/profile_step.py sees every stage, and as many of Adam's steps as a run has."""
 
 import re
-import subprocess
 import sys
 
-from conftest import ROOT, clean_environment
+import pytest
+import torch
+
+from tools import profile_step
+from tools.cli import ToolError
 
 
-def profiled(*flags) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, ROOT / "tools/profile_step.py", *flags],
-                          env=clean_environment(), capture_output=True, text=True)  # fmt: skip
+@pytest.fixture
+def profile(monkeypatch, capsys):
+    """Profile with these flags, in this process; return what is printed."""
+    monkeypatch.setattr(profile_step, "StopRequest", lambda: None)  # it would catch pytest's ctrl-C
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+
+    def printed(*flags: str) -> str:
+        monkeypatch.setattr(sys, "argv", ["profile_step.py", *flags])
+        assert profile_step.main() == 0
+        return capsys.readouterr().out
+
+    yield printed
+    torch.set_num_threads(threads)
 
 
-def test_every_stage_is_profiled_in_whole_cycles_of_adam(flags):
-    done = profiled("--steps", "2", *flags)  # three windows in 20 steps: from step 0, 7 and 14
-    assert done.returncode == 0, done.stderr
-    seen = re.findall(r"steps (\d+ to \d+): .* a step under", done.stdout)
+def test_every_stage_is_profiled_in_whole_cycles_of_adam(profile, flags):
+    printed = profile("--steps", "2", *flags)  # three windows in 20 steps: from step 0, 7 and 14
+    seen = re.findall(r"steps (\d+ to \d+): .* ms per step under the profiler", printed)
     assert seen == ["2 to 3", "9 to 10", "16 to 17"]
-    odd = profiled("--steps", "3", *flags)
-    assert odd.returncode == 1 and odd.stderr.startswith("error: --steps 3 must divide by")
-    wrong = profiled("--track", "embedded", "--model_dim", "66")
-    assert (
-        wrong.returncode == 1
-        and "--model_dim 66 does not divide by 4 times --num_heads 2" in wrong.stderr
-    )
+
+
+def test_wrong_flags_are_one_error(profile, flags):
+    with pytest.raises(ToolError, match="^--steps 3 must be a multiple of --adam_every 2"):
+        profile("--steps", "3", *flags)
+    with pytest.raises(ToolError, match="^--model_dim 66 does not divide by"):
+        profile("--track", "embedded", "--model_dim", "66")

@@ -1,12 +1,11 @@
-"""Where a training step's time goes: ./run.sh tools/profile_step.py [--steps 4] [trainer's flags]
+"""Profile training steps: ./run.sh tools/profile_step.py [--steps 4] [trainer's flags]
 
-Takes the trainer's own flags, warms up as a run does, and profiles some steps in steady state of
-each stage of the schedule. Prints the share of GEMMs, attention, head and loss, optimizer,
-element-wise work and copies, how long the steps waited for data, the longest operations, tokens/s
-and MFU. Nothing is logged. On a CPU the head and its loss are among GEMMs and element-wise work.
+Warms up as a run does, then profiles steps of each stage of the schedule, after as many others.
+Prints the times of GEMMs, attention, head and loss, optimizer, element-wise work and copies, the
+wait for data, the longest operations, tokens/s and MFU. Writes no log. On a CPU, the head and its
+loss count as GEMMs and element-wise work.
 """
 
-import argparse
 import sys
 import time
 from collections import Counter
@@ -16,17 +15,17 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the project's root
 
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import profile, record_function
 
 from data.prefetch import Prefetcher
 from referee.environment import mfu
 from referee.flags import RunError
 from referee.harness import Run, StopRequest, parse_flags, warm_up
 from referee.ranks import Runtime
+from tools.cli import ToolError, finish, flag_parser
 from train_gpt import SOURCES, TRACKS, Trainer
 
-PROCESS_START = time.perf_counter()
-PARTS = (  # of operations that stand below none of the spans in SPANS; the first that fits
+PARTS = (  # of operations outside SPANS, by words in their names; the first match counts
     ("attention", ("flex_attention", "flex_decoding", "scaled_dot_product", "attention")),
     ("GEMMs", ("gemm", "cutlass", "nvjet", "mkldnn", "::mm", "::addmm", "::bmm", "relu_squared")),
     ("copies", ("memcpy", "memset", "copy_")),
@@ -35,7 +34,7 @@ SPANS = {"photofinish::head_loss": "head and loss", "profile::optimizer": "optim
 
 
 def part_of(event, operation: str) -> str:
-    """Which part of the step an operation belongs to, by what it ran below and by its name."""
+    """The part of the step that an operation belongs to, by the spans around it or its name."""
     above = event
     while above is not None:
         for span, part in SPANS.items():
@@ -48,7 +47,7 @@ def part_of(event, operation: str) -> str:
 
 
 def operations(prof, on_gpu: bool):
-    """Yield (part, name, microseconds) of each kernel, or on a CPU of each operation itself."""
+    """Yield (part, name, microseconds) of each kernel, or on a CPU of each operation."""
     for event in prof.events():
         if on_gpu:
             yield from ((part_of(event, k.name), k.name, k.duration) for k in event.kernels)
@@ -56,17 +55,13 @@ def operations(prof, on_gpu: bool):
             yield part_of(event, event.name), event.name, event.self_cpu_time_total
 
 
-class Waiting:
-    """Hands on the prefetcher's batches, and adds up the seconds that they were waited for."""
-
-    def __init__(self, batches):
-        self.batches, self.seconds = batches, 0.0
-
-    def __next__(self):
+def timed(batches, waits: list[float]):
+    """Yield the batches; append to waits the seconds that each took to arrive."""
+    while True:
         start = time.perf_counter()
-        item = next(self.batches)
-        self.seconds += time.perf_counter() - start
-        return item
+        batch = next(batches)
+        waits.append(time.perf_counter() - start)
+        yield batch
 
 
 def first_steps(hp) -> list[int]:
@@ -76,19 +71,20 @@ def first_steps(hp) -> list[int]:
 
 
 def profiled_steps(trainer: Trainer, first: int, steps: int):
-    """Profile steps after as many others; return (profile, wall seconds, seconds of no data)."""
-    rt, waiting = trainer.rt, Waiting(Prefetcher(trainer.batches(first), trainer.rt))
+    """Profile steps after as many others; return (profile, wall seconds, seconds of waiting)."""
+    rt, waits = trainer.rt, []
+    batches = timed(Prefetcher(trainer.batches(first), rt), waits)
     for step in range(first, first + steps):
-        trainer.update(step, waiting)
+        trainer.update(step, batches)
     rt.synchronize()
-    kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if rt.is_gpu else [])]
-    waiting.seconds, start = 0.0, time.perf_counter()
-    with profile(activities=kinds) as prof:
+    waits.clear()
+    with profile() as prof:
+        start = time.perf_counter()
         for step in range(first + steps, first + 2 * steps):
-            trainer.update(step, waiting)
+            trainer.update(step, batches)
         rt.synchronize()
         seconds = time.perf_counter() - start
-    return prof, seconds, waiting.seconds
+    return prof, seconds, sum(waits)
 
 
 def report(trainer: Trainer, first: int, steps: int, prof, seconds: float, waited: float) -> None:
@@ -101,7 +97,7 @@ def report(trainer: Trainer, first: int, steps: int, prof, seconds: float, waite
     tokens = sum(hp.value_at_step(hp.batch_tokens, first + i) for i in range(steps)) / seconds
     share = mfu(trainer.run.flops_per_token * tokens, rt.device_name, rt.world_size)
     print(f"{rt.device_name}, steps {first} to {first + steps - 1}: {1e3 * seconds / steps:.2f} ms "
-          f"a step under the profiler, {tokens:.0f} tokens/s, MFU {share}")  # fmt: skip
+          f"per step under the profiler, {tokens:.0f} tokens/s, MFU {share}")  # fmt: skip
     busy = sum(parts.values())
     for part, microseconds in parts.most_common():
         print(f"{microseconds / busy:7.1%} {microseconds / 1e3 / steps:10.3f} ms  {part}")
@@ -111,8 +107,22 @@ def report(trainer: Trainer, first: int, steps: int, prof, seconds: float, waite
         print(f"{time_us / busy:7.1%} {time_us / 1e3 / steps:10.3f} ms  {part}: {name:.70}")
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], allow_abbrev=False)
+def make_trainer(settings) -> Trainer:
+    """A trainer after warm-up, whose optimizers are spans of the profile."""
+    rt = Runtime(settings.options.fp32)
+    run = Run(settings, SOURCES, rt, StopRequest(), started=time.perf_counter())
+    run.choose_arithmetic()
+    trainer = Trainer(run)
+    warm_up(run, trainer)
+    if trainer.loss is trainer.model:
+        print("not compiled: these are the times of eager operations", file=sys.stderr)
+    for optimizer in trainer.optimizers.values():
+        optimizer.step = record_function("profile::optimizer")(optimizer.step)
+    return trainer
+
+
+def main() -> int:
+    parser = flag_parser(__doc__)
     parser.add_argument("--steps", type=int, default=4, help="steps to profile per stage")
     own, flags = parser.parse_known_args()
     try:
@@ -120,24 +130,15 @@ def main() -> None:
         hp, starts = settings.hp, first_steps(settings.hp)
         shortest = min(map(sub, [*starts[1:], hp.num_steps], starts))
         if own.steps < 1 or own.steps % hp.adam_every or 2 * own.steps > shortest:
-            raise RunError(f"--steps {own.steps} must divide by --adam_every {hp.adam_every}, and "
-                           f"twice fit into each stage of {shortest} steps")  # fmt: skip
-        rt = Runtime(settings.options.fp32)
-        run = Run(settings, SOURCES, rt, StopRequest(), PROCESS_START)
-        run.choose_arithmetic()
-        trainer = Trainer(run)
-        warm_up(run, trainer)
-        if trainer.loss is trainer.model:
-            print("not compiled: these are the times of eager operations", file=sys.stderr)
-        for optimizer in trainer.optimizers.values():
-            optimizer.step = record_function("profile::optimizer")(optimizer.step)
+            raise ToolError(f"--steps {own.steps} must be a multiple of --adam_every "
+                            f"{hp.adam_every}, at most half a stage of {shortest}")  # fmt: skip
+        trainer = make_trainer(settings)
         for first in starts:
             report(trainer, first, own.steps, *profiled_steps(trainer, first, own.steps))
-    except (RunError, OSError) as error:
-        sys.exit(f"error: {error}")
-    except KeyboardInterrupt:
-        sys.exit(130)
+    except RunError as error:
+        raise ToolError(str(error)) from error
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    finish(main)
