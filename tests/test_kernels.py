@@ -1,28 +1,23 @@
 """The kernels without a GPU: definitions here, Triton's interpreter in a process of its own."""
 
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
+from conftest import ROOT, clean_environment
+from interpreted_kernels import CAP, exact_gradient, exact_loss, example
 
 import kernels
-from kernels import Softcap, head_loss, relu_squared_mlp, softcapped_loss
+from kernels import head_loss, relu_squared_mlp, softcapped_loss
 
-ROOT = Path(__file__).resolve().parent.parent
-CAP = Softcap(23.0, 5.0, 7.5)
 needs_triton = pytest.mark.skipif(not kernels.HAS_TRITON, reason="needs triton; no GPU")
 
 
 def run(*command: str, **variables) -> subprocess.CompletedProcess:
-    path = f"{ROOT}{os.pathsep}{ROOT / 'tools'}"
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path, **variables}
-    return subprocess.run(
-        [sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True
-    )
+    environment = clean_environment(PYTHONPATH=str(ROOT), **variables)
+    return subprocess.run([sys.executable, *command], cwd=ROOT, env=environment,
+                          capture_output=True, text=True)  # fmt: skip
 
 
 @pytest.mark.slow
@@ -35,19 +30,12 @@ def test_interpreted_kernels_equal_fp64_autograd():
 @pytest.mark.parametrize("N, V, J", [(1, 5, 1), (37, 300, 3)])
 def test_loss_and_gradient_equal_cross_entropy_target_by_target(N, V, J):
     torch.manual_seed(J)
-    logits, targets = 6 * torch.randn(N, V), torch.randint(-1, V, (N, J))
-    weights = torch.tensor([1.0, 0.5, 0.0])[:J]
-    found_at, exact_at = logits.requires_grad_(), logits.detach().double().requires_grad_()
-    found = softcapped_loss(found_at, targets, weights, CAP)
-    capped = CAP.height / (1 + torch.exp(-(exact_at + CAP.shift) / CAP.slope))
-    expected = sum(
-        weight.double() * F.cross_entropy(capped, column, ignore_index=-1, reduction="none")
-        for weight, column in zip(weights, targets.T, strict=True)
-    )
-    assert torch.allclose(found.double(), expected, atol=1e-5)
-    gradient = torch.autograd.grad(found.sum(), found_at)[0]
-    exact_gradient = torch.autograd.grad(expected.sum(), exact_at)[0]
-    assert torch.allclose(gradient.double(), exact_gradient, atol=1e-6)
+    logits, targets, weights = example(N, V, J)
+    loss, gradient = exact_loss(logits, targets, weights), exact_gradient(logits, targets, weights)
+    found = softcapped_loss(logits.requires_grad_(), targets, weights, CAP)
+    assert torch.allclose(found.double(), loss, atol=1e-5)
+    found_gradient = torch.autograd.grad(found.sum(), logits)[0]
+    assert torch.allclose(found_gradient.double(), gradient, atol=1e-6)
 
 
 def test_on_a_cpu_the_definitions_run():

@@ -4,7 +4,6 @@ import re
 import sys
 
 import pytest
-import torch
 
 from tools import profile_step
 from tools.cli import ToolError
@@ -14,16 +13,13 @@ from tools.cli import ToolError
 def profile(monkeypatch, capsys):
     """Profile with these flags, in this process; return what is printed."""
     monkeypatch.setattr(profile_step, "StopRequest", lambda: None)  # it would catch pytest's ctrl-C
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
 
     def printed(*flags: str) -> str:
         monkeypatch.setattr(sys, "argv", ["profile_step.py", *flags])
         assert profile_step.main() == 0
         return capsys.readouterr().out
 
-    yield printed
-    torch.set_num_threads(threads)
+    return printed
 
 
 def test_every_stage_is_profiled_in_whole_cycles_of_adam(profile, flags):

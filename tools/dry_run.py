@@ -31,6 +31,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
+from tqdm import tqdm
 from triton.runtime.jit import JITFunction
 
 from data.prefetch import Prefetcher
@@ -80,11 +81,7 @@ class Trace:
     steps: dict[int, list[list[Launch]]] = field(default_factory=lambda: defaultdict(list))
     # By source, one item per configuration.
     kernels: dict[str, list[Kernel]] = field(default_factory=lambda: defaultdict(list))
-    problems: list[str] = field(default_factory=list)
-
-    def problem(self, text: str) -> None:
-        if text not in self.problems:
-            self.problems.append(text)
+    problems: list[str] = field(default_factory=list)  # may repeat
 
 
 class DryRun(Run):
@@ -173,16 +170,16 @@ class Recorder(TorchDispatchMode):
         with self:
             outputs = definition._init_fn(*args, **kwargs)
         for i, (fake, real) in enumerate(zip(promised, tensors(outputs), strict=True)):
-            seen = [(tuple(t.shape), t.stride(), t.dtype) for t in (fake, real)]
-            if seen[0] != seen[1]:
-                self.trace.problem(f"{func}, result {i}: its fake kernel returns {seen[0]}, its "
-                                   f"code {seen[1]}")  # fmt: skip
+            fake, real = ((tuple(t.shape), t.stride(), t.dtype) for t in (fake, real))
+            if fake != real:
+                problem = f"{func}, result {i}: its fake kernel returns {fake}, its code {real}"
+                self.trace.problems.append(problem)
         del promised
         return outputs
 
     def check_cuda_kernel(self, func) -> None:
         if not has_cuda_kernel(func):
-            self.trace.problem(f"operator {func._schema.name} has no CUDA kernel")
+            self.trace.problems.append(f"operator {func._schema.name} has no CUDA kernel")
 
     def launch(self, name, used, flops=0, operand_bytes=0, wire=0) -> None:
         """used: a tensor per read or write."""
@@ -213,15 +210,13 @@ class Recorder(TorchDispatchMode):
             self.compilations[key] = name, self.threads.submit(work)
 
     def finish_compiling(self) -> None:
-        count = len(self.compilations)
-        for i, (name, done) in enumerate(self.compilations.values()):
-            self.tell(f"{i} of {count} kernels compiled")
+        for name, done in tqdm(self.compilations.values(), "compiling kernels", leave=False):
             if error := done.exception():
                 reason = str(error).strip().splitlines()[0]
-                self.trace.problem(f"kernel {name} does not compile: {reason}")
+                self.trace.problems.append(f"kernel {name} does not compile: {reason}")
         for kernels in self.trace.kernels.values():
             if all(k.problem for k in kernels):
-                self.trace.problem(f"kernel {kernels[0].name}: {kernels[0].problem}")
+                self.trace.problems.append(f"kernel {kernels[0].name}: {kernels[0].problem}")
 
     def add_kernel(self, key: str, name: str, config: str, binary, warps: int) -> None:
         registers, spilled = resources(binary.asm["cubin"])
@@ -244,7 +239,7 @@ class Recorder(TorchDispatchMode):
             if isinstance(argument, torch.Tensor):
                 used += [argument] * (2 if parameter.startswith("in_out") else 1)
         if problem := list_strides(autotuner, args):
-            self.trace.problem(f"kernel {name}: {problem}")
+            self.trace.problems.append(f"kernel {name}: {problem}")
         flops = 0
         if "flex_attention" in name and "arg_Q" in (parameters := autotuner.fn.arg_names):
             queries = args[parameters.index("arg_Q")].numel()  # backward: 5 products, forward: 2
@@ -260,10 +255,8 @@ class Recorder(TorchDispatchMode):
 
     def user_launch(self, kernel: JITFunction, run, args, grid, options) -> None:
         """Compile a kernel of the project's own for these arguments."""
-        name, described = kernel.fn.__name__, []
-        for a in args:
-            is_tensor = isinstance(a, torch.Tensor)
-            described.append(a.dtype if is_tensor else type(a))
+        name = kernel.fn.__name__
+        described = [a.dtype if isinstance(a, torch.Tensor) else type(a) for a in args]
         key = f"{name} {described} {options}"
 
         def work():
@@ -453,5 +446,5 @@ def dry_run(
         trace.rows, trace.recompiled = run.micro_batch_seqs, compiled_graphs() - trace.graphs
         recorder.finish_compiling()
     if trace.recompiled:
-        trace.problem(f"{trace.recompiled} graphs are compiled again after warm-up")
+        trace.problems.append(f"{trace.recompiled} graphs are compiled again after warm-up")
     return trace

@@ -93,14 +93,14 @@ def returns(value):
 @contextmanager
 def quiet():
     """Drop what Python and C++ write to stderr."""
-    kept, nothing = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nothing, 2)
+    kept = os.dup(2)
+    with open(os.devnull, "wb") as nothing:
+        os.dup2(nothing.fileno(), 2)
     try:
         yield
     finally:
         os.dup2(kept, 2)
         os.close(kept)
-        os.close(nothing)
 
 
 def install(card: Card, library: ctypes.CDLL, interpret: bool = False) -> None:

@@ -186,8 +186,7 @@ def report(found: dict, card: Card) -> list[str]:
     by_rows = ", ".join(f"{rows}: {size / GIB:.1f}" for rows, size in by_rows)
     lines.append(f"memory    {card.memory_bytes / GIB:.1f} GiB, peak in {found['peak_when']}; the "
                  f"trainer's estimate by rows {by_rows or 'none'}")  # fmt: skip
-    heads = [f"stage {i + 1}" for i in range(found["stages"])]
-    heads = " ".join(f"{head:>8}" for head in heads)
+    heads = " ".join(f" stage {i + 1}" for i in range(found["stages"]))
     lines.append(f"roofline  cards  rows  peak GiB  {heads} ms/step       run  wire MB/step")
     for line in found["rooflines"]:
         times = " ".join(f"{ms:8.1f}" for ms in line["step_ms"])
