@@ -27,9 +27,9 @@ from train_gpt import GPT  # noqa: E402
 VOCAB, MODEL_DIM, MLP_DIM, TOKENS = 50304, 768, 3072, 131_072
 CHUNK_BYTES = 2 * kernels.HEAD_CHUNK_TOKENS * VOCAB  # bf16 logits
 # One layer and one kind of step, whose rows are too few for eight cards.
-SMALLEST = dict(seq_len=512, val_seq_len=512, val_tokens=1024, layers="S", value_layers="-1",
-                mix_at=-1, bigram_rows=0, batch_tokens=1024,
-                document_cap=896, stage_lr=1, window_tokens=384, adam_every=1,
+SMALLEST = dict(seq_len=512, val_seq_len=512, val_tokens=1024, layers="S", value_layers="none",
+                mix_at="none", bigram_rows=0, batch_tokens=1024,
+                document_cap=896, window_tokens=384, adam_every=1,
                 short_window_tokens=128, mtp_weight=0)  # fmt: skip
 
 
@@ -62,7 +62,7 @@ def test_a_graph_break_is_an_error(monkeypatch, lower):
     "changes, told",
     [
         (dict(seq_len=1000, batch_tokens=2000), "--seq_len and --val_seq_len must divide by 128"),
-        (dict(head_dim=8), "embedding dimension of the query, key, and value must be at least 16"),
+        (dict(num_heads=96), "embedding dimension of the query, key, and value must be at least"),
     ],
 )
 def test_sizes_that_a_kernel_cannot_take_are_an_error(lower, changes, told):

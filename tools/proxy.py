@@ -36,8 +36,9 @@ SETTINGS = {  # replace those of the source
     "task": "fineweb", "vocab_size": VOCAB, "document_start": START, "val_seq_len": ROW,
     "val_tokens": VAL_ROWS * ROW, "val_spread": True, "fp32": True, "compile": False,
     "seq_len": ROW, "document_cap": (112, ROW, ROW), "max_epochs": 1, "num_heads": 2,
-    "head_dim": 32, "model_dim": 64, "mlp_dim": 256, "bigram_rows": 5 * VOCAB,
+    "model_dim": 64, "bigram_rows": 5 * VOCAB,
 }  # fmt: skip
+WIDTHS = {"head_dim": 32, "mlp_dim": 256}  # of older sources, in which they were settings
 ASK = "import json, train_gpt; print(json.dumps(vars(train_gpt.TRACKS['fineweb'])))"
 
 
@@ -72,7 +73,8 @@ def prepare(args, folder: Path) -> None:
 
 def scaled(own: dict, steps: int) -> dict:
     """The flags that make a source's fineweb an eighth; its schedules in proportion to steps."""
-    found, long_run = dict(SETTINGS), own["num_steps"]
+    found = SETTINGS | {name: WIDTHS[name] for name in own.keys() & WIDTHS}
+    long_run = own["num_steps"]
     rows = (4, 8, 12) if steps >= 300 else (2, 4, 6)
     found |= {"num_steps": steps, "val_every": steps // 4}
     found["batch_tokens"] = tuple(ROW * n for n in rows)
