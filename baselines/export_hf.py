@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write a checkpoint of train_gpt2.py in the form of transformers' GPT2LMHeadModel, or read one.
+"""Convert a checkpoint of train_gpt2.py to a GPT2LMHeadModel of transformers, or back.
 
     ./run.sh baselines/export_hf.py CHECKPOINT OUT             OUT: config.json, model.safetensors
     ./run.sh baselines/export_hf.py --import HF_FOLDER CHECKPOINT
@@ -21,14 +21,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from baselines.train_gpt2 import (
-    GPT2,
-    NETWORK_SOURCES,
-    TRACKS,
-    Hyperparameters,
-    load_gpt2,
-    weights,
-)
+from baselines.train_gpt2 import GPT2, NETWORK_SOURCES, TRACKS, Hyperparameters, load_gpt2, weights
 from referee.checkpoints import check_source, read_checkpoint, sha256_of, write_checkpoint
 from referee.flags import RunError, boolean
 from referee.ranks import Runtime
@@ -39,9 +32,11 @@ THEIRS = {  # their names by ours
     "norm1": "ln_1", "qkv": "attn.c_attn", "out": "attn.c_proj",
     "norm2": "ln_2", "up": "mlp.c_fc", "down": "mlp.c_proj",
 }  # fmt: skip
-SIZES = {"vocab_size": "embed_rows", "n_positions": "seq_len", "n_embd": "model_dim",
-         "n_layer": "num_layers", "n_head": "num_heads"}  # fmt: skip
-PUBLISHED = {  # settings that GPT-2 was published with; every other model is another one
+SIZES = {  # our names by theirs
+    "vocab_size": "embed_rows", "n_positions": "seq_len", "n_embd": "model_dim",
+    "n_layer": "num_layers", "n_head": "num_heads", "n_inner": "mlp_dim",
+}  # fmt: skip
+PUBLISHED = {  # GPT-2's settings; a model with others is not GPT-2
     "model_type": "gpt2",
     "activation_function": "gelu_new",
     "layer_norm_epsilon": 1e-5,
@@ -53,13 +48,13 @@ PUBLISHED = {  # settings that GPT-2 was published with; every other model is an
 
 
 def their_name(name: str) -> str:
-    """model.blocks.3.qkv.weight is h.3.attn.c_attn.weight there."""
+    """model.blocks.3.qkv.weight is their h.3.attn.c_attn.weight."""
     words = name.removeprefix("model.").split(".")
     return ".".join(THEIRS.get(word, word) for word in words)
 
 
-def turned(name: str, tensor: Tensor) -> Tensor:
-    """Their matrices of a block are stored (in, out), ours (out, in)."""
+def transposed(name: str, tensor: Tensor) -> Tensor:
+    """A tensor in the other's layout: they store a block's matrices as (in, out), we (out, in)."""
     return tensor.T.contiguous() if "blocks" in name and tensor.ndim == 2 else tensor
 
 
@@ -71,13 +66,11 @@ def export(source: Path, out: Path, other_source: bool = False) -> None:
     model, document_start = load_gpt2(source, facts), facts["config"]["document_start"]
     if (out / "config.json").exists():
         raise RunError(f"{out} holds a model already; name a new folder")
-    hp = model.hp
-    tensors = {f"transformer.{their_name(n)}": turned(n, t) for n, t in weights(model).items()}
+    tensors = {f"transformer.{their_name(n)}": transposed(n, t) for n, t in weights(model).items()}
     config = {
         "architectures": ["GPT2LMHeadModel"],
         **PUBLISHED,
-        **{there: getattr(hp, ours) for there, ours in SIZES.items()},
-        "n_inner": hp.mlp_dim,
+        **{theirs: getattr(model.hp, ours) for theirs, ours in SIZES.items()},
         "bos_token_id": document_start,
         "eos_token_id": document_start,
         **{f"{place}_pdrop": 0.0 for place in ("attn", "embd", "resid")},
@@ -85,31 +78,29 @@ def export(source: Path, out: Path, other_source: bool = False) -> None:
     }
     out.mkdir(parents=True, exist_ok=True)
     save_file(tensors, out / "model.safetensors", {"format": "pt"})
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def read_config(folder: Path) -> tuple[Hyperparameters, int]:
-    """(shape of a GPT-2 of transformers, the rest as in the track 124M; its document start)."""
+    """(hyperparameters, document start): the model's shape, else those of the track 124M."""
     try:
-        config = json.loads((folder / "config.json").read_text())
-        shape = {ours: int(config[there]) for there, ours in SIZES.items()}
-        mlp_dim = int(config.get("n_inner") or 4 * shape["model_dim"])
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        config["n_inner"] = config.get("n_inner") or 4 * config["n_embd"]
+        shape = {ours: int(config[theirs]) for theirs, ours in SIZES.items()}
         start = config.get("bos_token_id")
         start = TASKS["fineweb"].document_start if start is None else int(start)
     except (OSError, ValueError, TypeError, KeyError):
         raise RunError(f"{folder} has no config.json of a GPT-2 model; give a folder that "
                        "GPT2LMHeadModel.save_pretrained wrote") from None  # fmt: skip
-    other = [key for key, value in PUBLISHED.items() if config.get(key, value) != value]
-    if other:
-        raise RunError(f"{folder} is no GPT-2 as published: its {other[0]} is "
-                       f"{config[other[0]]!r}, not {PUBLISHED[other[0]]!r}; "
-                       "import another model")  # fmt: skip
-    hp = replace(TRACKS["124M"], **shape, mlp_dim=mlp_dim, batch_tokens=512 * shape["seq_len"])
-    return hp, start
+    for key, value in PUBLISHED.items():
+        if (found := config.get(key, value)) != value:
+            raise RunError(f"{folder} is no GPT-2 as published: its {key} is {found!r}, not "
+                           f"{value!r}; import another model")  # fmt: skip
+    return replace(TRACKS["124M"], **shape, batch_tokens=512 * shape["seq_len"]), start
 
 
 def read_tensors(folder: Path, hp: Hyperparameters) -> dict[str, Tensor]:
-    """Our tensors by name, fp32, from model.safetensors, with or without the names' prefix."""
+    """Our tensors by name, fp32, from model.safetensors; its names may lack their prefix."""
     path = folder / "model.safetensors"
     try:
         found = {name.removeprefix("transformer."): t for name, t in load_file(path).items()}
@@ -117,18 +108,20 @@ def read_tensors(folder: Path, hp: Hyperparameters) -> dict[str, Tensor]:
         raise RunError(f"{path} cannot be read ({error}); copy the model again, as one "
                        "file model.safetensors") from None  # fmt: skip
     with torch.device("meta"):
-        wanted = weights(GPT2(hp))
-    tensors = {n: turned(n, found[their_name(n)].float()) for n in wanted if their_name(n) in found}
-    for name, like in wanted.items():
-        if name not in tensors or tensors[name].shape != like.shape:
-            shape = list(tensors[name].shape) if name in tensors else "not there"
-            raise RunError(f"{path} does not fit its config.json: {their_name(name)} is {shape}, "
-                           f"not {list(like.shape)}; copy the model again")  # fmt: skip
+        tensors = weights(GPT2(hp))
+    for name, expected in tensors.items():
+        theirs, shape = their_name(name), "not there"
+        if theirs in found:
+            tensors[name] = transposed(name, found[theirs].float())
+            shape = list(tensors[name].shape)
+        if shape != list(expected.shape):
+            raise RunError(f"{path} does not fit its config.json: {theirs} is {shape}, not "
+                           f"{list(expected.shape)}; copy the model again")  # fmt: skip
     return tensors
 
 
 def import_hf(source: Path, out: Path) -> None:
-    """Write the model in the folder source, of transformers, as a checkpoint of step 0."""
+    """Write the model that transformers saved in the folder source as a checkpoint of step 0."""
     hp, document_start = read_config(source)
     tensors = read_tensors(source, hp)
     if out.exists():
@@ -140,15 +133,14 @@ def import_hf(source: Path, out: Path) -> None:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("source", type=Path, metavar="SOURCE", help="folder to read")
-    parser.add_argument("out", type=Path, metavar="OUT", help="folder to write")
-    parser.add_argument("--import", dest="importing", action="store_true",
-                        help="from transformers to a checkpoint")  # fmt: skip
-    parser.add_argument("--other_source", type=boolean, default=False, metavar="true|false",
-                        help="though the source has changed since (default: false)")  # fmt: skip
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    add = parser.add_argument
+    add("source", type=Path, metavar="SOURCE", help="folder to read")
+    add("out", type=Path, metavar="OUT", help="folder to write")
+    add("--import", dest="importing", action="store_true", help="from transformers to a checkpoint")
+    add("--other_source", type=boolean, default=False, metavar="true|false",
+        help="export it even if its source has changed since (default: false)")  # fmt: skip
     args = parser.parse_args()
     try:
         if args.importing:

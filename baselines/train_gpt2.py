@@ -4,9 +4,9 @@
     torchrun --nproc_per_node=8 baselines/train_gpt2.py --track 124M
     ./run.sh baselines/train_gpt2.py --track 13B --plan --gpus 64 --gpu H100    what it would need
 
-The same command serves any number of GPUs and, with --nnodes, machines: above one GPU the model is
-sharded. The referee is that of train_gpt.py. There is no dropout, and the betas of AdamW
-are (0.9, 0.95), as GPT-2 is trained today.
+The same command serves any number of GPUs and, with --nnodes, machines; on more than one GPU the
+model is sharded. The referee is that of train_gpt.py. There is no dropout, and AdamW's betas are
+(0.9, 0.95), as GPT-2 is trained today.
 """
 
 import signal
@@ -20,6 +20,7 @@ import math
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice, repeat
 from pathlib import Path
 
@@ -33,8 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 if __name__ == "__main__":
     sys.path[0] = str(ROOT)  # the checkout's, or that of the frozen source which this file is in
 
-from baselines.plan import Layout, capacity, flops_per_token, micro_batch_rows, parameters, planned
-from baselines.sharding import materialize, shard
+from baselines import plan
 from data.prefetch import Prefetcher
 from referee.checkpoints import fill, restore
 from referee.flags import RunError, check_ranges, option
@@ -44,7 +44,7 @@ from referee.shards import open_shard
 from referee.task import Task, task_shards
 
 SOURCES = {  # what a log embeds
-    path: (ROOT / path).read_text()
+    path: (ROOT / path).read_text(encoding="utf-8")
     for path in ("baselines/train_gpt2.py", "baselines/plan.py", "baselines/sharding.py",
                  "baselines/__init__.py", "data/__init__.py", "data/prefetch.py", *REFEREE_FILES)
 }  # fmt: skip
@@ -76,7 +76,7 @@ class Hyperparameters:
     weight_decay: float = option(0.1, "decay of matrices and embeddings, times the learning rate")
     max_grad_norm: float = option(1.0, "norm to which the gradient of all parameters is clipped")
     warmup_steps: int = option(700, "steps in which the learning rate rises from 0")
-    final_lr_frac: float = option(0.1, "fraction of peak_lr that is left at the end of the cosine")
+    final_lr_frac: float = option(0.1, "fraction of peak_lr at the end of the cosine")
     # Memory.
     checkpoint_blocks: bool = option(False, "recompute blocks in the backward pass: less memory")
     cpu_offload: bool = option(False, "keep weights, gradients and state in host memory")
@@ -84,11 +84,9 @@ class Hyperparameters:
     def __post_init__(self):
         check_ranges(self)
         for product, factor in (("batch_tokens", "seq_len"), ("model_dim", "num_heads")):
-            values = getattr(self, product), getattr(self, factor)
-            if values[0] % values[1]:
-                raise RunError(
-                    f"--{product} {values[0]} is not a multiple of --{factor} {values[1]}"
-                )
+            whole, part = getattr(self, product), getattr(self, factor)
+            if whole % part:
+                raise RunError(f"--{product} {whole} is not a multiple of --{factor} {part}")
 
 
 def size(layers, width, heads, lr, seq_len, batch_seqs, num_steps=19_073, warmup_steps=700, **more):
@@ -98,9 +96,9 @@ def size(layers, width, heads, lr, seq_len, batch_seqs, num_steps=19_073, warmup
                            num_steps=num_steps, warmup_steps=warmup_steps, **more)  # fmt: skip
 
 
-# Shapes and rates of 124M: GPT-2 as nanoGPT and llm.c train it, for 10 billion tokens. 350M to
-# 1558M: the shapes of GPT-2, rates and batches of the like sizes in table 2.1 of arXiv 2005.14165.
-# The others: gigaGPT's README and configs, where 13B to 175B need more shards than FineWeb-10B's.
+# 124M: shape and rates as nanoGPT and llm.c train GPT-2, for 10 billion tokens. 350M to 1558M: the
+# shapes of GPT-2, with rates and batches of similar sizes in table 2.1 of arXiv 2005.14165. The
+# others are from gigaGPT's README and configs; 13B to 175B need more shards than FineWeb-10B's.
 TRACKS = {
     "124M": size(12, 768, 12, 6e-4, 1024, 512),
     "350M": size(24, 1024, 16, 3e-4, 1024, 512, task="fineweb_medium"),
@@ -118,7 +116,7 @@ TRACKS = {
 # ------------------------------------------------------------------------------ Data
 
 
-def rows_of(tokens: np.ndarray, hp: Hyperparameters) -> int:
+def row_count(tokens: np.ndarray, hp: Hyperparameters) -> int:
     """Rows in a shard: the stream of documents, cut every seq_len tokens."""
     return max(0, len(tokens) - 1) // hp.seq_len
 
@@ -126,7 +124,7 @@ def rows_of(tokens: np.ndarray, hp: Hyperparameters) -> int:
 def check_supply(hp: Hyperparameters, task: Task) -> None:
     """RunError unless the training shards hold a row for every row of every step."""
     needed = hp.num_steps * hp.batch_tokens // hp.seq_len
-    rows = sum(rows_of(open_shard(path), hp) for path in task_shards(task.train_files))
+    rows = sum(row_count(open_shard(path), hp) for path in task_shards(task.train_files))
     if rows < needed:
         raise RunError(
             f"{task.train_files} holds {rows} rows of {hp.seq_len} tokens, {hp.num_steps} steps "
@@ -138,7 +136,7 @@ def training_rows(hp: Hyperparameters, task: Task, seed: int, skip: int):
     """Yield each row after the first skip, (seq_len + 1,), shuffled in each shard by the seed."""
     for index, path in enumerate(task_shards(task.train_files)):
         tokens = open_shard(path)
-        order = np.random.default_rng((seed, index)).permutation(rows_of(tokens, hp))
+        order = np.random.default_rng((seed, index)).permutation(row_count(tokens, hp))
         for start in hp.seq_len * order[skip:]:
             yield tokens[start : start + hp.seq_len + 1]
         skip = max(0, skip - len(order))
@@ -149,16 +147,15 @@ def micro_batches(
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield this rank's (inputs, targets), int64 (micro_seqs, seq_len) each, from this step on.
 
-    The rows of a step are dealt to accumulation x ranks equal micro-batches, so that its global
-    batch is the same for any number of ranks.
+    A step has the same rows for any number of ranks.
     """
     count = hp.batch_tokens // hp.seq_len
     source = training_rows(hp, task, seed, skip=step * count)
     while len(step_rows := list(islice(source, count))) == count:
         for first in range(rt.rank * micro_seqs, count, rt.world_size * micro_seqs):
             block = np.stack(step_rows[first : first + micro_seqs]).astype(np.int64)
-            inputs_and_target = torch.from_numpy(block)
-            yield inputs_and_target[:, :-1].contiguous(), inputs_and_target[:, 1:].contiguous()
+            tokens = torch.from_numpy(block)
+            yield tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
 
 
 # ------------------------------------------------------------------------------ Model
@@ -168,7 +165,7 @@ def micro_batches(
 
 
 class LayerNorm(nn.LayerNorm):
-    """With gain and bias, computed in fp32, in x's dtype again (arXiv 1607.06450)."""
+    """With gain and bias; computed in fp32, returned in x's dtype (arXiv 1607.06450)."""
 
     def forward(self, x: Tensor) -> Tensor:
         gain, bias = self.weight.float(), self.bias.float()
@@ -176,18 +173,18 @@ class LayerNorm(nn.LayerNorm):
 
 
 class Block(nn.Module):
-    """Pre-norm attention and MLP with GELU. The causal mask knows nothing of documents."""
+    """Pre-norm attention and MLP with GELU. Tokens attend across documents."""
 
     def __init__(self, hp: Hyperparameters):
         super().__init__()
         D = hp.model_dim
-        self.heads, self.recompute = hp.num_heads, False
+        self.heads, self.recompute = hp.num_heads, hp.checkpoint_blocks
         self.norm1, self.norm2 = LayerNorm(D), LayerNorm(D)
         self.qkv, self.out = nn.Linear(D, 3 * D), nn.Linear(D, D)
         self.up, self.down = nn.Linear(D, hp.mlp_dim), nn.Linear(hp.mlp_dim, D)
 
     def forward(self, x: Tensor, cached: list[Tensor] | None = None) -> Tensor:
-        """cached: [] or [k, v], (B, H, S, K) each, which these tokens extend in place."""
+        """cached: [] or [k, v], (B, H, S, K) each; these tokens' keys and values are added."""
         if self.recompute and cached is None:
             return checkpoint(self.residual, x, use_reentrant=False)
         return self.residual(x, cached)
@@ -223,7 +220,7 @@ class GPT2(nn.Module):
         self.norm = LayerNorm(hp.model_dim)
 
     def stream(self, tokens_BT: Tensor, cache: list | None = None) -> Tensor:
-        """What leaves the last block, (B, T, D)."""
+        """The last block's output, (B, T, D)."""
         start = cache[0][0].size(2) if cache else 0
         if cache == []:
             cache += [[] for _ in self.blocks]
@@ -239,8 +236,8 @@ class GPT2(nn.Module):
     def forward(self, tokens_BT: Tensor, cache: list | None = None) -> Tensor:
         """Logits (B, T, V) in fp32.
 
-        cache: [] before the first tokens, then a [k, v] a layer of all tokens so far, which this
-        call extends in place: tokens_BT continue them. All together are at most hp.seq_len.
+        cache: [] before the first tokens; then it has [k, v] per layer of all tokens so far.
+        tokens_BT continue these, and the call adds theirs. All together are at most hp.seq_len.
         """
         return self.logits(self.stream(tokens_BT, cache))
 
@@ -252,7 +249,7 @@ class GPT2(nn.Module):
         return self.mean_loss(self.stream(inputs_BT), targets_BT)
 
     def draw(self, name: str, values: Tensor, generator: torch.Generator) -> None:
-        """Fill values with a parameter's initial ones; matrices that add to the stream get less."""
+        """Fill values with a parameter's initial ones; matrices that add to x get smaller ones."""
         if values.ndim < 2:
             values.fill_(float(name.endswith("weight")))  # gains 1, biases 0
             return
@@ -261,23 +258,32 @@ class GPT2(nn.Module):
         values.normal_(0, self.hp.init_std * factor, generator=generator)
 
 
-def build(hp: Hyperparameters, rt: Runtime, seed: int, layout: Layout) -> GPT2:
-    """The model with initial weights; if it is sharded, it is never whole in one place."""
+@torch.no_grad()
+def build(hp: Hyperparameters, rt: Runtime, seed: int) -> GPT2:
+    """The model with initial weights, in shards where it has to be.
+
+    Each rank draws every parameter whole, from the same generator, and keeps its shard: the values
+    are the same for any number of ranks, and only one parameter at a time is whole.
+    """
     with torch.device("meta"):
         model = GPT2(hp, rt.stream_dtype)
-    for block in model.blocks:
-        block.recompute = hp.checkpoint_blocks
-    if layout.sharded:
+    copy = Tensor.copy_
+    if plan.is_sharded(hp, rt.world_size):
+        from baselines.sharding import copy_shard as copy  # FSDP is slow to import
+        from baselines.sharding import shard
+
         shard(model, rt, hp.cpu_offload)
-    materialize(model, rt, seed, hp.cpu_offload)
+    model.to_empty(device="cpu" if hp.cpu_offload else rt.device)
+    generator = torch.Generator(rt.device).manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        whole = torch.empty(parameter.shape, device=rt.device)
+        model.draw(name, whole, generator)
+        copy(parameter, whole)
     return model
 
 
 def load_gpt2(folder: Path, facts: dict) -> GPT2:
-    """The model of a checkpoint, fp32 on the CPU; facts: what read_checkpoint says of it.
-
-    RunError if the checkpoint is of another network.
-    """
+    """The model of a checkpoint, fp32 on the CPU; facts: what read_checkpoint returned."""
     hp = restore(Hyperparameters, folder, facts)
     with torch.device("meta"):
         model = GPT2(hp)
@@ -317,33 +323,31 @@ class Trainer:
     """A model, its optimizer and data, and the steps that join them."""
 
     def __init__(self, run: Run):
-        self.run, self.hp, self.task, self.rt = run, run.hp, run.task, run.rt
         hp, task, rt = run.hp, run.task, run.rt
+        self.run, self.hp, self.task, self.rt = run, hp, task, rt
         if hp.embed_rows < task.vocab_size or task.val_seq_len % hp.seq_len:
             raise RunError(f"--embed_rows must be at least {task.vocab_size}, and --val_seq_len "
                            f"{task.val_seq_len} a multiple of --seq_len")  # fmt: skip
         check_supply(hp, task)
-        self.layout = Layout(rt.world_size, hp.checkpoint_blocks, hp.cpu_offload,
-                             rt.matmul_dtype.itemsize)  # fmt: skip
         asked = run.options.micro_batch_seqs
-        self.micro_seqs = micro_batch_rows(hp, self.layout, capacity(rt), asked)
+        self.micro_seqs = plan.micro_batch_rows(hp, plan.hardware_of(rt), asked)
         self.accumulation = hp.batch_tokens // hp.seq_len // (rt.world_size * self.micro_seqs)
-        self.val_batch_rows = run.validation.batch_rows(
-            self.micro_seqs * hp.seq_len // task.val_seq_len
-        )
-        run.micro_batch_seqs, run.flops_per_token = self.micro_seqs, flops_per_token(hp)
-        self.model = build(hp, rt, run.options.seed, self.layout)
+        rows_that_fit = self.micro_seqs * hp.seq_len // task.val_seq_len
+        self.val_batch_rows = run.validation.batch_rows(rows_that_fit)
+        run.micro_batch_seqs, run.flops_per_token = self.micro_seqs, plan.flops_per_token(hp)
+        self.model = build(hp, rt, run.options.seed)
         self.optimizer = adamw(self.model, hp)
+        self.is_sharded = plan.is_sharded(hp, rt.world_size)
         run.log.line(f"micro_batch_seqs: {self.micro_seqs} accumulation: {self.accumulation}")
-        run.log.line(f"parameters: {parameters(hp)} sharded: {self.layout.sharded}")
+        run.log.line(f"parameters: {plan.parameters(hp)} sharded: {self.is_sharded}")
 
     def compile(self, compile_fn: Callable) -> None:
-        """Compile loss and logits whole, or what stands between the hooks of shards."""
+        """Compile loss and logits whole; of a sharded model, what runs between FSDP's hooks."""
         model = self.model
         whole = [(model, "loss"), (model, "forward")]
         between_hooks = [*((block, "forward") for block in model.blocks), (model, "mean_loss")]
-        for module, name in between_hooks if self.layout.sharded else whole:
-            vars(module).pop(name, None)  # what an earlier call has set
+        for module, name in between_hooks if self.is_sharded else whole:
+            vars(module).pop(name, None)  # set by an earlier call
             setattr(module, name, compile_fn(getattr(module, name)))
 
     def autocast(self):
@@ -367,9 +371,9 @@ class Trainer:
         return total
 
     def predict(self, inputs_BT: Tensor) -> Iterator[Tensor]:
-        """Yield logits (n, V) for each position of inputs in order.
+        """Yield logits (n, V) of the positions of inputs, in order.
 
-        Positions reach no further than a training row: longer rows are cut into such rows.
+        The model has seq_len positions: longer rows are cut into rows of that length.
         """
         for rows_BT in inputs_BT.view(-1, self.hp.seq_len).split(self.micro_seqs):
             with self.autocast():
@@ -384,14 +388,14 @@ class Trainer:
 
     def warm_up(self):
         """Run every graph on dummy tokens; the referee restores what this changes."""
-        row = torch.zeros(self.micro_seqs, self.hp.seq_len, dtype=torch.int64)
-        dummies = [row.to(self.rt.device, copy=True) for _ in range(2)]
-        val_rows = torch.zeros(self.val_batch_rows, self.task.val_seq_len, dtype=torch.int64)
+        zeros = partial(torch.zeros, dtype=torch.int64, device=self.rt.device)
+        dummies = [zeros(self.micro_seqs, self.hp.seq_len) for _ in range(2)]
+        val_rows = zeros(self.val_batch_rows, self.task.val_seq_len)
         self.model.zero_grad(set_to_none=True)
         for _ in range(2):
             self.update(0.0, repeat(dummies))
             with torch.no_grad():
-                for _ in self.predict(val_rows.to(self.rt.device)):
+                for _ in self.predict(val_rows):
                     pass
 
     def train(self):
@@ -416,7 +420,7 @@ class Trainer:
 
 def main() -> int:
     if "--plan" in sys.argv[1:]:
-        return planned([a for a in sys.argv[1:] if a != "--plan"], TRACKS, "124M")
+        return plan.print_plan([a for a in sys.argv[1:] if a != "--plan"], TRACKS, "124M")
     return execute(Trainer, TRACKS, "124M", SOURCES, PROCESS_START)
 
 

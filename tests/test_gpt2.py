@@ -5,7 +5,6 @@ import io
 import json
 import re
 import signal
-import subprocess
 import sys
 from contextlib import redirect_stderr
 from types import SimpleNamespace
@@ -13,14 +12,22 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY_TASK, clean_environment, losses, only_log, settings
+from conftest import ROOT, TINY_TASK, losses, only_log, settings
+from forked import run_forked
 from torch.distributed._tools import MemTracker
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from baselines import export_hf, train_gpt2
-from baselines.plan import Layout, flops_per_token, memory, micro_batch_rows, parameters
+from baselines.plan import (
+    Hardware,
+    flops_per_token,
+    host_bytes,
+    memory,
+    micro_batch_rows,
+    parameters,
+)
 from baselines.train_gpt2 import (
     GPT2,
     SOURCES,
@@ -33,7 +40,7 @@ from baselines.train_gpt2 import (
     micro_batches,
     weights,
 )
-from referee.checkpoints import facts_sha256, read_checkpoint, sha256_of, write_checkpoint
+from referee.checkpoints import read_checkpoint, sha256_of, write_checkpoint
 from referee.flags import RunError
 from referee.harness import Run, warm_up
 from referee.ranks import Runtime
@@ -56,6 +63,7 @@ TINY = dict(
 PUBLISHED = {  # parameters by the model cards of OpenAI's GPT-2
     "124M": 124_439_808, "350M": 354_823_168, "774M": 774_030_080, "1558M": 1_557_611_200,
 }  # fmt: skip
+NAMED = {"111M": 111e6, "13B": 13e9, "175B": 175e9}  # gigaGPT's, to three digits
 RT = Runtime(fp32=True)
 FACTS = {
     "trainer": "baselines/train_gpt2.py",
@@ -87,16 +95,6 @@ def tiny_flags(shards, log_dir) -> list[str]:
     ]
 
 
-def run(script: str, *words) -> subprocess.CompletedProcess:
-    return subprocess.run(
-        [sys.executable, str(ROOT / script), *map(str, words)],
-        env=clean_environment(),
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
-
-
 def refused(code: int, stderr: str, *messages):
     assert code == 1 and stderr.count("error: ") == 1 and "Traceback" not in stderr, stderr
     for message in messages:
@@ -119,7 +117,7 @@ def outcome(module, *words) -> tuple[int, str]:
 def randomized(hp, seed=0) -> GPT2:
     """A model in which no bias is 0 and no gain 1."""
     torch.manual_seed(seed)
-    model = build(hp, RT, 0, Layout())
+    model = build(hp, RT, 0)
     for p in model.parameters():
         p.data.add_(0.1 * torch.randn_like(p))
     return model.eval()
@@ -144,17 +142,16 @@ def tokens(rows: int, length: int) -> torch.Tensor:
 # ------------------------------------------------------------------------------ Model
 
 
-def test_logits_equal_transformers_after_export_and_import(hp, tmp_path):
+def test_logits_equal_transformers_after_export(hp, tmp_path):
     ours = randomized(hp)
     export_hf.export(saved(ours, tmp_path / "checkpoint"), tmp_path / "hf")
-    theirs = GPT2LMHeadModel.from_pretrained(tmp_path / "hf").eval()
-    x = tokens(3, hp.seq_len)
+    theirs, x = GPT2LMHeadModel.from_pretrained(tmp_path / "hf").eval(), tokens(3, hp.seq_len)
     with torch.no_grad():
         assert (ours(x) - theirs(x).logits).abs().max() < 1e-4
         assert ours(x).abs().max() > 1
 
 
-def test_logits_equal_transformers_after_import(hp, tmp_path):
+def test_logits_equal_transformers_after_import(tmp_path):
     torch.manual_seed(2)
     config = GPT2Config(vocab_size=97, n_positions=24, n_embd=48, n_layer=3, n_head=4,
                         bos_token_id=96, eos_token_id=96)  # fmt: skip
@@ -167,16 +164,9 @@ def test_logits_equal_transformers_after_import(hp, tmp_path):
     with torch.no_grad():
         assert (ours(x) - theirs(x).logits).abs().max() < 1e-4
     assert read_checkpoint(tmp_path / "checkpoint", RT)["config"]["document_start"] == 96
-
-
-def test_a_model_without_a_first_token_takes_the_published_one(hp, tmp_path):
-    export_hf.export(saved(randomized(hp), tmp_path / "checkpoint"), tmp_path / "hf")
     path = tmp_path / "hf/config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"bos_token_id": None}))
-    assert export_hf.read_config(tmp_path / "hf")[1] == 50256
-    path.write_text(json.dumps(json.loads(path.read_text()) | {"n_inner": "many"}))
-    with pytest.raises(RunError, match="no config.json of a GPT-2 model"):
-        export_hf.read_config(tmp_path / "hf")
+    assert export_hf.read_config(tmp_path / "hf")[1] == 50256  # the published one
 
 
 @pytest.mark.parametrize("track", [name for name in TRACKS if name != "embedded"])
@@ -184,37 +174,17 @@ def test_parameter_counts_are_the_published_ones(track):
     hp = TRACKS[track]
     with torch.device("meta"):
         ours = sum(p.numel() for p in GPT2(hp).parameters())
-        theirs = GPT2LMHeadModel(
-            GPT2Config(
-                vocab_size=hp.embed_rows,
-                n_positions=hp.seq_len,
-                n_embd=hp.model_dim,
-                n_layer=hp.num_layers,
-                n_head=hp.num_heads,
-            )
-        ).num_parameters()
+        config = GPT2Config(vocab_size=hp.embed_rows, n_positions=hp.seq_len, n_embd=hp.model_dim,
+                            n_layer=hp.num_layers, n_head=hp.num_heads)  # fmt: skip
+        theirs = GPT2LMHeadModel(config).num_parameters()
     assert ours == theirs == parameters(hp) == PUBLISHED.get(track, ours)
-
-
-@pytest.mark.parametrize("track, share", [("111M", 0.01), ("13B", 0.012), ("175B", 0.01)])
-def test_sizes_are_worth_their_names(track, share):
-    named = float(track[:-1]) * {"M": 1e6, "B": 1e9}[track[-1]]
-    assert abs(parameters(TRACKS[track]) / named - 1) < share
-
-
-@pytest.mark.parametrize("cuts", [(1,) * 12, (5, 7), (5, 1, 6)])
-def test_the_cache_gives_the_logits_of_the_whole_row(hp, cuts):
-    model, x, cache = randomized(hp), tokens(2, 12), []
-    with torch.no_grad():
-        parts = [model(part, cache) for part in x.split(cuts, dim=1)]
-        assert (torch.cat(parts, 1) - model(x)).abs().max() < 1e-4
-    assert len(cache) == hp.num_layers and cache[0][0].shape == (2, 2, 12, 16)
+    assert ours == pytest.approx(NAMED.get(track, ours), rel=0.012)
 
 
 def test_initial_weights_are_gpt2s(hp):
     hp = dataclasses.replace(hp, model_dim=128, mlp_dim=512, num_layers=8, embed_rows=512,
                              seq_len=64, batch_tokens=512)  # fmt: skip
-    for name, p in build(hp, RT, 0, Layout()).named_parameters():
+    for name, p in build(hp, RT, 0).named_parameters():
         expected = {"positions": 0.01}.get(name, 0.02)
         if name.endswith(("out.weight", "down.weight")):
             expected = 0.005  # 0.02 over the root of 2 x 8
@@ -229,7 +199,7 @@ def test_checkpointed_blocks_give_the_same_loss_and_gradients(hp):
     x, found = tokens(2, hp.seq_len), []
     for recompute in (False, True):
         hp = dataclasses.replace(hp, checkpoint_blocks=recompute)
-        model = build(hp, RT, 0, Layout())
+        model = build(hp, RT, 0)
         assert all(block.recompute == recompute for block in model.blocks)
         loss = model.loss(x, x.roll(-1, 1))
         found.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
@@ -327,12 +297,10 @@ def test_learning_rate_rises_then_falls_to_its_last_fraction():
 
 def plan_sizes(dtype: torch.dtype, recompute: bool, embed_rows=300):
     hp = dataclasses.replace(TRACKS["embedded"], num_layers=5, model_dim=96, mlp_dim=384,
-                             embed_rows=embed_rows, num_heads=3)  # fmt: skip
+                             embed_rows=embed_rows, num_heads=3,
+                             checkpoint_blocks=recompute)  # fmt: skip
     rt = SimpleNamespace(**{**vars(RT), "stream_dtype": dtype, "matmul_dtype": dtype})
-    layout = Layout(checkpoint_blocks=recompute, matmul_bytes=dtype.itemsize)
-    hp = dataclasses.replace(hp, checkpoint_blocks=recompute)
-    model = build(hp, rt, 0, layout)
-    return hp, layout, model, memory(hp, layout, 4)
+    return hp, build(hp, rt, 0), memory(hp, Hardware(matmul_bytes=dtype.itemsize), 4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -343,7 +311,7 @@ def test_the_plan_equals_real_allocations(dtype, recompute, embed_rows):
 
     With few rows the peak is in a block, with many in the head.
     """
-    hp, _, model, planned = plan_sizes(dtype, recompute, embed_rows)
+    hp, model, planned = plan_sizes(dtype, recompute, embed_rows)
     adam, x = adamw(model, hp), torch.randint(0, 256, (4, hp.seq_len))
     for p in model.parameters():
         p.grad = torch.zeros_like(p)
@@ -360,15 +328,15 @@ def test_the_plan_equals_real_allocations(dtype, recompute, embed_rows):
         return sum(t.untyped_storage().nbytes() for t in tensors)
 
     moments = [t for s in adam.state.values() for t in s.values() if t.ndim]
-    assert size(model.parameters()) == planned.weights
-    assert size(p.grad for p in model.parameters()) == planned.gradients
-    assert size(moments) == planned.optimizer
+    assert size(model.parameters()) == planned["weights"]
+    assert size(p.grad for p in model.parameters()) == planned["gradients"]
+    assert size(moments) == planned["optimizer"]
     peak = tracker.get_tracker_snapshot("peak")[torch.device("cpu")]["Total"]
-    assert 0.99 * peak < planned.total < 1.08 * peak
+    assert 0.99 * peak < sum(planned.values()) < 1.08 * peak
 
 
 def test_planned_flops_equal_counted_ones():
-    hp, _, model, _ = plan_sizes(torch.float32, False)
+    hp, model, _ = plan_sizes(torch.float32, False)
     x = torch.randint(0, 256, (4, hp.seq_len))
     with FlopCounterMode(display=False) as counter, sdpa_kernel(SDPBackend.MATH):
         model.loss(x, x).backward()
@@ -379,21 +347,23 @@ def test_planned_flops_equal_counted_ones():
 
 def test_more_ranks_and_offload_need_less_memory():
     hp = TRACKS["13B"]
-    one, many = memory(hp, Layout(8), 1), memory(hp, Layout(64), 1)
-    assert one.weights == 8 * many.weights == 4 * parameters(hp) / 8
-    away = memory(hp, Layout(8, cpu_offload=True), 1)
-    assert away.weights + away.optimizer == 0 and away.host == 16 * parameters(hp) / 8
+    one, many = memory(hp, Hardware(8), 1), memory(hp, Hardware(64), 1)
+    assert one["weights"] == 8 * many["weights"] == 4 * parameters(hp) / 8
+    away = dataclasses.replace(hp, cpu_offload=True)
+    left = memory(away, Hardware(8), 1)
+    assert left["weights"] + left["gradients"] + left["optimizer"] == 0 == host_bytes(hp, 8)
+    assert host_bytes(away, 8) == 16 * parameters(hp) / 8
     with pytest.raises(RunError, match=r"do not fit: 8 x \d+\.\d GiB .*optimizer \d+\.\d"):
-        micro_batch_rows(hp, Layout(8), 24e9, 0)
-    small = micro_batch_rows(TRACKS["124M"], Layout(), 24e9, 0)
-    large = micro_batch_rows(TRACKS["124M"], Layout(), 80e9, 0)
-    assert 1 <= small < large and memory(TRACKS["124M"], Layout(), large).total < 80e9
+        micro_batch_rows(hp, Hardware(8, 24e9), 0)
+    small, large = (micro_batch_rows(TRACKS["124M"], Hardware(1, size), 0) for size in (24e9, 80e9))
+    planned = memory(TRACKS["124M"], Hardware(), large)
+    assert 1 <= small < large and sum(planned.values()) < 80e9
 
 
 @pytest.mark.parametrize(
     "track, ranks, asked, rows, micro_seqs",
     [
-        ("13B", 64, 0, 1152, 3),  # not 1,088: 17 rows a rank go one by one
+        ("13B", 64, 0, 1152, 3),  # not 1,088: 17 rows per rank go one by one
         ("13B", 64, 2, 1152, 2),
         ("124M", 3, 0, 513, 57),
         ("111M", 128, 0, 128, 1),
@@ -402,13 +372,13 @@ def test_more_ranks_and_offload_need_less_memory():
 def test_a_batch_that_cannot_be_dealt_brings_one_that_uses_the_memory(
     track, ranks, asked, rows, micro_seqs
 ):
-    hp, layout = TRACKS[track], Layout(ranks)
+    hp, hardware = TRACKS[track], Hardware(ranks, 80e9)
     with pytest.raises(RunError) as caught:
-        micro_batch_rows(hp, layout, 80e9, asked)
+        micro_batch_rows(hp, hardware, asked)
     named = int(str(caught.value).rpartition("--batch_tokens ")[2])
     assert named == rows * hp.seq_len
     proposed = dataclasses.replace(hp, batch_tokens=named)
-    assert micro_batch_rows(proposed, layout, 80e9, asked) == micro_seqs
+    assert micro_batch_rows(proposed, hardware, asked) == micro_seqs
 
 
 def test_plan_prints_what_is_needed_and_whether_it_fits(capsys):
@@ -417,20 +387,13 @@ def test_plan_prints_what_is_needed_and_whether_it_fits(capsys):
     printed = capsys.readouterr().out
     assert "parameters: 12,853,386,240" in printed and "--batch_tokens 2359296" in printed
     rate = 64 * 989e12 * 0.4 / flops_per_token(TRACKS["13B"])
-    assert f"{rate:,.0f} tokens a second, {86400 * rate:.4g} a day" in printed
+    assert f"{rate:,.0f} tokens per second, {86400 * rate:.4g} per day" in printed
     assert printed.rstrip().endswith("fits: yes")
-
-
-@pytest.mark.parametrize(
-    "words, message",
-    [
-        (["--gpu=Z80"], "--gpu Z80 is not known"),
-        (["--gpus=0"], "--gpus must be at least 1"),
-        (["--mfu=2"], "--mfu above 0 and at most 1"),
-    ],
-)
-def test_a_plan_of_nonsense_is_refused(words, message):
-    refused(*outcome(train_gpt2, "--track=13B", "--plan", *words), message)
+    assert outcome(train_gpt2, "--track=175B", "--plan") == (0, "")
+    assert re.search(r"^fits: no: 17\d,\S+ parameters do not fit", capsys.readouterr().out, re.M)
+    for word, message in (("--gpu=Z80", "--gpu Z80 is not known"), ("--gpus=0", "--gpus must be"),
+                          ("--mfu=2", "--mfu above 0 and at most 1")):  # fmt: skip
+        refused(*outcome(train_gpt2, "--track=13B", "--plan", word), message)
 
 
 # ------------------------------------------------------------------------------ Runs, bad input
@@ -469,7 +432,8 @@ def test_a_run_learns_saves_and_resumes_to_the_same_digits(flags, tmp_path):
 def test_a_race_freezes_and_runs_the_baseline(flags, tmp_path):
     attempt = tmp_path / "2026-01-01_GPT2"
     given = [flag for flag in flags if not flag.startswith("--log_dir")]
-    done = run("tools/race.py", "-n", 1, "--entry", ENTRIES[1], attempt, *given)
+    words = [f"{ROOT}/tools/race.py", "-n", "1", "--entry", ENTRIES[1], str(attempt), *given]
+    done = run_forked(words)
     assert "GPT2 seed 0: result status:missed" in done.stdout + done.stderr, done.stderr
     made = read_log(only_log(attempt / "logs"))
     kept = {str(p.relative_to(attempt / "source")) for p in attempt.glob("source/**/*.py")}
@@ -495,54 +459,17 @@ def test_bad_flags_get_one_clear_error(flags, flag, message):
     refused(*outcome(train_gpt2, *flags, flag), message)
 
 
-def damage(folder, how: str):
-    config, (shard,) = folder / "config.json", folder.glob("*.distcp")
-    facts = json.loads(config.read_text())
-    if how == "truncated":
-        shard.write_bytes(shard.read_bytes()[:-100])
-    elif how == "tampered":
-        raw = bytearray(shard.read_bytes())
-        raw[len(raw) // 2] ^= 1
-        shard.write_bytes(raw)
-    elif how == "missing":
-        shard.unlink()
-    elif how == "edited":
-        facts["config"]["num_heads"] = 4
-        config.write_text(json.dumps(facts))
-    elif how == "other source":
-        del facts["config"]["mlp_dim"], facts["sha256"]
-        config.write_text(json.dumps({**facts, "sha256": facts_sha256(facts)}))
-    elif how == "not json":
-        config.write_text("{")
-
-
-@pytest.mark.parametrize(
-    "how, message",
-    [
-        ("truncated", r"__0_0\.distcp is missing, truncated or was changed"),
-        ("tampered", r"__0_0\.distcp is missing, truncated or was changed"),
-        ("missing", r"__0_0\.distcp is missing, truncated or was changed"),
-        ("edited", r"config\.json is missing, truncated or was changed"),
-        ("other source", r"is of another train_gpt2\.py, without mlp_dim"),
-        ("not json", r"is not a usable checkpoint"),
-    ],
-)
-def test_a_damaged_checkpoint_is_refused(hp, tmp_path, how, message):
-    folder = saved(build(hp, RT, 0, Layout()), tmp_path / "checkpoint")
-    loaded(folder)
-    damage(folder, how)
-    with pytest.raises(RunError, match=message):
-        loaded(folder)
-
-
 def test_export_says_in_one_line_what_is_wrong(hp, tmp_path):
-    pt = tmp_path / "a.pt"
+    pt, hf = tmp_path / "a.pt", tmp_path / "hf"
     torch.save({"tensors": {}}, pt)
     refused(*outcome(export_hf, pt, tmp_path / "out"), r"a\.pt is not a usable checkpoint")
-    folder = saved(build(hp, RT, 0, Layout()), tmp_path / "checkpoint")
-    done = run("baselines/export_hf.py", folder, tmp_path / "hf")
-    assert done.returncode == 0 and done.stdout.strip() == str(tmp_path / "hf"), done.stderr
-    refused(*outcome(export_hf, folder, tmp_path / "hf"), "holds a model already")
+    folder = saved(build(hp, RT, 0), tmp_path / "checkpoint")
+    done = run_forked([f"{ROOT}/baselines/export_hf.py", str(folder), str(hf)])
+    assert (done.returncode, done.stdout) == (0, f"{hf}\n"), done.stderr
+    refused(*outcome(export_hf, folder, hf), "holds a model already")
+    (shard,) = folder.glob("*.distcp")
+    shard.write_bytes(shard.read_bytes()[:-100])
+    refused(*outcome(export_hf, folder, tmp_path / "out"), r"__0_0\.distcp is missing, truncated")
 
 
 @pytest.mark.parametrize(
@@ -554,15 +481,17 @@ def test_export_says_in_one_line_what_is_wrong(hp, tmp_path):
         ("relu", r"its activation_function is 'relu', not 'gelu_new'"),
         ("wider", r"does not fit its config\.json: wte\.weight is \[64, 32\], not \[64, 48\]"),
         ("deeper", r"h\.2\.ln_1\.weight is not there"),
+        ("odd MLP", r"has no config\.json of a GPT-2"),
         ("no config", r"has no config\.json of a GPT-2"),
     ],
 )
 def test_a_wrong_model_of_transformers_is_refused(hp, tmp_path, how, message):
     hf = tmp_path / "hf"
-    export_hf.export(saved(build(hp, RT, 0, Layout()), tmp_path / "checkpoint"), hf)
+    export_hf.export(saved(build(hp, RT, 0), tmp_path / "checkpoint"), hf)
     config, file = json.loads((hf / "config.json").read_text()), hf / "model.safetensors"
     config |= {"llama": {"model_type": "llama"}, "relu": {"activation_function": "relu"},
-               "wider": {"n_embd": 48}, "deeper": {"n_layer": 3}}.get(how, {})  # fmt: skip
+               "wider": {"n_embd": 48}, "deeper": {"n_layer": 3},
+               "odd MLP": {"n_inner": "many"}}.get(how, {})  # fmt: skip
     (hf / "config.json").write_text(json.dumps({} if how == "no config" else config))
     if how == "truncated":
         file.write_bytes(file.read_bytes()[:-100])
