@@ -1,10 +1,12 @@
 """A checkpoint of either trainer as one kind of object: text to tokens, tokens to logits.
 
-Text becomes tokens as in training: GPT-2's BPE where documents open with token 50256, bytes where
-they open with 256. Networks are run in fp32, so that a result hardly depends on what else is in the
-batch.
+Text becomes tokens as in training: by GPT-2's BPE if documents start with token 50256, as bytes if
+they start with 256. Networks run in fp32, so that results hardly depend on the rest of the batch.
+Also what the scripts of this folder share: their flags for the checkpoint, their exit code.
 """
 
+import argparse
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -16,16 +18,16 @@ from torch import Tensor
 import train_gpt
 from baselines.train_gpt2 import NETWORK_SOURCES, load_gpt2
 from referee.checkpoints import check_source, load, read_checkpoint, restore, sha256_of
-from referee.flags import RunError
+from referee.flags import RunError, boolean
 from referee.ranks import Runtime
 from referee.task import Task
 
-BYTES_START, GPT2_START = 256, 50256  # the token that opens a document tells the tokenizer
+BYTES_START, GPT2_START = 256, 50256  # first token of a document, by tokenizer
 
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """Text to tokens and tokens to UTF-8; document_start and what lies above it have no text."""
+    """Text to tokens and tokens to UTF-8; document_start and the tokens above it have no text."""
 
     encode: Callable[[str], list[int]]
     decode: Callable[[list[int]], bytes]
@@ -33,12 +35,12 @@ class Tokenizer:
 
 
 def tokenizer_of(document_start: int) -> Tokenizer:
-    """The tokenizer of shards whose documents open with this token; RunError if none is known."""
+    """The tokenizer of shards whose documents start with this token; RunError if none is known."""
     if document_start == BYTES_START:
         return Tokenizer(lambda text: list(text.encode(errors="surrogateescape")), bytes, 256)
     if document_start != GPT2_START:
-        raise RunError(f"its documents open with token {document_start}, neither that of bytes, "
-                       f"{BYTES_START}, nor GPT-2's, {GPT2_START}")  # fmt: skip
+        raise RunError(f"the checkpoint's documents start with token {document_start}; known are "
+                       f"{BYTES_START} (bytes) and {GPT2_START} (GPT-2)")  # fmt: skip
     from data.gpt2 import encoding_of, gpt2_ranks
 
     encoding = encoding_of(gpt2_ranks(None))
@@ -46,23 +48,19 @@ def tokenizer_of(document_start: int) -> Tokenizer:
 
 
 class LanguageModel:
-    """A network with its tokenizer.
+    """A network with its tokenizer."""
 
-    trainer: the file that trained it; sources: those of the network, text by path; step: for how
-    long it was trained; context: most tokens that it can read.
-    """
-
-    trainer: str
-    sources: dict[str, str]
-    step: int
-    context: int
+    trainer: str  # the file that trained it
+    sources: dict[str, str]  # the network's, text by path
+    step: int  # steps that it was trained for
+    context: int  # most tokens that it can read
     tokenizer: Tokenizer
 
     def logits(self, tokens_BT: Tensor) -> Tensor:
-        """Logits (B, T, V) fp32 on the model's device; what stands at t sees tokens up to t."""
+        """Logits (B, T, V) fp32 on the model's device; those at t depend on tokens up to t."""
 
     def reader(self) -> Callable[[list[int]], Tensor]:
-        """A function that is given the tokens that come next; logits (V,) after the last of them.
+        """A function that takes the next tokens and returns the logits (V,) after the last one.
 
         Here every call runs the network over all tokens so far.
         """
@@ -78,8 +76,8 @@ class LanguageModel:
 class SpeedrunModel(LanguageModel):
     """A model of train_gpt.py, as its validation runs it.
 
-    Its blocks are what experiments change, so it has no cache of keys and values that each of them
-    would have to keep right: a sample costs a pass over all its tokens for each new one.
+    It has no cache of keys and values, which every experiment with the blocks would have to keep
+    right: a sample costs one pass over all its tokens per new token.
     """
 
     trainer = "train_gpt.py"
@@ -110,7 +108,7 @@ class SpeedrunModel(LanguageModel):
 
 
 class GPT2Model(LanguageModel):
-    """A model of baselines/train_gpt2.py; its reader keeps keys and values of what it has read."""
+    """A model of baselines/train_gpt2.py; its reader caches keys and values."""
 
     trainer = "baselines/train_gpt2.py"
     sources = NETWORK_SOURCES
@@ -136,9 +134,9 @@ class GPT2Model(LanguageModel):
 
 
 def load_model(path: str | Path, other_source: bool = False) -> LanguageModel:
-    """The model of a checkpoint; RunError for anything else, or if its source has changed since.
+    """The model of a checkpoint; RunError for anything else.
 
-    other_source: the user insists on one whose source has changed.
+    RunError too if its source has changed since, unless other_source is set.
     """
     path, rt = Path(path), Runtime(fp32=True)
     if not path.exists():
@@ -150,3 +148,22 @@ def load_model(path: str | Path, other_source: bool = False) -> LanguageModel:
                 check_source(path, facts, sha256_of(kind.sources), "other code then runs the model")
             return kind(path, facts, rt)
     raise RunError(f"{path} is a checkpoint of {facts['trainer']}, which has no sampler here")
+
+
+def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("checkpoint", type=Path, help="folder that a trainer wrote")
+    parser.add_argument("--other_source", type=boolean, default=False, metavar="true|false",
+                        help="load it even if its source has changed since")  # fmt: skip
+
+
+def exit_code(work: Callable[[], None]) -> int:
+    """Run work(); print a RunError or OSError as one line."""
+    try:
+        work()
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+    except (RunError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0

@@ -1,9 +1,11 @@
 #!/usr/bin/env python3
-"""Let a checkpoint of either trainer write: ./run.sh evals/sample.py CHECKPOINT --prompt TEXT
+"""Sample text from a checkpoint of either trainer.
 
-A prompt is taken for the beginning of a document. A sample ends with its document, after
---max_tokens, or where the model's context is full. Sample i of a seed is the first one of seed + i.
-Tokens beyond the tokenizer's, by which a vocabulary is padded, are never drawn.
+    ./run.sh evals/sample.py CHECKPOINT --prompt TEXT
+
+The prompt is the beginning of a document. A sample ends with its document, after --max_tokens, or
+where the model's context is full. Sample i with seed s is sample 0 with seed s + i. Tokens beyond
+the tokenizer's, which pad a vocabulary, are never drawn.
 """
 
 import argparse
@@ -22,34 +24,34 @@ if __name__ == "__main__":
 import torch
 from torch import Tensor
 
-from evals.models import LanguageModel, load_model
-from referee.flags import RunError, boolean
+from evals.models import LanguageModel, add_checkpoint_flags, exit_code, load_model
+from referee.flags import RunError
 
 
 def token_probabilities(logits_V: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
     """Probabilities (V,) fp64 of the next token.
 
-    After the temperature, all but the top_k most probable tokens are left out (0: none is), then
-    all but the fewest of them that together have a probability of at least top_p (nucleus
-    sampling, arXiv 1904.09751). Of equal tokens the lower comes first.
+    After the temperature, only the top_k most probable tokens remain (0: all), then only the fewest
+    of them that together have a probability of at least top_p (nucleus sampling, arXiv 1904.09751).
+    Of equally probable tokens the lower comes first.
     """
     logits_V = logits_V.double().cpu() / temperature
     sorted_V, tokens_V = logits_V.sort(descending=True, stable=True)
     kept = sorted_V[: top_k or None].softmax(0)
-    before = kept.cumsum(0) - kept  # probability of those that are more probable
+    before = kept.cumsum(0) - kept  # total probability of the more probable tokens
     kept = torch.where(before < top_p, kept, 0.0)
     return torch.zeros_like(logits_V).index_put_((tokens_V[: len(kept)],), kept / kept.sum())
 
 
 def generate(model: LanguageModel, prompt: list[int], args, seed: int) -> Iterator[int]:
-    """Yield the tokens that follow a prompt, which has at least one and fits the context."""
+    """Yield the tokens that follow a prompt of at least one token, which fits the context."""
     generator = torch.Generator().manual_seed(seed)
     document_start = model.tokenizer.document_start
     read, tokens = model.reader(), prompt
     for _ in range(min(args.max_tokens, model.context + 1 - len(prompt))):
         logits_V = read(tokens)[: document_start + 1]
         if not logits_V.isfinite().all():
-            raise RunError("the model's logits are not finite; give a checkpoint from before that")
+            raise RunError("the model's logits are not finite; give an earlier checkpoint")
         probabilities = token_probabilities(logits_V, args.temperature, args.top_k, args.top_p)
         token = torch.multinomial(probabilities, 1, generator=generator).item()
         if token == document_start:
@@ -85,16 +87,15 @@ def show_samples(model: LanguageModel, args) -> None:
 def parse() -> argparse.Namespace:
     form = argparse.ArgumentDefaultsHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=form)
+    add_checkpoint_flags(parser)
     add = parser.add_argument
-    add("checkpoint", help="folder that a trainer wrote")
     add("--prompt", metavar="TEXT", default="", help="beginning of the document")
-    add("--max_tokens", type=int, default=200, help="most tokens that follow the prompt")
+    add("--max_tokens", type=int, default=200, help="most tokens after the prompt")
     add("--temperature", type=float, default=1.0, help="divides the logits: above 1 is wilder")
-    add("--top_k", type=int, default=0, help="draw from the most probable tokens; 0: from all")
+    add("--top_k", type=int, default=0, help="draw from this many most probable tokens; 0: all")
     add("--top_p", type=float, default=1.0, help="draw from the fewest tokens so probable together")
     add("--seed", type=int, default=0, help="the same seed gives the same text")
-    add("--num_samples", type=int, default=1, help="how many to write")
-    add("--other_source", type=boolean, default=False, help="though its source has changed since")
+    add("--num_samples", type=int, default=1, help="number of samples")
     args = parser.parse_args()
     for name, least in (("max_tokens", 1), ("top_k", 0), ("seed", 0), ("num_samples", 1)):
         if not least <= getattr(args, name) < 2**62:
@@ -110,16 +111,8 @@ def main() -> int:
     args = parse()
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends this without a complaint
     sys.stdout = sys.stdout or open(os.devnull, "w")  # where it is closed
-    sys.stdout.reconfigure(errors="replace")  # what a terminal cannot show must end nothing
-    try:
-        show_samples(load_model(args.checkpoint, args.other_source), args)
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 130
-    except (RunError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    sys.stdout.reconfigure(errors="replace")  # for characters that the terminal cannot show
+    return exit_code(lambda: show_samples(load_model(args.checkpoint, args.other_source), args))
 
 
 if __name__ == "__main__":

@@ -6,8 +6,8 @@ import math
 import random
 import re
 import signal
-import subprocess
 import sys
+import time
 from argparse import Namespace
 from itertools import repeat
 from pathlib import Path
@@ -15,7 +15,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, clean_environment, only_log, run_section, train
+from conftest import ROOT, only_log, run_section, train
+from forked import Forked, run_forked
 from scipy.stats import chisquare
 from small_models import KnownModel, write_gpt2, write_speedrun
 
@@ -101,10 +102,10 @@ def greedy(model, prompt: list[int], count: int) -> list[int]:
 @pytest.mark.parametrize("write", [write_speedrun, write_gpt2])
 def test_top_k_1_is_argmax_decoding_without_a_cache(write, tmp_path):
     model, prompt = load_model(write(tmp_path / "checkpoint.pt")), [256, *b"def f"]
+    expected = greedy(model, prompt, 30)
+    ends = expected.index(256) if 256 in expected else 30
     for seed in (0, 1):
-        found = list(generate(model, prompt, settings(top_k=1, max_tokens=50), seed))
-        expected = greedy(model, prompt, 50)
-        ends = expected.index(256) if 256 in expected else 50
+        found = list(generate(model, prompt, settings(top_k=1, max_tokens=30), seed))
         assert found == expected[:ends] and len(set(found)) > 3
 
 
@@ -133,14 +134,11 @@ def test_a_sample_ends_with_its_document_its_length_or_the_context():
     assert len(list(generate(endless, [256] + [66] * 7, settings(), 0))) == 1
 
 
-def test_rows_that_pad_the_vocabulary_are_never_drawn():
+def test_rows_that_pad_the_vocabulary_are_never_drawn_nor_nan_logits_used():
     logits = torch.zeros(300)
     logits[257:] = 50
     drawn = list(generate(KnownModel(lambda seen: logits), [256], settings(max_tokens=64), 0))
     assert drawn and max(drawn) < 256
-
-
-def test_logits_that_are_not_finite_are_refused():
     broken = KnownModel(lambda seen: torch.full((257,), math.nan))
     with pytest.raises(RunError, match="logits are not finite"):
         list(generate(broken, [256], settings(), 0))
@@ -153,27 +151,20 @@ def test_a_character_waits_for_its_last_byte():
     text = "aé漢😀"
     pieces = list(text_pieces(text.encode(), bytes))
     assert pieces == ["a", "", "é", "", "", "漢", "", "", "", "😀", ""]
-    assert list(text_pieces("漢".encode()[:2] + b"b", bytes)) == [
-        "",
-        "",
-        "\N{REPLACEMENT CHARACTER}b",
-        "",
-    ]
+    broken = list(text_pieces("漢".encode()[:2] + b"b", bytes))
+    assert broken == ["", "", "\N{REPLACEMENT CHARACTER}b", ""]
     assert list(text_pieces("é".encode()[:1], bytes)) == ["", "\N{REPLACEMENT CHARACTER}"]
-
-
-def test_text_comes_while_tokens_are_still_drawn():
     pieces = text_pieces(repeat(65), bytes)  # without an end
     assert [next(pieces) for _ in range(3)] == ["A"] * 3
 
 
 def test_bytes_are_their_own_tokens():
     tokenizer = tokenizer_of(256)
-    assert (
-        tokenizer.encode("é\n") == [0xC3, 0xA9, 10]
-        and tokenizer.decode([0xC3, 0xA9]) == b"\xc3\xa9"
-    )
+    assert tokenizer.encode("é\n") == [0xC3, 0xA9, 10]
+    assert tokenizer.decode([0xC3, 0xA9]) == b"\xc3\xa9"
     assert tokenizer.encode("\udcff") == [255]  # an argument that was no UTF-8
+    with pytest.raises(RunError, match="documents start with token 63"):
+        tokenizer_of(63)
 
 
 def test_gpt2_tokens_come_from_the_local_ranks(tmp_path, monkeypatch):
@@ -184,11 +175,6 @@ def test_gpt2_tokens_come_from_the_local_ranks(tmp_path, monkeypatch):
     tokenizer = tokenizer_of(50256)
     assert tokenizer.encode("a the") == [97, 258] and tokenizer.decode([97, 258]) == b"a the"
     assert 50256 not in tokenizer.encode("<|endoftext|>")  # in a prompt it is ordinary text
-
-
-def test_other_tokens_are_refused():
-    with pytest.raises(RunError, match="documents open with token 63"):
-        tokenizer_of(63)
 
 
 # ------------------------------------------------------------------------------ Checkpoints
@@ -232,20 +218,20 @@ def rewritten(folder, change) -> Path:
 
 
 @pytest.mark.parametrize(
-    "change, message",
+    "write, change, message",
     [
-        (lambda facts: facts["config"].pop("mix_at"), "another train_gpt.py, without mix_at"),
-        (
-            lambda facts: facts["config"].update(model_dim=48),
-            r"is \(257, 32\), and \(257, 48\) is needed",
-        ),
-        (lambda facts: facts["config"].update(layers="LLLLLL"), r"blocks.2\S+ is not there"),
-        (lambda facts: facts.update(trainer="mine.py"), "is a checkpoint of mine.py"),
+        (write_speedrun, lambda c: c.pop("mix_at"), "another train_gpt.py, without mix_at"),
+        (write_gpt2, lambda c: c.pop("mlp_dim"), "another train_gpt2.py, without mlp_dim"),
+        (write_speedrun, lambda c: c.update(model_dim=48), r"\(257, 32\), and \(257, 48\) is"),
+        (write_speedrun, lambda c: c.update(layers="LLLLLL"), r"blocks.2\S+ is not there"),
     ],
 )
-def test_a_checkpoint_of_another_network_is_refused(tmp_path, change, message):
-    folder = rewritten(write_speedrun(tmp_path / "checkpoint"), change)
+def test_a_checkpoint_of_another_network_is_refused(tmp_path, write, change, message):
+    folder = rewritten(write(tmp_path / "checkpoint"), lambda facts: change(facts["config"]))
     with pytest.raises(RunError, match=message):
+        load_model(folder)
+    rewritten(folder, lambda facts: facts.update(trainer="mine.py"))
+    with pytest.raises(RunError, match="is a checkpoint of mine.py"):
         load_model(folder)
 
 
@@ -267,13 +253,10 @@ def test_a_model_whose_code_has_changed_needs_a_flag(tmp_path, write, path):
     for referee in ("referee/harness.py", "referee/shards.py"):  # runs no network
         rewritten(folder, lambda facts, name=referee: facts["sources"].update({name: "0" * 64}))
     load_model(folder, other_source=True)
-
-
-def test_a_checkpoint_from_before_sources_were_kept_needs_a_flag(tmp_path):
-    folder = rewritten(write_gpt2(tmp_path / "old"), lambda facts: facts.pop("sources"))
+    rewritten(folder, lambda facts: facts.pop("sources"))  # as the oldest checkpoints
     with pytest.raises(RunError, match="--other_source true"):
         load_model(folder)
-    assert load_model(folder, other_source=True).step > 0
+    load_model(folder, other_source=True)
 
 
 def test_a_checkpoint_with_bf16_matrices_as_a_gpu_writes_is_read(tmp_path):
@@ -300,45 +283,37 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
 # ------------------------------------------------------------------------------ The script
 
 
-def start(checkpoint, *flags, **options) -> subprocess.Popen:
-    return subprocess.Popen(
-        [sys.executable, str(ROOT / "evals/sample.py"), str(checkpoint), *flags],
-        env=clean_environment(),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        **options,
-    )
+SCRIPT = f"{ROOT}/evals/sample.py"
 
 
-def script(checkpoint, *flags) -> subprocess.CompletedProcess:
-    process = start(checkpoint, *flags)
-    out, err = process.communicate(timeout=90)
-    assert "Traceback" not in err, err
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+@pytest.fixture
+def main(monkeypatch, capsys):
+    """main(*words): exit code, standard output and error of the script, in this process."""
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+
+    def call(*words) -> tuple:
+        monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, words)])
+        try:
+            code = sample.main()
+        except SystemExit as error:
+            code = error.code
+        return code, *capsys.readouterr()
+
+    return call
 
 
 def test_the_same_seed_gives_the_same_text_in_another_process(checkpoint):
-    flags = ("--prompt", "def é", "--max_tokens", "30")
-    both = script(checkpoint, *flags, "--seed", "7", "--num_samples", "2")
-    assert both.returncode == 0, both.stderr
-    first, _, second = both.stdout.partition("\n--- sample 2 of 2, seed 8 ---\n")
-    assert first.startswith("--- sample 1 of 2, seed 7 ---\ndef é")
-    assert second.startswith("def é") and not first.endswith(second.rstrip("\n"))
-    assert script(checkpoint, *flags, "--seed", "8").stdout == second
-
-
-def test_a_prompt_that_is_too_long_is_refused_and_none_is_needed(checkpoint):
-    done = script(checkpoint, "--prompt", "x" * 64)
-    assert done.returncode == 1 and not done.stdout
-    assert done.stderr == (
-        "error: the prompt has 65 tokens with its document start, more than the model's context "
-        "of 64; give a shorter one\n"
-    )
-    written = list(generate(load_model(checkpoint), [256], settings(top_k=1, max_tokens=200), 0))
-    done = script(checkpoint, "--top_k=1")
-    expected = bytes(written).decode(errors="replace")  # may hold a \r, which a pipe reads as \n
-    assert done.stdout.splitlines() == expected.splitlines(), done.stderr
+    flags = ["--prompt", "def é", "--max_tokens", "30", "--seed", "7", "--num_samples", "2"]
+    done = run_forked([SCRIPT, str(checkpoint), *flags])
+    assert done.returncode == 0, done.stderr
+    model, prompt = load_model(checkpoint), list("def é".encode())
+    drawn = [
+        list(generate(model, [256, *prompt], settings(max_tokens=30), seed)) for seed in (7, 8)
+    ]
+    assert drawn[0] != drawn[1]
+    texts = [bytes(prompt + tokens).decode(errors="replace") for tokens in drawn]
+    expected = "".join(f"--- sample {i + 1} of 2, seed {7 + i} ---\n{texts[i]}\n" for i in (0, 1))
+    assert done.stdout.splitlines() == expected.splitlines()  # a \r is read as \n
 
 
 def test_ctrl_c_ends_a_sample_cleanly(tmp_path):
@@ -346,32 +321,37 @@ def test_ctrl_c_ends_a_sample_cleanly(tmp_path):
         model.lm_head.data[256] = -model.lm_head.data[97]
 
     slow = write_speedrun(tmp_path / "slow", never_ends, val_seq_len=4096)
-    process = start(slow, "--prompt", "abc", "--max_tokens", "5000", "--top_k", "2")
-    assert process.stdout.read(3) == "abc"  # the text comes while the sample is written
+    flags = ["--prompt", "abc", "--max_tokens", "5000", "--top_k", "2"]
+    process = Forked([SCRIPT, str(slow), *flags])
+    stdout = Path(process.output.name, "stdout")
+    while not (stdout.exists() and stdout.read_text()):  # the text comes as it is written
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.1)
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130 and err == "\ninterrupted\n"
+    out, err = process.communicate()
+    assert out.startswith("abc") and (process.returncode, err) == (130, "\ninterrupted\n")
 
 
-@pytest.mark.parametrize(
-    "flags, problem",
-    [
-        (["--prompt", "a", "--temperature", "0"], "--temperature must be at least 0.001"),
-        (["--prompt", "a", "--top_p", "1.5"], "--top_p must be above 0 and at most 1"),
-        (["--prompt", "a", "--num_samples", "0"], "--num_samples must be at least 1"),
-        (["--prompt", "a", "--seed", "-1"], "--seed must be at least 0"),
-    ],
-)
-def test_wrong_flags_are_misuse(monkeypatch, capsys, flags, problem):
-    monkeypatch.setattr(sys, "argv", ["sample.py", "x.pt", *flags])
-    with pytest.raises(SystemExit) as error:
-        sample.parse()
-    assert error.value.code == 2 and problem in capsys.readouterr().err
+def test_a_prompt_that_is_too_long_is_refused_and_none_is_needed(checkpoint, main):
+    assert main(checkpoint, "--prompt", "x" * 64) == (
+        1, "", "error: the prompt has 65 tokens with its document start, more than the model's "
+        "context of 64; give a shorter one\n",
+    )  # fmt: skip
+    written = list(generate(load_model(checkpoint), [256], settings(top_k=1, max_tokens=20), 0))
+    expected = bytes(written).decode(errors="replace")
+    code, out, err = main(checkpoint, "--top_k=1", "--max_tokens=20")
+    assert (code, out.splitlines()) == (0, expected.splitlines()), err
 
 
-def test_a_missing_checkpoint_ends_with_one_sentence(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
-    monkeypatch.setattr(sys, "argv", ["sample.py", str(tmp_path / "none.pt"), "--prompt", "a"])
-    assert sample.main() == 1
-    out, err = capsys.readouterr()
-    assert out == "" and re.fullmatch("error: there is no checkpoint .*none.pt; .*\n", err)
+def test_wrong_flags_are_misuse_and_a_missing_checkpoint_one_sentence(tmp_path, main):
+    for flags, problem in (
+        (["--temperature", "0"], "--temperature must be at least 0.001"),
+        (["--top_p", "1.5"], "--top_p must be above 0 and at most 1"),
+        (["--num_samples", "0"], "--num_samples must be at least 1"),
+        (["--seed", "-1"], "--seed must be at least 0"),
+    ):
+        code, out, err = main("x.pt", "--prompt", "a", *flags)
+        assert (code, out) == (2, "") and problem in err
+    code, out, err = main(tmp_path / "none.pt", "--prompt", "a")
+    assert (code, out) == (1, "")
+    assert re.fullmatch("error: there is no checkpoint .*none.pt; .*\n", err)
