@@ -1119,7 +1119,9 @@ def test_the_leaderboard_never_mixes_classes_and_notices_a_stale_readme(
                 (r"^(step:20/20 |result .*)val_loss:\S+", rf"\1val_loss:4.{i}00000"),
             ]
             forge(plain, folder / f"logs/{name}.txt", *good, *dated, *own)
-    (tmp_path / "README.md").write_text(f"a\n{leaderboard.BEGIN}\n{leaderboard.END}\nz\n")
+    pages = tmp_path / "README.md", tmp_path / "records/README.md"
+    for page in pages:
+        page.write_text(f"a\n{leaderboard.BEGIN}\n{leaderboard.END}\nz\n")
     monkeypatch.setattr(leaderboard, "ROOT", tmp_path)
     monkeypatch.setattr(leaderboard, "RECORDS", tmp_path / "records")
     shared = []
@@ -1129,11 +1131,14 @@ def test_the_leaderboard_never_mixes_classes_and_notices_a_stale_readme(
     monkeypatch.setattr(sys, "argv", ["leaderboard.py"])
     assert leaderboard.main() == 0
     assert sorted(shared) == ["2026-01-01_One", "2026-01-02_Two", "2026-01-03_Three"]
-    text = (tmp_path / "README.md").read_text()
-    assert text.startswith("a\n") and text.endswith("\nz\n")
-    first, second = text.split("**embedded, target 9**")[1:]
+    current, texts = (page.read_text() for page in pages)
+    assert texts.startswith("a\n") and texts.endswith("\nz\n")
+    second, first = texts.split("**embedded, target 9**")[1:]  # the newest record's class is last
     assert "CPU one" in first and "The idea One" in first and "The idea Three" in first
     assert "CPU two" in second and "The idea Two" in second and "One" not in second
+    assert "(embedded/2026-01-03_Three/README.md)" in first
+    assert current.count("**embedded, target 9**") == 1 and "CPU two" not in current
+    assert "(records/embedded/2026-01-03_Three/README.md)" in current
     assert len(list((tmp_path / "records/embedded").glob("*.png"))) == 1
     monkeypatch.setattr(sys, "argv", ["leaderboard.py", "--check"])
     assert leaderboard.main() == 0

@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""Write README's tables and pictures of records from the logs below records/.
+"""Write the tables and pictures of records from the logs below records/.
 
-There is one table for each class: track, target and machine class. A record is a folder
+There is one table for each class: track, target and machine class. All of them go to
+records/README.md, that of the newest record to README.md. A record is a folder
 records/<track>/<date>_<Slug> with logs/ and a README.md whose title says what changed. Runs that
 other processes disturbed are included and marked. With --check the tool writes nothing; the exit
-code is 1 if README is stale.
+code is 1 if a page is stale.
 """
 
 import sys
@@ -60,11 +61,11 @@ def mean_and_sd(values, digits: int) -> str:
     return f"{values.mean():.{digits}f} ({stats.sd(values):.{digits}f})"
 
 
-def record_row(number: int, record: Record, previous: Record | None) -> str:
+def record_row(number: int, record: Record, previous: Record | None, page: Path) -> str:
     arm, p = record.arm, record.arm.target_status()[1]
     gain = gain_over(previous, record) if previous else ""
     loss = f"{mean_and_sd(arm.losses, 4)}, n={len(arm.runs)}, p={p:.1g}"
-    link = f"[{record.date}]({record.folder.relative_to(ROOT).as_posix()}/README.md)"
+    link = f"[{record.date}]({record.folder.relative_to(page.parent).as_posix()}/README.md)"
     disturbed = f" †{record.disturbed}" if record.disturbed else ""
     return (f"| {number} | {mean_and_sd(arm.times, 1)}{disturbed} | {gain} | {loss} "
             f"| {arm.runs[0].steps} | {record.title} | {link} |")  # fmt: skip
@@ -80,25 +81,38 @@ def gain_over(previous: Record, record: Record) -> str:
 
 
 def groups(records: list[Record]) -> dict[tuple, list[Record]]:
-    """Records by class, in the order of their dates; of one day, the slowest first."""
+    """Records by class, in the order of their dates; of one day, the slowest first.
+
+    The class of the newest record comes last.
+    """
     found = {}
     for record in sorted(records, key=lambda r: (r.date, -r.arm.times.mean())):
-        found.setdefault(record.group, []).append(record)
+        found[record.group] = [*found.pop(record.group, []), record]
     return found
 
 
-def class_table(group: tuple, records: list[Record]) -> list[str]:
+def class_table(group: tuple, records: list[Record], page: Path) -> list[str]:
     track, target, machine_class = group
     lines = [f"**{track}, target {target:g}**, on {machine_class}", "",
              "| | time s (sd) | against the one before | val_loss (sd) | steps | what | record |",
              "|---|---|---|---|---|---|---|"]  # fmt: skip
     for i, record in enumerate(records):
-        lines.append(record_row(i + 1, record, records[i - 1] if i else None))
+        lines.append(record_row(i + 1, record, records[i - 1] if i else None, page))
     if any(record.disturbed for record in records):
         lines += ["", "†n: n of these runs shared the CPU with other processes; they are included."]
-    if len(records) > 1:
-        lines += ["", f"![train times]({picture(group).relative_to(ROOT).as_posix()})"]
+    if len(records) > 1 and page.parent == RECORDS:
+        lines += ["", f"![train times]({picture(group).relative_to(RECORDS).as_posix()})"]
     return [*lines, ""]
+
+
+def with_tables(page: Path, classes: dict[tuple, list[Record]]) -> str:
+    """A page's text, with these classes' tables between its two marks."""
+    old = page.read_text(encoding="utf-8")
+    if BEGIN not in old or END not in old:
+        raise ToolError(f"{page} lacks the lines {BEGIN} and {END}")
+    lines = [line for item in classes.items() for line in class_table(*item, page)]
+    before, after = old.partition(BEGIN)[0], old.partition(END)[2]
+    return "\n".join([before + BEGIN, "", *lines, END]) + after
 
 
 def picture(group: tuple) -> Path:
@@ -122,22 +136,20 @@ def read_records(root: Path) -> list[Record]:
 
 def main() -> int:
     parser = flag_parser(__doc__)
-    parser.add_argument("--check", action="store_true", help="write nothing; 1 if README is stale")
+    parser.add_argument("--check", action="store_true", help="write nothing; 1 if a page is stale")
     args = parser.parse_args()
-    readme = ROOT / "README.md"
-    old = readme.read_text(encoding="utf-8")
-    if BEGIN not in old or END not in old:
-        raise ToolError(f"{readme} lacks the lines {BEGIN} and {END}")
     ranked = groups(read_records(RECORDS))
-    lines = [line for group, records in ranked.items() for line in class_table(group, records)]
-    before, after = old.partition(BEGIN)[0], old.partition(END)[2]
-    new = "\n".join([before + BEGIN, "", *lines, END]) + after
+    pages = {RECORDS / "README.md": ranked, ROOT / "README.md": dict([*ranked.items()][-1:])}
+    texts = {page: with_tables(page, classes) for page, classes in pages.items()}
     if args.check:
-        missing = [g for g, r in ranked.items() if len(r) > 1 and not picture(g).exists()]
-        if new != old or missing:
-            print("README.md is stale; run: ./run.sh tools/leaderboard.py", file=sys.stderr)
-        return int(new != old or bool(missing))
-    readme.write_text(new, encoding="utf-8")
+        stale = [page for page, text in texts.items() if text != page.read_text(encoding="utf-8")]
+        stale += [picture(g) for g, r in ranked.items() if len(r) > 1 and not picture(g).exists()]
+        for path in stale:
+            print(f"{path.relative_to(ROOT)} is stale; run: ./run.sh tools/leaderboard.py",
+                  file=sys.stderr)  # fmt: skip
+        return int(bool(stale))
+    for page, text in texts.items():
+        page.write_text(text, encoding="utf-8")
     for group, records in ranked.items():
         for record in records:
             share(record.folder, RECORDS / "sources")
