@@ -210,7 +210,9 @@ class Recorder(TorchDispatchMode):
             self.compilations[key] = name, self.threads.submit(work)
 
     def finish_compiling(self) -> None:
-        for name, done in tqdm(self.compilations.values(), "compiling kernels", leave=False):
+        compilations = tqdm(self.compilations.values(), "compiling kernels", leave=False,
+                            disable=not self.compilations)  # fmt: skip
+        for name, done in compilations:
             if error := done.exception():
                 reason = str(error).strip().splitlines()[0]
                 self.trace.problems.append(f"kernel {name} does not compile: {reason}")
