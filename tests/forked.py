@@ -1,7 +1,8 @@
 """Python scripts in processes that are forked from one which has already imported torch.
 
-Such a start takes 0.1 s instead of 3. This file imports nothing of the project: a forked script
-then imports the project's files itself, from its own folder and with its own environment.
+A start then takes 0.1 s instead of 3. This file imports nothing of the project: a forked script
+imports the project's files itself, from its own folder and with its own environment. But what torch
+reads from the environment when it is imported (CXX, TORCHINDUCTOR_CACHE_DIR) cannot be changed.
 """
 
 import multiprocessing
