@@ -57,19 +57,16 @@ class Finished(NamedTuple):
     """A run that has ended."""
 
     folder: Path
+    log: Path
     done: subprocess.CompletedProcess
     wall_s: float
-
-    @property
-    def log(self) -> Path:
-        return only_log(self.folder)
 
 
 def run_to_its_end(shards, folder, *flags) -> Finished:
     started = time.perf_counter()
     done = train([*tiny_flags(shards, folder), *flags])
     assert done.returncode == 0, done.stderr
-    return Finished(folder, done, time.perf_counter() - started)
+    return Finished(folder, only_log(folder), done, time.perf_counter() - started)
 
 
 @pytest.fixture(scope="module")
