@@ -23,7 +23,7 @@ from torch import Tensor
 
 from baselines.train_gpt2 import GPT2, NETWORK_SOURCES, TRACKS, Hyperparameters, load_gpt2, weights
 from referee.checkpoints import check_source, read_checkpoint, sha256_of, write_checkpoint
-from referee.flags import RunError, boolean
+from referee.flags import RunError, boolean, finish
 from referee.ranks import Runtime
 from referee.task import TASKS
 
@@ -132,7 +132,7 @@ def import_hf(source: Path, out: Path) -> None:
     write_checkpoint(out, tensors, facts, Runtime())
 
 
-def main() -> int:
+def main() -> None:
     form = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
     add = parser.add_argument
@@ -142,20 +142,12 @@ def main() -> int:
     add("--other_source", type=boolean, default=False, metavar="true|false",
         help="export it even if its source has changed since (default: false)")  # fmt: skip
     args = parser.parse_args()
-    try:
-        if args.importing:
-            import_hf(args.source, args.out)
-        else:
-            export(args.source, args.out, args.other_source)
-    except (RunError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
+    if args.importing:
+        import_hf(args.source, args.out)
+    else:
+        export(args.source, args.out, args.other_source)
     print(args.out)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    finish(main, interrupted="interrupted")

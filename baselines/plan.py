@@ -8,7 +8,6 @@ keeps; compiled graphs keep fewer.
 
 import math
 import os
-import sys
 from dataclasses import dataclass, replace
 
 from referee.cards import CARDS
@@ -209,18 +208,13 @@ def report(track: str, hp, options: PlanOptions) -> list[str]:
     ]
 
 
-def print_plan(argv: list[str], tracks: dict, gpu_track: str) -> int:
-    """Carry out --plan; return the exit code."""
+def print_plan(argv: list[str], tracks: dict, gpu_track: str) -> None:
+    """Carry out --plan."""
     description = __doc__.splitlines()[0]
-    try:
-        track, _, hp, options, _ = parse_flags(argv, tracks, gpu_track, description, PlanOptions())
-        if options.gpu not in CARDS:
-            raise RunError(f"--gpu {options.gpu} is not known; known are {', '.join(CARDS)}")
-        if options.gpus < 1 or not 0 < options.mfu <= 1 or options.micro_batch_seqs < 0:
-            raise RunError("--gpus must be at least 1, --mfu above 0 and at most 1, "
-                           "--micro_batch_seqs at least 0")  # fmt: skip
-        print("\n".join(report(track, hp, options)), flush=True)
-    except (RunError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    track, _, hp, options, _ = parse_flags(argv, tracks, gpu_track, description, PlanOptions())
+    if options.gpu not in CARDS:
+        raise RunError(f"--gpu {options.gpu} is not known; known are {', '.join(CARDS)}")
+    if options.gpus < 1 or not 0 < options.mfu <= 1 or options.micro_batch_seqs < 0:
+        raise RunError("--gpus must be at least 1, --mfu above 0 and at most 1, "
+                       "--micro_batch_seqs at least 0")  # fmt: skip
+    print("\n".join(report(track, hp, options)))

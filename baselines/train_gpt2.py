@@ -37,7 +37,7 @@ if __name__ == "__main__":
 from baselines import plan
 from data.prefetch import Prefetcher
 from referee.checkpoints import fill, restore
-from referee.flags import RunError, check_ranges, option
+from referee.flags import RunError, check_ranges, finish, option
 from referee.harness import REFEREE_FILES, Run, execute
 from referee.ranks import Runtime
 from referee.shards import open_shard
@@ -420,11 +420,10 @@ class Trainer:
 
 def main() -> int:
     if "--plan" in sys.argv[1:]:
-        return plan.print_plan([a for a in sys.argv[1:] if a != "--plan"], TRACKS, "124M")
+        argv = [word for word in sys.argv[1:] if word != "--plan"]
+        finish(partial(plan.print_plan, argv, TRACKS, "124M"))
     return execute(Trainer, TRACKS, "124M", SOURCES, PROCESS_START)
 
 
 if __name__ == "__main__":
-    if "--plan" in sys.argv:
-        signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends this without a complaint
     sys.exit(main())

@@ -15,6 +15,7 @@ if __name__ == "__main__":
 
 from data.check_shards import check_all, compare, print_problems
 from data.hub import HubError, download, few, list_files
+from referee.flags import finish
 from referee.shards import ShardError, check_tokens, open_shard
 
 REPO = "kjj0/fineweb10B-gpt2"
@@ -90,17 +91,11 @@ def main() -> int:
     args = parser.parse_args()
     if not 0 <= args.shards <= TRAIN_SHARDS:
         parser.error(f"there are {TRAIN_SHARDS} training shards")
-    try:
-        if args.check:
-            return check(args.out, args.revision)
-        fetch(args.shards, args.out, args.revision, args.dry_run)
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    if args.check:
+        return check(args.out, args.revision)
+    fetch(args.shards, args.out, args.revision, args.dry_run)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    finish(main)

@@ -9,7 +9,6 @@ them. Exit code 0: sound; 1: not sound, each reason on stderr; 2: misuse.
 import argparse
 import hashlib
 import json
-import signal
 import sys
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -21,6 +20,7 @@ if __name__ == "__main__":
 import numpy as np
 from tqdm import tqdm
 
+from referee.flags import finish
 from referee.shards import ShardError, file_sha256, find_shards, open_shard
 
 DIGEST_BYTES = 8  # a document's hash; chance makes 2 of 10 million alike once in 400,000 times
@@ -120,23 +120,16 @@ def main() -> int:
     add("--vocab_size", type=int, default=50257, help="ids lie below it (default: %(default)s)")
     add("--document_start", type=int, default=50256, help="token (default: %(default)s)")
     args = parser.parse_args()
-    try:
-        paths = {path for pattern in args.globs for path in find_shards(pattern)}
-        report = check_all(paths, args.vocab_size, args.document_start)
-        for manifest in sorted({path.with_name("manifest.json") for path in report.facts}):
-            if manifest.exists():
-                check_manifest(manifest, report)
-        facts = report.facts.values()
-        tokens, documents = (sum(f[k] for f in facts) for k in ("tokens", "documents"))
-        print(f"{len(facts)} shards, {tokens:,} tokens, {documents:,} documents", flush=True)
-    except OSError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        return 130
+    paths = {path for pattern in args.globs for path in find_shards(pattern)}
+    report = check_all(paths, args.vocab_size, args.document_start)
+    for manifest in sorted({path.with_name("manifest.json") for path in report.facts}):
+        if manifest.exists():
+            check_manifest(manifest, report)
+    facts = report.facts.values()
+    tokens, documents = (sum(f[k] for f in facts) for k in ("tokens", "documents"))
+    print(f"{len(facts)} shards, {tokens:,} tokens, {documents:,} documents", flush=True)
     return print_problems(report)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends this without a complaint
-    sys.exit(main())
+    finish(main)

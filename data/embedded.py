@@ -11,7 +11,6 @@ import argparse
 import hashlib
 import importlib.util
 import random
-import signal
 import sys
 from pathlib import Path
 
@@ -20,6 +19,7 @@ if __name__ == "__main__":
 
 import numpy as np
 
+from referee.flags import finish
 from referee.shards import ShardError, write_shard
 
 FOLDER = Path(__file__).resolve().parent / "embedded"
@@ -73,19 +73,13 @@ def build(folder: Path, package: Path) -> dict[str, int]:
     return counts
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder (default: %(default)s)")
     args = parser.parse_args()
-    try:
-        for name, count in build(args.out, torch_folder()).items():
-            print(f"{args.out / name}  {count:,} tokens", flush=True)
-    except OSError as error:
-        print(f"error: cannot build the embedded corpus: {error}", file=sys.stderr)
-        return 1
-    return 0
+    for name, count in build(args.out, torch_folder()).items():
+        print(f"{args.out / name}  {count:,} tokens", flush=True)
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends this without a complaint
-    sys.exit(main())
+    finish(main)

@@ -30,6 +30,7 @@ from tqdm import tqdm
 from data.documents import KINDS, Document, articles, find_files, read_documents
 from data.gpt2 import START, TextError, encode_all, encoding_of, gpt2_ranks, pieces
 from data.hub import download, list_files, locked
+from referee.flags import finish
 from referee.shards import HEADER_BYTES, file_sha256, write_shard
 
 FOLDER = Path(__file__).resolve().parent
@@ -260,25 +261,20 @@ def parse() -> argparse.Namespace:
     return args
 
 
-def main() -> int:
+def main() -> None:
     args = parse()
     try:
         manifest = tokenize(args)
     except OSError as error:
-        # An error of writing, above all that the disk is full, has a number and names no file.
-        nameless = error.errno and not error.filename
-        where = f"cannot write to {args.out}; make room, then run this again: " if nameless else ""
-        print(f"error: {where}{error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped; the same command begins again", file=sys.stderr)
-        return 130
+        if error.errno and not error.filename:  # of writing: above all, the disk is full
+            where = f"cannot write to {args.out}; make room, then run this again"
+            raise TextError(f"{where}: {error.strerror}") from None
+        raise
     for shard in manifest["shards"]:
         print(f"{args.out / shard['name']}  {shard['tokens']:,} tokens")
     for reason, count in manifest["skipped"].items():
         print(f"skipped {count:,} documents: {reason}", file=sys.stderr)
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    finish(main, interrupted="stopped; the same command begins again")

@@ -33,9 +33,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from data.hub import HubError, download, list_files
-from evals.models import LanguageModel, add_checkpoint_flags, exit_code, load_model
+from evals.models import LanguageModel, add_checkpoint_flags, load_model
 from referee.environment import ROOT
-from referee.flags import RunError
+from referee.flags import RunError, finish
 from referee.log import Log, write_header
 from referee.shards import file_sha256
 
@@ -201,7 +201,7 @@ def run(args: argparse.Namespace) -> None:
         log.close(result)
 
 
-def main() -> int:
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     add_checkpoint_flags(parser)
     add = parser.add_argument
@@ -211,8 +211,8 @@ def main() -> int:
     args = parser.parse_args()
     if args.limit is not None and args.limit < 1:
         parser.error("--limit must be at least 1")
-    return exit_code(lambda: run(args))
+    run(args)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    finish(main, interrupted="interrupted")

@@ -6,7 +6,6 @@ Also what the scripts of this folder share: their flags for the checkpoint, thei
 """
 
 import argparse
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -154,16 +153,3 @@ def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path, help="folder that a trainer wrote")
     parser.add_argument("--other_source", type=boolean, default=False, metavar="true|false",
                         help="load it even if its source has changed since")  # fmt: skip
-
-
-def exit_code(work: Callable[[], None]) -> int:
-    """Run work(); print a RunError or OSError as one line."""
-    try:
-        work()
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 130
-    except (RunError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0

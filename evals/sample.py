@@ -11,8 +11,6 @@ the tokenizer's, which pad a vocabulary, are never drawn.
 import argparse
 import codecs
 import math
-import os
-import signal
 import sys
 from collections.abc import Iterable, Iterator
 from itertools import chain
@@ -24,8 +22,8 @@ if __name__ == "__main__":
 import torch
 from torch import Tensor
 
-from evals.models import LanguageModel, add_checkpoint_flags, exit_code, load_model
-from referee.flags import RunError
+from evals.models import LanguageModel, add_checkpoint_flags, load_model
+from referee.flags import RunError, finish
 
 
 def token_probabilities(logits_V: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:
@@ -107,13 +105,11 @@ def parse() -> argparse.Namespace:
     return args
 
 
-def main() -> int:
+def main() -> None:
     args = parse()
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # `| head` ends this without a complaint
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # where it is closed
     sys.stdout.reconfigure(errors="replace")  # for characters that the terminal cannot show
-    return exit_code(lambda: show_samples(load_model(args.checkpoint, args.other_source), args))
+    show_samples(load_model(args.checkpoint, args.other_source), args)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    finish(main, interrupted="\ninterrupted")

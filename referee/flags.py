@@ -1,7 +1,10 @@
-"""Turn dataclass fields into command-line flags; also the error that ends a run with one line."""
+"""The command line: dataclass fields as flags, errors for people, how a script ends."""
 
 import argparse
 import dataclasses
+import os
+import signal
+import sys
 from collections.abc import Callable
 from dataclasses import field
 from typing import get_args, get_origin
@@ -110,3 +113,39 @@ def add_flags(group, part, choices: dict) -> None:
             metavar=metavar(f.type),
             help=argparse.SUPPRESS if f.metadata["hidden"] else text,
         )
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which unlike ctrl-C reaches this process alone and not those that it started."""
+
+
+def finish(main: Callable[[], int | None], failed: int = 1, interrupted: str = "") -> None:
+    """Run a script's main and exit with its code, or 0.
+
+    Errors for people become one line and the exit code `failed`, or the error's own exit_code.
+    interrupted: what to print after ctrl-C.
+    """
+
+    def terminate(number, frame):
+        raise Terminated
+
+    signal.signal(signal.SIGTERM, terminate)
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # if it is closed
+    sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does anyway
+    try:
+        code = main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # the reader, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 128 + signal.SIGPIPE
+    except (RunError, OSError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "Symlink loop" not in str(error):
+            raise  # a bug; a looping link is one up to Python 3.12
+        named = isinstance(error, OSError) and error.filename
+        what = f"{error.filename}: {error.strerror}" if named else error
+        print(getattr(error, "heading", "error: ") + str(what), file=sys.stderr)
+        code = getattr(error, "exit_code", failed)
+    except KeyboardInterrupt as stop:
+        print(interrupted, end="\n" if interrupted else "", file=sys.stderr)
+        code = 128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT)
+    sys.exit(code)

@@ -32,7 +32,8 @@ import sys
 sys.path.insert(0, {str(ROOT)!r})
 from data import cached_fineweb10B, hub
 hub.WAITS_S = (0.01, 0.01)
-sys.exit(cached_fineweb10B.main())
+from referee.flags import finish
+finish(cached_fineweb10B.main)
 """
 
 

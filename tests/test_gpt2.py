@@ -41,7 +41,7 @@ from baselines.train_gpt2 import (
     weights,
 )
 from referee.checkpoints import read_checkpoint, sha256_of, write_checkpoint
-from referee.flags import RunError
+from referee.flags import RunError, finish
 from referee.harness import Run, warm_up
 from referee.ranks import Runtime
 from referee.shards import open_shard
@@ -106,8 +106,9 @@ def outcome(module, *words) -> tuple[int, str]:
     handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
     argv, sys.argv = sys.argv, ["program", *map(str, words)]
     try:
-        with redirect_stderr(io.StringIO()) as stderr:
-            return module.main(), stderr.getvalue()
+        with redirect_stderr(io.StringIO()) as stderr, pytest.raises(SystemExit) as end:
+            finish(module.main)
+        return end.value.code or 0, stderr.getvalue()
     finally:
         sys.argv = argv
         for number, handler in handlers.items():

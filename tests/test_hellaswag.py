@@ -18,7 +18,7 @@ from small_models import KnownModel, write_gpt2, write_speedrun
 
 from evals import hellaswag
 from evals.models import load_model
-from referee.flags import RunError
+from referee.flags import RunError, finish
 
 WORDS = (
     "a the man woman dog rope ball sits runs jumps over under quickly then — café 漢字 .".split()
@@ -339,7 +339,9 @@ def test_no_examples_are_misuse_and_a_wrong_file_one_sentence(
         hellaswag.main()
     assert error.value.code == 2 and "--limit must be at least 1" in capsys.readouterr().err
     monkeypatch.setattr(sys, "argv", argv)
-    assert hellaswag.main() == 1
+    with pytest.raises(SystemExit) as error:
+        finish(hellaswag.main)
+    assert error.value.code == 1
     out, err = capsys.readouterr()
     assert (out, err) == ("", f"error: {data}, line 2: not an object with a text ctx, 4 texts "
                           f"endings and a label of 0 to 3; {hellaswag.ADVICE}\n")  # fmt: skip

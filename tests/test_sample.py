@@ -25,7 +25,7 @@ from evals import sample
 from evals.models import load_model, tokenizer_of
 from evals.sample import generate, text_pieces, token_probabilities
 from referee.checkpoints import facts_sha256
-from referee.flags import RunError
+from referee.flags import RunError, finish
 from referee.shards import open_shard
 
 
@@ -293,11 +293,9 @@ def main(monkeypatch, capsys):
 
     def call(*words) -> tuple:
         monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, words)])
-        try:
-            code = sample.main()
-        except SystemExit as error:
-            code = error.code
-        return code, *capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            finish(sample.main)
+        return end.value.code or 0, *capsys.readouterr()
 
     return call
 

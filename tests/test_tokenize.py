@@ -15,6 +15,7 @@ import pytest
 from conftest import ROOT
 
 from data import check_shards, documents, gpt2, tokenize_text
+from referee.flags import finish
 from referee.shards import open_shard, write_shard
 
 START = 50256
@@ -50,11 +51,9 @@ def run(rank_file, tmp_path, monkeypatch, capsys):
     def call(*flags, out: str = "out", workers: int = 1):
         given = [f"--out={tmp_path / out}", f"--workers={workers}", f"--tokenizer_file={rank_file}"]
         monkeypatch.setattr(sys, "argv", ["tokenize_text.py", *map(str, [*given, *flags])])
-        try:
-            code = tokenize_text.main()
-        except SystemExit as end:
-            code = end.code
-        return code, *capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            finish(tokenize_text.main, interrupted="stopped")
+        return end.value.code or 0, *capsys.readouterr()
 
     monkeypatch.setattr(gpt2, "BATCH_CHARS", 1000)
     return call
