@@ -26,8 +26,9 @@ BLOCK = 128  # tokens per side of an attention block
 SMALL_FLEX_BLOCKS = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_M1": 32, "BLOCK_N1": 64,
                      "BLOCK_M2": 64, "BLOCK_N2": 32}  # fmt: skip
 HEAD_CHUNK_TOKENS = 16384  # tokens whose logits are in memory at a time
-# What 1 in fp8 stands for: in x, in the weight (both e4m3, up to 448), and in the gradient of a
-# token's loss by its logits (e5m2). That is divided by N after the product, or it would underflow.
+# fp8 scales (value = stored value * scale) of x, of the weight (both e4m3, at most 448), and of the
+# gradient of a token's loss by its logits (e5m2). The gradient is divided by N only after the
+# matmul, because it would underflow before.
 FP8_UNITS = (100 / 448, 1.6 / 448, 0.75 / 448)
 # 8 logits per thread, so that bf16 and fp8 are stored from the same threads.
 LOSS_TILE = dict(COLS=1024, num_warps=4)
@@ -147,8 +148,8 @@ def mean_visible_keys(rows_BT: np.ndarray, document_start: int, window: int) -> 
 def block_lists(chosen: Tensor) -> tuple[Tensor, Tensor]:
     """(B, rows, columns) bool to counts (B, 1, rows) and column indices, chosen ones first.
 
-    An opaque operator, because FlexAttention's kernel reads row b's list at b times the stride of
-    the heads' dimension of size 1, and Inductor gives that stride 0 to tensors that it computes.
+    A custom operator, so that Inductor keeps the strides. It gives dimensions of size 1, here the
+    heads, stride 0; FlexAttention finds row b by that stride, and would always read row 0.
     """
     order = chosen.to(torch.int32).argsort(dim=-1, descending=True, stable=True)
     return chosen.sum(-1, dtype=torch.int32)[:, None], order.to(torch.int32)[:, None]

@@ -98,7 +98,7 @@ class Hyperparameters:
     shift_taps: int = option(0, "earlier tokens that are mixed into each sublayer's input")
     mix_at: tuple[int, ...] = option((6, 10, 11), "layers that StateMix precedes, or none; one "
                                      "beyond the last layer: the head")  # fmt: skip
-    mix_from: tuple[int, ...] = option((3, 7, 9), "layers whose outputs are such states, or none")
+    mix_from: tuple[int, ...] = option((3, 7, 9), "layers whose outputs StateMix adds, or none")
     window_tokens: tuple[int, ...] = option((384, 896, 1408), "long window, counting the token", 2)
     short_window_tokens: tuple[int, ...] = option((128, 384, 640), "short window", 2)
     val_window_tokens: int = option(2560, "long window in validation; 0: as in training")
@@ -169,7 +169,7 @@ class Layer(NamedTuple):
     """One letter of hp.layers."""
 
     attends: bool  # else it has an MLP only
-    is_long: bool  # has the long window, and keys that are half those of the token before
+    is_long: bool  # has the long window; half of each key is the previous token's
     is_paired: bool  # heads attend two by two, as one of twice the length
     value_embed: int | None  # value-embedding table that it adds
 
@@ -691,7 +691,7 @@ class GPT(nn.Module):
     def document_index(self, inputs_BT: Tensor) -> Tensor:
         """int32 (B, T): the number of document starts so far in the row.
 
-        A piece that starts mid-document counts to the piece before it.
+        A piece that does not begin with document_start counts to the document before it.
         """
         return (inputs_BT == self.document_start).cumsum(1, dtype=torch.int32)
 
@@ -723,7 +723,7 @@ def further_targets(targets_BT: Tensor, docs_BT: Tensor, ahead: int) -> Tensor:
 VALUE_LR = 0.6  # of the value tables
 GATE_LR = 0.2  # of gates, times scalar_lr
 EMBED_DECAY, TABLE_DECAY = 150, 5  # of embedding and head, of the other tables; times adam_decay
-ADAM_EPS = 1e-15  # below 1e-9, the second moment's root in a rare row
+ADAM_EPS = 1e-15  # far below 1e-9, the root of the second moment of a rarely used row
 # By the names of torch 2.13, or else by the older ones.
 REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 ALL_GATHER = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
@@ -771,7 +771,7 @@ def muon_update(G, lr, decay, beta, factors, dtype, W, momentum, second, low=Non
     orthogonalised (Muon: kellerjordan.github.io/posts/muon). Each row is divided by its running
     root mean square, and the matrix scaled back to its norm (NorMuon, arXiv 2510.05491), times
     sqrt(rows / cols) if that is above 1. second (N, rows, 1): the running mean squares. factors
-    (N, 1, 1): on each matrix's rate, and so on its decay.
+    (N, 1, 1) multiply each matrix's rate, and thereby its decay.
     """
     momentum.add_((1 - beta) * (G.float() - momentum))
     U = orthogonalize(G + beta * (momentum - G), dtype)
@@ -816,8 +816,8 @@ class Group(NamedTuple):
 class Bank:
     """The parameters of a group as views of one tensor `items` (N, ...), and its optimizer's state.
 
-    Each rank updates its part of the N items; then all ranks gather the parts. state: tensors with
-    an entry for each item, by name.
+    Each rank updates its part of the N items; then all ranks gather the items. state: tensors with
+    an entry for each item, by name; beyond a rank's part they are stale until gather_state.
     """
 
     def __init__(self, group: Group, item: torch.Size, hp: Hyperparameters, rt: Runtime):
@@ -850,7 +850,7 @@ class Bank:
         if self.rt.world_size > 1:
             whole = self.padded(whole.to(self.rt.stream_dtype)).contiguous()
             self.gradients = whole.new_zeros(len(whole) // self.rt.world_size, *whole.shape[1:])
-            if not self.rt.is_alone:  # then zeros stand in, of the dtype that is compiled for
+            if not self.rt.is_alone:  # in warm-up, without exchange, the update gets the zeros
                 with self.rt.collective():
                     self.exchange = REDUCE_SCATTER(self.gradients, whole, async_op=True)
 
@@ -889,7 +889,7 @@ class Bank:
     def update_mine(self, *numbers: float):
         """Update this rank's items, then gather all parts.
 
-        numbers: of the schedule, which become tensors, so that no new value compiles anew.
+        numbers: this step's rate, decay and so on; as tensors, for a new float would recompile.
         """
         if len(gradients := self.averaged_gradients()):
             mine = (tensor[self.mine] for tensor in (self.items, *self.state.values()))
@@ -979,12 +979,12 @@ def memory_estimate(hp: Hyperparameters, vocab: int, rows: int) -> float:
     layers, D, tokens = len(hp.layers), hp.model_dim, rows * hp.seq_len
     matrices = layers * D * (4 * D + 2 * hp.mlp_dim)
     table_rows = (2 + len(hp.value_layers)) * vocab + hp.bigram_rows  # 2: embedding and head
-    # A matrix element: bf16 weight and low half, fp32 momentum and gradient: 2 + 2 + 4 + 4 = 12.
+    # A matrix element: bf16 weight, low half, gradient by parameter and by bank, fp32 momentum: 12.
     # An element of a table: fp32 weight, gradient, Adam's mean and square: 4 * 4 = 16.
     state = 12 * matrices + 16 * table_rows * D
     # What the backward pass needs, in bf16: 13 tensors as wide as the stream per layer, one MLP.
     activations = 2 * layers * (13 * D + hp.mlp_dim) * tokens
-    logits = 4 * min(tokens, HEAD_CHUNK_TOKENS) * vocab  # a chunk's, and their gradient in bf16
+    logits = 4 * min(tokens, HEAD_CHUNK_TOKENS) * vocab  # of a chunk; 4 bytes fit best
     update = 4 * hp.bigram_rows * D  # a copy of the largest table, when activations are gone
     return state + max(activations + logits, update)
 
@@ -1037,7 +1037,7 @@ class Trainer:
         return micro_batches(self.hp, self.task, self.rt, self.micro_seqs, seed, step)
 
     def flops_per_token(self) -> float:
-        """Forward and backward: 6 per weight, 12 per dimension and visible key in a first row."""
+        """Forward and backward: 6 per weight, 12 * model_dim per key seen in the first rows."""
         hp, model, keys = self.hp, self.model, 0.0
         pieces = ordered_pieces(hp, self.task, self.run.options.seed)
         packed = pack_row(pieces, self.micro_seqs[0] * hp.seq_len, hp.document_cap[0])

@@ -15,10 +15,10 @@ OTHER_ENDED = "the other run of the pair ended before its first step; see what i
 class Turns:
     """Turns in which the two runs of a pair use the machine, never both; nothing for a lone run.
 
-    What a shared machine does for longer than a turn then falls on both alike. Duet benchmarking
-    (Bulej et al. 2020, doi:10.1145/3358960.3379132) runs both at once to that end; here they would
-    disturb each other. A socket at stdin joins the two (tools/race.py --turns): a byte hands the
-    machine over, and the end of a process leaves it to the other.
+    A slowdown of the machine that lasts longer than a turn then slows both runs equally. Duet
+    benchmarking (Bulej et al. 2020, doi:10.1145/3358960.3379132) runs both at once to that end;
+    here they would disturb each other. A socket at stdin joins the two (tools/race.py --turns): a
+    byte hands the machine over, and the end of a process leaves it to the other.
     """
 
     FIRST = b"1"  # the byte that the first of the two reads first; all others are b"."
@@ -30,8 +30,8 @@ class Turns:
             return
         with suppress(OSError):  # of a closed stdin
             if stat.S_ISSOCK(os.fstat(0).st_mode) and "RANK" not in os.environ:
-                # A number, for an object would close it before the interpreter has cleared up; and
-                # not 0, for no child shall keep it open after this run.
+                # The bare descriptor: a socket object would be closed too early at exit. Moved off
+                # 0, for children inherit 0 and would keep it open after this run.
                 self.other = os.dup(0)
                 with open(os.devnull) as nothing:
                     os.dup2(nothing.fileno(), 0)

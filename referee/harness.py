@@ -63,8 +63,8 @@ REFEREE_FILES = (  # what a log embeds of this folder
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 SAME_REQUEST_S = 1.0  # keys bounce, and launchers pass on what their children got too
 STOPPING = b"\nstopping after this step; press again to abort without a checkpoint\n"
-# A run has diverged after this many steps in a row whose loss is so far above that of a uniform
-# guess, or of the first validation if that is higher.
+# A run has diverged after DIVERGED_STEPS steps in a row with a loss more than DIVERGED_NATS above
+# ln(vocab_size), or above the first validation loss if that is higher.
 DIVERGED_STEPS, DIVERGED_NATS = 50, 0.1
 
 
@@ -93,7 +93,8 @@ class RunOptions:
     def __post_init__(self):
         check_ranges(self)
         if not re.fullmatch(r"[\w.+-]{1,80}", self.slug):
-            raise RunError(f"--slug {self.slug!r} is no part of a file's name; give a word")
+            raise RunError(f"--slug {self.slug!r} is no part of a file's name; give at most 80 of "
+                           "letters, digits and _ . + -")  # fmt: skip
         if self.cpu_dtype not in ("", "float32", "bfloat16"):
             raise RunError(f"--cpu_dtype {self.cpu_dtype!r} is neither float32 nor bfloat16")
 
@@ -278,7 +279,8 @@ class Run:
     def end_step(self, loss: Tensor, tokens: int) -> None:
         """Count an optimizer step. loss: this rank's mean, 0-D; tokens: those of all ranks.
 
-        Losses are read while later steps run, so that the device never waits for the host.
+        On a GPU, step n is logged after step n + 1 is queued, so that the device never waits for
+        the host.
         """
         report = torch.stack([loss, torch.full_like(loss, self.stop.signal > 0)])
         self.rt.average([report])
@@ -387,7 +389,7 @@ class Run:
         return lines
 
     def tokens_per_second(self) -> float:
-        """Of this process, over all ranks, in timed seconds."""
+        """Of all ranks together, over the train time since this process started."""
         seconds = max(self.clock.train_ms() - self.clock.carried_ms, 1) / 1000
         return (self.tokens - self.first_tokens) / seconds
 

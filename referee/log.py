@@ -4,7 +4,8 @@ Sections `=== name ===` come in the order source, config, environment, git, data
 has lines `step:N/M train_loss:X train_time:Yms`, `step:N/M val_loss:X train_time:Yms
 step_avg:Zms`, and named ones such as `calibration:` and `ledger:`. The line `result ...` ends with
 the sha256 of everything before it. Lines `check:` hold the first digits of the hash so far, which
-tell where a log was changed. Losses are nats per token.
+tell where a log was changed. Losses are nats per token; a trainer's train_loss may weigh further
+targets in.
 """
 
 import fcntl

@@ -5,10 +5,11 @@
     race.py A B -n 10 --turns 10                        in turns, then the verdict of diff.py
 
 An attempt is a folder. The first call freezes this checkout's source in it, and runs start from
-there; the same command resumes after an interruption. A log, another checkout (. for this one) or a
-record with its README.md only lends its source and flags; its new runs go to --out. Crashed and
-aborted runs keep their logs, and count. Which run begins a pair is random. On a host whose speed
-wanders, use --turns: the two runs of a pair then advance side by side, one at a time.
+there; the same command resumes after an interruption. You may also name a log, a checkout (. is
+this one) or a record with its README.md: the tool copies its source and flags, and writes new logs
+to --out.
+Crashed and aborted runs keep their logs, and count. Which run begins a pair is random. On a host
+whose speed wanders, use --turns: the two runs of a pair then advance side by side, one at a time.
 
 Exit code: 0, or of two attempts that of diff.py; 2 if the runs could not be made.
 """
