@@ -133,7 +133,7 @@ if [ "${1:-}" = test ]; then
     cd "$root"
     "$python" -m ruff check .
     "$python" -m ruff format --check .
-    exec "$python" -m pytest -n 2 "${@:2}"
+    exec "$python" -m pytest -n 2 --dist worksteal "${@:2}"
 fi
 
 set_up "$root/requirements.txt"

@@ -64,7 +64,6 @@ SOURCES = {  # what a log embeds
 
 # ------------------------------------------------------------------------------ Hyperparameters
 
-HEAD_LR = 0.008  # the head's learning rate; with tied_frac above 0 the embedding's too
 STAGE_LR = (1.0, 1.52, 1.73)  # factor on every rate while the batch is batch_tokens[0], [1], [2]
 
 
@@ -88,12 +87,9 @@ class Hyperparameters:
     )
     model_dim: int = option(768, "width of the residual stream", 16)
     attn_scale: float = option(0.1, "factor on q.k after both are normed, in the first stage")
-    softcap: tuple[float, float] = option((23.0, 5.0), "height and shift, see kernels.Softcap")
     value_layers: tuple[int, ...] = option((1, 2, 8, 9, 10), "layers with a value table, or none")
     bigram_rows: int = option(251_520, "rows of the hashed table of bigrams; 0: none")
     bigram_in_layers: bool = option(True, "mix bigrams into each layer, not into the embedding")
-    mix_init: tuple[float, float, float] = option((1.1, 0.0, 0.1), "first weights of stream, "
-                           "embedding and bigram in a layer's input")  # fmt: skip
     head_gates: bool = option(True, "gate each head's output by the token")
     shift_taps: int = option(0, "earlier tokens that are mixed into each sublayer's input")
     mix_at: tuple[int, ...] = option((6, 10, 11), "layers that StateMix precedes, or none; one "
@@ -105,21 +101,10 @@ class Hyperparameters:
     mtp_weight: float = option(0.5, "second target's weight, relative to the next token's 1")
     # Optimizer. The parameter groups stand in parameter_groups().
     muon_lr: float = option(0.023, "learning rate of hidden matrices")
-    muon_decay: float = option(1.2, "their cautious weight decay, times the squared rate")
     mlp_down_lr: float = option(2.0, "factor on the rate of the MLP's second matrix")
-    embed_lr: float = option(0.008, "learning rate of token embeddings")
     tied_frac: float = option(0.66, "first fraction of steps, which tie head and embedding")
     bigram_lr: float = option(0.6, "learning rate of the table of bigrams")
     scalar_lr: float = option(0.04, "learning rate of scalars; of gates a fifth")
-    embed_betas: tuple[float, float] = option((0.5, 0.95), "Adam's betas of embedding and head")
-    table_betas: tuple[float, float] = option((0.75, 0.95), "Adam's betas of the other tables")
-    scalar_betas: tuple[float, float] = option((0.9, 0.99), "Adam's betas of gates and scalars")
-    adam_decay: float = option(0.005, "cautious weight decay, see parameter_groups")
-    adam_every: int = option(2, "Adam updates every n-th step, on accumulated gradients", 1)
-    warmup_frac: float = option(0.0, "fraction of steps in which rates rise from 0")
-    cooldown_frac: float = option(0.6, "fraction of steps in which rates fall linearly")
-    final_lr_frac: float = option(0.15, "fraction of each base rate that is left at the end")
-    extension_steps: int = option(15, "last steps, which keep the final rates")
     momentum_steps: tuple[int, int] = option((300, 50), "steps of rising, then of falling momentum")
 
     def __post_init__(self):
@@ -142,8 +127,6 @@ class Hyperparameters:
             raise RunError("--mix_from must be layers of --layers, or none")
         if len(self.batch_tokens) > len(STAGE_LR):
             raise RunError(f"--batch_tokens must be at most {len(STAGE_LR)} numbers, see STAGE_LR")
-        if self.tied_frac and self.embed_lr != HEAD_LR:
-            raise RunError(f"--embed_lr must be the head's, {HEAD_LR}, with --tied_frac above 0")
 
     @property
     def head_dim(self) -> int:
@@ -192,7 +175,7 @@ TRACKS = {  # what differs from the defaults, which are fineweb's
     "fineweb": Hyperparameters(),
     "fineweb_medium": Hyperparameters(
         task="fineweb_medium",
-        num_steps=5960, batch_tokens=(524_288,), document_cap=(2048,),
+        num_steps=5960, batch_tokens=(524_288,), document_cap=(2048,), val_every=250,
         layers="sSsLSsSLSsSLSsSL", num_heads=8, model_dim=1024,
         mix_at=(11, 15, 16), mix_from=(5, 10, 14), value_layers=(1, 2, 13, 14, 15),
         muon_lr=0.025,
@@ -203,17 +186,11 @@ TRACKS = {  # what differs from the defaults, which are fineweb's
     ),
     "embedded": Hyperparameters(
         task="embedded",
-        num_steps=800, batch_tokens=(2048,), seq_len=256, document_cap=(0,), val_every=160,
-        layers="SL", num_heads=2, model_dim=128,
-        attn_scale=0.12, softcap=(30.0, 0.0), value_layers=(), bigram_rows=16384,
-        bigram_in_layers=False, mix_init=(1.0, 0.0, 0.0), head_gates=False, shift_taps=3, mix_at=(),
+        num_steps=800, batch_tokens=(2048,), seq_len=256, document_cap=(0,),
+        layers="SL", num_heads=2, model_dim=128, attn_scale=0.12, value_layers=(),
+        bigram_rows=16384, bigram_in_layers=False, head_gates=False, shift_taps=3, mix_at=(),
         window_tokens=(256,), short_window_tokens=(128,), val_window_tokens=0, mtp_weight=0.0,
-        muon_lr=0.02, muon_decay=0.0, mlp_down_lr=1.0, momentum_steps=(3000, 0),
-        embed_lr=0.02, bigram_lr=0.06, scalar_lr=0.02, tied_frac=0.0,
-        embed_betas=(0.8, 0.95), table_betas=(0.8, 0.95), scalar_betas=(0.8, 0.95),
-        adam_decay=0.0, adam_every=1,
-        warmup_frac=0.02, cooldown_frac=0.5, final_lr_frac=0.0,
-        extension_steps=0,
+        mlp_down_lr=1.0, bigram_lr=0.06, scalar_lr=0.02, tied_frac=0.0, momentum_steps=(3000, 0),
     ),
 }  # fmt: skip
 
@@ -335,15 +312,17 @@ def check_supply(hp: Hyperparameters, task: Task, seed: int) -> None:
 # ------------------------------------------------------------------------------ Schedules
 
 ROTARY_BASE = 1024.0  # tokens per radian of the lowest rotary frequency
+# In fractions of all steps: the linear fall of the rates, and the level end behind it; then the
+# fraction of each base rate that is left.
+COOLDOWN_FRAC, LEVEL_FRAC, FINAL_LR_FRAC = 0.6, 0.01, 0.15
 MOMENTUM_LOW, MOMENTUM_RISE = 0.85, 0.10  # Muon's momentum at both ends, and its rise between
 
 
 def lr_scale(step: int, hp: Hyperparameters) -> float:
-    """Factor on every rate: linear warm-up to the stage's peak, linear fall to final_lr_frac."""
-    rise = (step + 1) / max(hp.warmup_frac * hp.num_steps, 1)
-    fall = (hp.num_steps - hp.extension_steps - step) / max(hp.cooldown_frac * hp.num_steps, 1)
+    """Factor on every rate: the stage's peak, then a linear fall to FINAL_LR_FRAC, then that."""
+    fall = (hp.num_steps * (1 - LEVEL_FRAC) - step) / (hp.num_steps * COOLDOWN_FRAC)
     left, peak = min(1.0, max(0.0, fall)), STAGE_LR[hp.stage(hp.batch_tokens, step)]
-    return min(1.0, rise) * (left * peak + (1 - left) * hp.final_lr_frac)
+    return left * peak + (1 - left) * FINAL_LR_FRAC
 
 
 def muon_momentum(step: int, hp: Hyperparameters) -> float:
@@ -408,7 +387,8 @@ def step_inputs(step: int, hp: Hyperparameters, device, training: bool = True) -
 
 GATE_DIM = 12  # leading dimensions of their input that gates read
 MIX_DIM = 64  # hidden width of StateMix
-LOGIT_SLOPE = 7.5  # see kernels.Softcap
+CAP = Softcap(height=23.0, shift=5.0, slope=7.5)  # of logits
+MIX_INIT = (1.1, 0.0, 0.1)  # first weights of stream, embedding and bigram in a layer's input
 TIED_INIT_SCALE = 0.005  # initial deviation of a tied embedding, whose logits then are small
 LOGIT_CHUNK_TOKENS = 4096  # tokens whose fp32 logits are in memory at a time in validation
 
@@ -538,7 +518,7 @@ class Block(nn.Module):
         super().__init__()
         self.attn = Attention(hp, rt, layer) if layer.attends else None
         self.mlp = MLP(hp, rt.matmul_dtype)
-        self.mix = nn.Parameter(torch.tensor(hp.mix_init[: 1 + count_injected(hp)]))
+        self.mix = nn.Parameter(torch.tensor(MIX_INIT[: 1 + count_injected(hp)]))
         self.taps = parameter_if(hp.shift_taps, torch.zeros(2, hp.shift_taps, hp.model_dim))
 
     @torch.no_grad()
@@ -603,7 +583,6 @@ class GPT(nn.Module):
         super().__init__()
         self.hp, self.rt, self.document_start = hp, rt, task.document_start
         self.layers, vocab, D = parse_layers(hp), padded_vocab(task), hp.model_dim
-        self.cap = Softcap(*hp.softcap, LOGIT_SLOPE)
         self.embed, tables = nn.Parameter(torch.randn(vocab, D)), len(hp.value_layers)
         self.value_embeds = parameter_if(tables, 0.01 * torch.randn(tables, vocab, D))
         self.bigram = parameter_if(hp.bigram_rows, torch.zeros(hp.bigram_rows, D))
@@ -646,16 +625,12 @@ class GPT(nn.Module):
         kinds = {(layer.is_long, layer.is_paired) for layer in self.layers if layer.attends}
         has_pairs = any(is_paired for _, is_paired in kinds)
         paired_docs = docs_BT.repeat_interleave(2, dim=1) if has_pairs else docs_BT
-        longest_short = max(hp.short_window_tokens)
-        longest = max(*hp.window_tokens, hp.val_window_tokens)
+        short = per_step.short_window, max(hp.short_window_tokens)  # now, and at most
+        long = per_step.window, max(*hp.window_tokens, hp.val_window_tokens)
         masks = {}
         for is_long, is_paired in sorted(kinds):
-            docs = paired_docs if is_paired else docs_BT
-            if is_long:
-                mask = attention_mask(docs, per_step.window, longest)
-            else:
-                mask = attention_mask(docs, per_step.short_window, longest_short)
-            masks[is_long, is_paired] = mask
+            docs, windows = paired_docs if is_paired else docs_BT, long if is_long else short
+            masks[is_long, is_paired] = attention_mask(docs, *windows)
         place = torch.arange(T, device=docs_BT.device)
         same_doc = []
         for distance in range(1, 1 + max(1, hp.shift_taps)):
@@ -689,15 +664,12 @@ class GPT(nn.Module):
         return norm(x)
 
     def document_index(self, inputs_BT: Tensor) -> Tensor:
-        """int32 (B, T): the number of document starts so far in the row.
-
-        A piece that does not begin with document_start counts to the document before it.
-        """
+        """int32 (B, T): document starts so far; a piece without one joins the document before."""
         return (inputs_BT == self.document_start).cumsum(1, dtype=torch.int32)
 
     def logits(self, x: Tensor) -> Tensor:
         """Capped logits (..., V), fp32, of the normed stream (..., D)."""
-        return softcapped(linear(x, self.lm_head, self.rt.matmul_dtype), self.cap)
+        return softcapped(linear(x, self.lm_head, self.rt.matmul_dtype), CAP)
 
     def forward(self, inputs_BT: Tensor, targets_BT: Tensor, per_step: StepInputs) -> Tensor:
         """Cross-entropy of the targets, weighted by per_step.mtp_weights: 0-D, fp32."""
@@ -707,7 +679,7 @@ class GPT(nn.Module):
             targets.append(further_targets(targets_BT, docs_BT, ahead))
         targets_NJ = torch.stack(targets, dim=-1).flatten(0, 1)
         x_ND = self.hidden(inputs_BT, per_step).flatten(0, 1)
-        return head_loss(x_ND, self.lm_head, targets_NJ, per_step.mtp_weights, self.cap,
+        return head_loss(x_ND, self.lm_head, targets_NJ, per_step.mtp_weights, CAP,
                          self.rt.matmul_dtype, self.rt.has_fp8)  # fmt: skip
 
 
@@ -720,9 +692,7 @@ def further_targets(targets_BT: Tensor, docs_BT: Tensor, ahead: int) -> Tensor:
 
 # ------------------------------------------------------------------------------ Optimizer
 
-VALUE_LR = 0.6  # of the value tables
-GATE_LR = 0.2  # of gates, times scalar_lr
-EMBED_DECAY, TABLE_DECAY = 150, 5  # of embedding and head, of the other tables; times adam_decay
+ADAM_EVERY = 2  # steps per update by Adam, whose gradients are summed
 ADAM_EPS = 1e-15  # far below 1e-9, the root of the second moment of a rarely used row
 # By the names of torch 2.13, or else by the older ones.
 REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
@@ -887,12 +857,10 @@ class Bank:
         return tensors
 
     def update_mine(self, *numbers: float):
-        """Update this rank's items, then gather all parts.
-
-        numbers: this step's rate, decay and so on; as tensors, for a new float would recompile.
-        """
+        """Update this rank's items, then gather all parts. numbers: this step's rate, ..."""
         if len(gradients := self.averaged_gradients()):
             mine = (tensor[self.mine] for tensor in (self.items, *self.state.values()))
+            # Numbers as tensors, for a new float would recompile.
             self.update(gradients, *map(torch.tensor, numbers), *self.fixed, *mine)
         self.gather(self.items)
 
@@ -938,31 +906,31 @@ class Adam(Bank):
 
 
 def parameter_groups(model: GPT, hp: Hyperparameters) -> dict[str, Group]:
-    """The one table of parameter groups; a group without parameters is left out."""
+    """The one table of parameter groups; a group without parameters is left out.
+
+    embed and head need equal rates, for Trainer.update keeps them equal while they are tied.
+    """
 
     def named(*ends: str) -> list[nn.Parameter]:
         return [p for name, p in model.named_parameters() if name.endswith(ends)]
 
     scalars = named("mix", "taps", "smear")
     gates = named("_gate", "mix_in", "mix_out")
-    embed_decay, table_decay = EMBED_DECAY * hp.adam_decay, TABLE_DECAY * hp.adam_decay
-    tables, gate_lr, every = hp.table_betas, GATE_LR * hp.scalar_lr, hp.adam_every
+    every = ADAM_EVERY
     rows = {  # parameters, learning rate, decay, steps per update, betas of Adam, lr_factors
-        "attn": (named("qkvo"), hp.muon_lr, hp.muon_decay, 1),
-        "mlp": (named("up_down"), hp.muon_lr, hp.muon_decay, 1, None, (1.0, hp.mlp_down_lr)),
-        "embed": (named("embed"), hp.embed_lr, embed_decay, every, hp.embed_betas),
-        "head": (named("lm_head"), HEAD_LR, embed_decay, every, hp.embed_betas),
-        "values": (named("value_embeds"), VALUE_LR, table_decay, every, tables),
-        "bigram": (named("bigram"), hp.bigram_lr, table_decay, every, tables),
-        "gates": (gates, gate_lr, 0.0, every, hp.scalar_betas),
-        "scalars": (scalars, hp.scalar_lr, 0.0, every, hp.scalar_betas),
+        "attn": (named("qkvo"), hp.muon_lr, 1.2, 1),
+        "mlp": (named("up_down"), hp.muon_lr, 1.2, 1, None, (1.0, hp.mlp_down_lr)),
+        "embed": (named("embed"), 0.008, 0.75, every, (0.5, 0.95)),
+        "head": (named("lm_head"), 0.008, 0.75, every, (0.5, 0.95)),
+        "values": (named("value_embeds"), 0.6, 0.025, every, (0.75, 0.95)),
+        "bigram": (named("bigram"), hp.bigram_lr, 0.025, every, (0.75, 0.95)),
+        "gates": (gates, hp.scalar_lr / 5, 0.0, every, (0.9, 0.99)),
+        "scalars": (scalars, hp.scalar_lr, 0.0, every, (0.9, 0.99)),
     }
     return {name: Group(*row) for name, row in rows.items() if row[0]}
 
 
-def make_optimizers(
-    model: GPT, hp: Hyperparameters, rt: Runtime, compile_fn: Callable
-) -> dict[str, Muon | Adam]:
+def make_optimizers(model: GPT, hp: Hyperparameters, rt: Runtime, compile_fn: Callable) -> dict:
     """An optimizer per group, by name. AssertionError unless each parameter is in one group."""
     groups = parameter_groups(model, hp)
     grouped = sorted(id(p) for group in groups.values() for p in group.params)
@@ -1044,9 +1012,7 @@ class Trainer:
         rows_BT = row_tokens(packed, ahead=0).reshape(-1, hp.seq_len)
         groups = parameter_groups(model, hp)
         weights = sum(p.numel() for name in ("head", "attn", "mlp") for p in groups[name].params)
-        for layer in model.layers:
-            if not layer.attends:
-                continue
+        for layer in (layer for layer in model.layers if layer.attends):
             windows = hp.window_tokens if layer.is_long else hp.short_window_tokens
             heads = 2 if layer.is_paired else 1  # half as many tokens, of both heads
             for window in windows:
@@ -1095,15 +1061,13 @@ class Trainer:
         """Run every graph on dummy tokens, Adam's update too. The referee restores the state."""
         hp, zeros = self.hp, partial(torch.zeros, dtype=torch.int64, device=self.rt.device)
         self.model.zero_grad(set_to_none=True)
-        warm = set()  # numbers of rows whose graphs exist
         for stage, rows in enumerate(self.micro_seqs):
-            if rows in warm:
+            if rows in self.micro_seqs[:stage]:  # whose graphs exist
                 continue
-            warm.add(rows)
             # Two tensors: one in both places would be compiled as a special case.
             dummies = [zeros(rows, hp.seq_len) for _ in range(2)]
             first = hp.first_step(stage, len(self.micro_seqs))
-            adam_is_due = first // hp.adam_every * hp.adam_every + hp.adam_every - 1
+            adam_is_due = first // ADAM_EVERY * ADAM_EVERY + ADAM_EVERY - 1
             self.update(first, repeat(dummies))
             self.update(adam_is_due, repeat(dummies))
         with torch.no_grad():

@@ -25,6 +25,8 @@ WAITS_S = (1, 4)  # between the tries; the client itself tries again only after 
 # Downloads over Xet's protocol outlast ctrl-C and have errors of their own. HTTP serves as well.
 constants.HF_HUB_DISABLE_XET = True
 
+STOPS = (signal.SIGINT, signal.SIGTERM)
+
 
 class HubError(OSError):
     """What the hub did not give, why, and the next step, in one sentence for a person."""
@@ -70,7 +72,7 @@ def download(
             for left in staging.rglob("*.incomplete"):  # by a run that was killed
                 left.unlink()
             require_space(missing, folder)
-            before = signal.signal(signal.SIGINT, stop)
+            before = [signal.signal(number, stop) for number in STOPS]
             try:
                 with_retries(ask)
                 for file in missing:
@@ -81,7 +83,8 @@ def download(
                     f"on, or bring what is missing from another machine to {folder}"
                 ) from None
             finally:
-                signal.signal(signal.SIGINT, before)
+                for number, handler in zip(STOPS, before, strict=True):
+                    signal.signal(number, handler)
             shutil.rmtree(staging)
     return [folder / file.rfilename for file in files]
 
@@ -136,10 +139,10 @@ def few(names: list[str]) -> str:
     return f"{names[0]}, {names[1]} ... {names[-1]} ({len(names)} files)"
 
 
-def stop(*_) -> None:
-    """End at once: after a KeyboardInterrupt the client waits for the files on their way."""
+def stop(number: int, frame) -> None:
+    """End at once: after an exception the client waits for the files on their way."""
     os.write(2, b"\nstopped; the same command goes on where this one was\n")
-    os._exit(130)
+    os._exit(128 + number)
 
 
 @contextmanager

@@ -47,8 +47,6 @@ def most(name: str, value: float) -> float:
     """The largest value of a number of this name and type."""
     if name.endswith("_frac"):
         return 1
-    if name.endswith("_betas"):
-        return 1 - 1e-6
     return MOST_INT if isinstance(value, int) else MOST_FP32
 
 

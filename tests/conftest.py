@@ -40,7 +40,6 @@ TINY = dict(
     value_layers=(0, 3),
     bigram_rows=128,
     bigram_in_layers=True,
-    mix_init=(1.1, 0.0, 0.1),
     shift_taps=2,
     head_gates=True,
     mix_at=(1, 3, 4),
@@ -48,9 +47,6 @@ TINY = dict(
     window_tokens=(16, 32, 48),
     short_window_tokens=(8, 16, 24),
     mtp_weight=0.5,
-    muon_decay=1.2,
-    adam_decay=0.005,
-    adam_every=2,
 )
 
 

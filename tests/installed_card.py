@@ -29,7 +29,7 @@ CHUNK_BYTES = 2 * kernels.HEAD_CHUNK_TOKENS * VOCAB  # bf16 logits
 # One layer and one kind of step, whose rows are too few for eight cards.
 SMALLEST = dict(seq_len=512, val_seq_len=512, val_tokens=1024, layers="S", value_layers="none",
                 mix_at="none", bigram_rows=0, batch_tokens=1024,
-                document_cap=896, window_tokens=384, adam_every=1,
+                document_cap=896, window_tokens=384,
                 short_window_tokens=128, mtp_weight=0)  # fmt: skip
 
 

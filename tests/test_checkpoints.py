@@ -28,7 +28,7 @@ from referee.flags import RunError
 from referee.harness import Run, parse_flags
 from referee.ranks import Runtime
 from referee.shards import ShardError, file_sha256
-from train_gpt import PROCESS_START, SOURCES, TRACKS, Trainer
+from train_gpt import ADAM_EVERY, PROCESS_START, SOURCES, TRACKS, Trainer
 
 RT = Runtime()
 
@@ -42,7 +42,7 @@ class Saved:
         self.trainer = Trainer(self.run)
         self.trainer.compile(lambda function: function)
         batches = self.trainer.batches(0)
-        for step in range(hp.adam_every):
+        for step in range(ADAM_EVERY):
             self.trainer.update(step, batches)
         self.run.step, self.run.curve, self.folder = 6, [(0.0, 4.2), (3.5, 3.0)], folder
         write_checkpoint(folder, self.trainer.state(), self.run.facts(), RT)
@@ -253,7 +253,7 @@ def test_what_is_no_checkpoint_tells_no_arithmetic(tmp_path):
 
 
 CONFIGS = [
-    ["--layers=-L-", "--num_steps=7", "--embed_betas=0.1,0.2"],
+    ["--layers=-L-", "--num_steps=7", "--momentum_steps=9,9"],
     ["--task=embedded_1.34", "--head_gates=true"],
     ["--val_spread=false", "--muon_lr=1e-05", "--window_tokens=32,64"],
 ]

@@ -20,7 +20,7 @@ FILES = sorted(
 REFEREE = {str(path) for path in FILES if path.parts[0] == "referee"}
 CONTESTANTS = {"train_gpt.py", "kernels.py", "data/prefetch.py", "data/__init__.py"}
 CONTESTANTS |= {str(path) for path in FILES if path.parts[0] == "baselines"}
-LINE_BUDGETS = {"train_gpt.py": 1140, "kernels.py": 450}
+LINE_BUDGETS = {"train_gpt.py": 1100, "kernels.py": 450}
 PACKAGES = {"huggingface_hub": "huggingface-hub", "tiktoken_ext": "tiktoken"}
 OPTIONAL = {"triton"}  # comes with torch's CUDA build
 
@@ -118,9 +118,12 @@ def test_no_function_is_long(path):
             assert node.end_lineno - node.lineno < 60, node.name
 
 
-def test_hyperparameters_are_few_and_each_is_turned_by_a_track():
+def test_hyperparameters_are_few_and_each_differs_between_tracks():
     names = [f.name for f in dataclasses.fields(Hyperparameters)]
     assert len(names) <= 45
+    for track, hp in TRACKS.items():
+        overrides = [n for n in names if getattr(hp, n) != getattr(TRACKS["fineweb"], n)]
+        assert len(overrides) <= 24, track
     fixed = {name for name in names
              if len({getattr(hp, name) for hp in TRACKS.values()}) == 1}  # fmt: skip
     assert not fixed, "what no track turns is a constant"

@@ -21,7 +21,9 @@ from kernels import attend, block_lists, block_mask, chunk_mask
 from referee.harness import compiled_graphs
 from referee.task import TASKS, Task
 from train_gpt import (
+    CAP,
     GPT,
+    MIX_INIT,
     TRACKS,
     Softcap,
     StateMix,
@@ -224,7 +226,7 @@ def test_logits_stay_within_the_cap(tiny_hp):
     model = randomized(tiny_hp)
     model.lm_head.data.mul_(1000)
     logits = logits_of(model, tokens(1, 64), through(tiny_hp, 48))
-    assert logits.abs().max() <= tiny_hp.softcap[0]
+    assert logits.abs().max() <= CAP.height
 
 
 def test_every_parameter_gets_a_gradient(tiny_hp):
@@ -362,7 +364,7 @@ def test_pairs_enter_every_layer_or_the_embedding(tiny_hp, in_layers):
     if in_layers:
         block = model.blocks[2]  # without attention
         block.mlp.up_down.data.zero_()
-        block.mix.data.copy_(torch.tensor(hp.mix_init))
+        block.mix.data.copy_(torch.tensor(MIX_INIT))
         mixed = block(found[0], found, None, c)
         torch.testing.assert_close(mixed, 1.1 * found[0] + 0.1 * row)
 

@@ -33,15 +33,15 @@ ONE_RANK = SimpleNamespace(
     is_alone=True,
     average=lambda tensors: None,
 )
-LEVEL = dataclasses.replace(TRACKS["embedded"], warmup_frac=0.0, cooldown_frac=0.0)
+HP = TRACKS["embedded"]  # whose rates are level at first
 
 
 def muon(params, lr, decay, rt=ONE_RANK) -> Muon:
-    return Muon(Group(params, lr, decay, 1), LEVEL, rt, lambda f: f)
+    return Muon(Group(params, lr, decay, 1), HP, rt, lambda f: f)
 
 
-def adam(params, decay=0.0, hp=LEVEL) -> Adam:
-    return Adam(Group(params, 0.01, decay, 1, (0.8, 0.95)), hp, ONE_RANK, lambda f: f)
+def adam(params, decay=0.0) -> Adam:
+    return Adam(Group(params, 0.01, decay, 1, (0.8, 0.95)), HP, ONE_RANK, lambda f: f)
 
 
 def take_step(optimizer: Muon | Adam, step: int = 0) -> None:
@@ -102,9 +102,7 @@ def test_muon_decays_only_weights_that_the_update_shrinks_as_much_as_it_moves_th
 
 def test_the_second_matrix_of_an_mlp_moves_twice_as_far_as_the_first(tiny_hp):
     """Four times the rate of a square matrix, as in the public record; the first one twice."""
-    hp = dataclasses.replace(
-        tiny_hp, muon_decay=0.0, mlp_down_lr=2.0, warmup_frac=0.0, cooldown_frac=0.0
-    )
+    hp = dataclasses.replace(tiny_hp, mlp_down_lr=2.0, num_steps=1000)
     model = GPT(hp, Task(**TINY_TASK), ONE_RANK)
     optimizers = make_optimizers(model, hp, ONE_RANK, lambda f: f)
     up_downs = [block.mlp.up_down for block in model.blocks]
@@ -165,22 +163,18 @@ def test_rates_and_decays_of_fineweb_are_the_public_records():
 
 
 def test_schedules_at_their_end_points(tiny_hp):
-    hp = dataclasses.replace(
-        tiny_hp, num_steps=1000, warmup_frac=0.1, cooldown_frac=0.4, final_lr_frac=0.1,
-        momentum_steps=(300, 50),
-    )  # fmt: skip
-    assert lr_scale(0, hp) == pytest.approx(0.01)
-    assert lr_scale(100, hp) == lr_scale(600, hp) == 1.0
-    assert lr_scale(800, hp) == pytest.approx(0.55)
-    assert lr_scale(999, hp) == pytest.approx(0.1 + 0.9 / 400)
+    hp = dataclasses.replace(tiny_hp, num_steps=1000, momentum_steps=(300, 50))
+    assert lr_scale(0, hp) == lr_scale(390, hp) == 1.0  # falls for 600 steps, level for 10
+    assert lr_scale(690, hp) == pytest.approx((1 + 0.15) / 2)
+    assert lr_scale(990, hp) == lr_scale(999, hp) == pytest.approx(0.15)
     windows = {s: step_inputs(s, hp, "cpu").window for s in (0, 333, 334, 999, 1000)}
     assert windows == {0: 16, 333: 16, 334: 32, 999: 48, 1000: 48}
     found = [muon_momentum(step, hp) for step in (0, 150, 300, 950, 975)]
     assert found == pytest.approx([0.85, 0.90, 0.95, 0.95, 0.90])
-    later = dataclasses.replace(hp, extension_steps=50, batch_tokens=(64, 128))
-    assert lr_scale(950, later) == lr_scale(999, later) == pytest.approx(0.1)  # of every stage
-    assert lr_scale(499, later) == 1.0 and lr_scale(500, later) == 1.52
-    assert lr_scale(750, later) == pytest.approx((1.52 + 0.1) / 2)
+    later = dataclasses.replace(hp, batch_tokens=(64, 128, 192))
+    assert [lr_scale(step, later) for step in (333, 334)] == [1.0, 1.52]
+    assert lr_scale(690, later) == pytest.approx((1.73 + 0.15) / 2)
+    assert lr_scale(999, later) == pytest.approx(0.15)  # the same end for every stage
 
 
 def test_splitting_keeps_every_bit_of_fp32():
@@ -211,14 +205,13 @@ def test_a_bf16_bank_takes_the_updates_of_an_fp32_bank_bit_for_bit():
 def test_adam_decays_only_weights_that_the_update_shrinks():
     torch.manual_seed(4)
     start, grad, after = torch.randn(50), torch.randn(50), {}
-    half = dataclasses.replace(LEVEL, warmup_frac=2 / LEVEL.num_steps)  # in the first step
     for decay in (0.0, 20.0):
         p = torch.nn.Parameter(start.clone())
         p.grad = grad.clone()
-        take_step(adam([p], decay, half))
+        take_step(adam([p], decay))
         after[decay] = p.detach()
     shrinks = grad * after[0.0] > 0
-    factor = torch.where(shrinks, 1 - 0.005**2 * 20.0, 1.0)
+    factor = torch.where(shrinks, 1 - 0.01**2 * 20.0, 1.0)
     torch.testing.assert_close(after[20.0], after[0.0] * factor, atol=1e-7, rtol=1e-6)
 
 

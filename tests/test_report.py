@@ -90,8 +90,10 @@ def test_the_page_of_records_needs_nothing_else(monkeypatch, tmp_path):
 
 
 def test_a_comparison_says_what_diff_says_and_draws_the_raw_logs(made, monkeypatch):
-    figures = []
-    monkeypatch.setattr(report.plt, "close", figures.append)
+    figures, make = [], report.Figure
+    monkeypatch.setattr(
+        report, "Figure", lambda **size: figures.append(make(**size)) or figures[-1]
+    )
     page = made(*TURNS)
     said = diff.text_report(comparison.compare(*map(comparison.Arm.read, TURNS)))
     assert "VERDICT   B FASTER by 6.00% [4.68, 7.30]" in said

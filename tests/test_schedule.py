@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import trainer
 
-from train_gpt import HEAD_LR, TRACKS, lr_scale, muon_momentum, step_inputs
+from train_gpt import TRACKS, lr_scale, muon_momentum, step_inputs
 
 
 def test_slow_frequencies_stretch_with_the_window():
@@ -67,7 +67,7 @@ def test_further_targets_fade_by_two_thirds_of_the_run():
 
 
 def test_the_head_is_the_embedding_until_they_part(tiny_hp, tiny_task):
-    hp = dataclasses.replace(tiny_hp, tied_frac=0.5, num_steps=8, embed_lr=HEAD_LR)
+    hp = dataclasses.replace(tiny_hp, tied_frac=0.5, num_steps=8)
     run = trainer(tiny_task, hp)
     batches = run.batches(0)
     for step in range(8):
@@ -80,23 +80,24 @@ def test_the_head_is_the_embedding_until_they_part(tiny_hp, tiny_task):
 @pytest.mark.parametrize("tied_frac", [0.0, 0.5])
 def test_a_waiting_gradient_is_the_sum_over_steps_and_tied_matrices(tiny_hp, tiny_task, tied_frac):
     """Two steps of which Adam takes the second, against one step by hand with all gradients."""
-    tiny_hp = dataclasses.replace(tiny_hp, tied_frac=tied_frac, embed_lr=HEAD_LR)
+    tiny_hp = dataclasses.replace(tiny_hp, tied_frac=tied_frac)
     run, moved_by = trainer(tiny_task, tiny_hp), []
-    reduce = run.optimizers["embed"].reduce
-    run.optimizers["embed"].reduce = lambda: moved_by.append(embed.grad) or reduce()
+    bank = run.optimizers["embed"]
+    start = bank.start_exchange
+    bank.start_exchange = lambda: moved_by.append(embed.grad) or start()
     batches = list(islice(run.batches(0), 2))
     embed, hand = run.model.embed, 0.0
-    start = embed.detach().clone()
+    before = embed.detach().clone()
     for step, (inputs, targets) in enumerate(batches):
         loss = run.model(inputs, targets, step_inputs(step, tiny_hp, "cpu"))
         matrices = (embed, run.model.lm_head) if tied_frac else (embed,)
         hand += sum(torch.autograd.grad(loss, matrices))
         run.update(step, iter([(inputs, targets)]))
     torch.testing.assert_close(moved_by, [hand], atol=1e-3 * hand.abs().max().item(), rtol=0)
-    reference = torch.nn.Parameter(start)
+    reference = torch.nn.Parameter(before)
     reference.grad = hand
-    rate = tiny_hp.embed_lr * lr_scale(1, tiny_hp)
-    torch.optim.Adam([reference], rate, tiny_hp.embed_betas, 1e-15).step()
+    rate = bank.group.lr * lr_scale(1, tiny_hp)
+    torch.optim.Adam([reference], rate, bank.group.betas, 1e-15).step()
     torch.testing.assert_close(embed, reference, atol=2e-5, rtol=1e-4)
     assert embed.grad is None
 

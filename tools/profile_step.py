@@ -23,7 +23,7 @@ from referee.flags import RunError
 from referee.harness import Run, StopRequest, parse_flags, warm_up
 from referee.ranks import Runtime
 from tools.cli import ToolError, finish, flag_parser
-from train_gpt import SOURCES, TRACKS, Trainer
+from train_gpt import ADAM_EVERY, SOURCES, TRACKS, Trainer
 
 PARTS = (  # of operations outside SPANS, by words in their names; the first match counts
     ("attention", ("flex_attention", "flex_decoding", "scaled_dot_product", "attention")),
@@ -129,9 +129,9 @@ def main() -> int:
         settings = parse_flags(flags, TRACKS, "fineweb", __doc__)
         hp, starts = settings.hp, first_steps(settings.hp)
         shortest = min(map(sub, [*starts[1:], hp.num_steps], starts))
-        if own.steps < 1 or own.steps % hp.adam_every or 2 * own.steps > shortest:
-            raise ToolError(f"--steps {own.steps} must be a multiple of --adam_every "
-                            f"{hp.adam_every}, at most half a stage of {shortest}")  # fmt: skip
+        if own.steps < 1 or own.steps % ADAM_EVERY or 2 * own.steps > shortest:
+            raise ToolError(f"--steps {own.steps} must be a multiple of {ADAM_EVERY}, as Adam "
+                            f"updates so often, and at most half of {shortest} steps")  # fmt: skip
         trainer = make_trainer(settings)
         for first in starts:
             report(trainer, first, own.steps, *profiled_steps(trainer, first, own.steps))

@@ -21,11 +21,13 @@ from string import Template
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the project's root
 
+from matplotlib.figure import Figure
+
 from tools.cli import ToolError, finish, flag_parser
 from tools.comparison import Arm, Comparison, compare, environment_difference
 from tools.diff import text_report
 from tools.leaderboard import Record, gain_over, groups, mean_and_sd, read_records
-from tools.plots import draw_by_order, draw_losses, draw_target, plt
+from tools.plots import draw_by_order, draw_losses, draw_target
 from tools.runs import config_changes, source_changes, source_diff
 from tools.sources import slug_of
 
@@ -37,14 +39,14 @@ TEMPLATE = Path(__file__).with_name("report.html")
 
 def chart(alt: str, draw) -> str:
     """A picture as part of the page; draw(ax) draws it."""
-    figure, ax = plt.subplots(figsize=(5, 3.3), layout="constrained")
+    figure = Figure(figsize=(5, 3.3), layout="constrained")
+    ax = figure.subplots()
     draw(ax)
     ax.grid(alpha=0.3)
     if ax.get_legend_handles_labels()[0]:
         ax.legend(fontsize="small")
     svg = io.BytesIO()
     figure.savefig(svg, format="svg")
-    plt.close(figure)
     data = base64.b64encode(svg.getvalue()).decode()
     return f'<img alt="{escape(alt)}" src="data:image/svg+xml;base64,{data}">'
 

@@ -81,7 +81,6 @@ def task(tmp_path):
 HP = dataclasses.replace(
     TRACKS["fineweb"],
     num_steps=9,
-    extension_steps=1,
     batch_tokens=(131_072, 262_144, 131_072),
 )
 
