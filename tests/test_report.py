@@ -79,9 +79,8 @@ def test_the_page_of_records_needs_nothing_else(monkeypatch, tmp_path):
     links = [f"../records/embedded/{name}/README.md" for name in names]
     assert page.all("href") == links and all((out.parent / link).is_file() for link in links)
     for name in names:
-        (row,) = re.findall(
-            rf"^\| \d+ \| .*{name}/README.md.*", (ROOT / "README.md").read_text(), re.M
-        )
+        tables = (ROOT / "records/README.md").read_text()
+        (row,) = re.findall(rf"^\| \d+ \| .*{name}/README.md.*", tables, re.M)
         time, gain, loss, steps, what = (cell.strip() for cell in row.split("|")[2:7])
         cells = [time.partition(" †")[0], loss.rpartition(",")[0], steps]
         cells += [gain] * (name == names[1])  # against the one before
@@ -109,7 +108,7 @@ def test_a_comparison_says_what_diff_says_and_draws_the_raw_logs(made, monkeypat
             for log in logs]  # fmt: skip
     raw = np.array([validations[-1] for validations in last], float)
     for ax, expected in ((losses, raw[:, 0]), (times, raw[:, 1] / 1000)):
-        points = [line.get_xydata()[0] for line in ax.lines if line.get_marker() == "o"]
+        points = [xy for line in ax.lines if line.get_marker() == "o" for xy in line.get_xydata()]
         np.testing.assert_allclose(sorted(map(tuple, points)),
                                    list(zip(range(1, 21), expected, strict=True)))  # fmt: skip
     assert by_time.lines[0].get_xdata()[-1] == pytest.approx(6.503, abs=0.01)
