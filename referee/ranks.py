@@ -137,13 +137,15 @@ class Runtime:
         """Let Inductor test the CPU and precompile headers while the first graphs are traced.
 
         Otherwise it does so before its first kernel, and everything waits. A failure here is
-        ignored, for it returns there with its reason. The import stays outside the thread, where
-        it could collide with those of the tracing.
+        ignored, for it returns there with its reason.
         """
         if self.is_gpu:
             return
         torch.use_deterministic_algorithms(True)  # for Inductor too
         with suppress(ImportError):  # of a torch that has moved it
+            # All that both threads need is imported first: two threads that import the same modules
+            # at a time can find them half made.
+            from torch._inductor import compile_fx  # noqa: F401
             from torch._inductor.codecache import CppPythonBindingsCodeCache
 
             def compile_nothing():

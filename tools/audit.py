@@ -12,6 +12,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from datetime import datetime
 from functools import cache
 from itertools import combinations
@@ -153,11 +154,18 @@ def unknown_referees(run: LoggedRun) -> dict[str, str]:
 
 @cache
 def known_referees() -> set[str]:
-    """Git's ids of every version of the referee's files in the history of this repository."""
+    """Git's ids of the referee's files: every version in history, and those of published records.
+
+    A shallow clone, or a machine without git, knows the latter alone.
+    """
+    published = (ROOT / "records/sources").glob("*.py")
+    known = {git_blob(path.read_text(encoding="utf-8")) for path in published}
     command = ["git", "log", "--format=", "--raw", "--no-abbrev", "--no-renames", "-m"]
-    history = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
-    changes = re.findall(r"^:\S+ \S+ \S+ (\w+) [AM]\t(.+)$", history, re.M)
-    return {blob for blob, path in changes if REFEREE.fullmatch(path)}
+    with suppress(FileNotFoundError):
+        history = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+        changes = re.findall(r"^:\S+ \S+ \S+ (\w+) [AM]\t(.+)$", history, re.M)
+        known |= {blob for blob, path in changes if REFEREE.fullmatch(path)}
+    return known
 
 
 def git_blob(text: str) -> str:
