@@ -856,12 +856,14 @@ class Bank:
                 tensors[f"grad{i}"] = p.grad
         return tensors
 
-    def update_mine(self, *numbers: float):
-        """Update this rank's items, then gather all parts. numbers: this step's rate, ..."""
+    def update_mine(self, step: int, third: float):
+        """Update this rank's items, then gather all parts. third: Muon's momentum, Adam's count."""
         if len(gradients := self.averaged_gradients()):
+            rate = self.group.lr * lr_scale(step, self.hp)
+            # As tensors, for a new float would recompile.
+            numbers = map(torch.tensor, (rate, self.group.decay, third))
             mine = (tensor[self.mine] for tensor in (self.items, *self.state.values()))
-            # Numbers as tensors, for a new float would recompile.
-            self.update(gradients, *map(torch.tensor, numbers), *self.fixed, *mine)
+            self.update(gradients, *numbers, *self.fixed, *mine)
         self.gather(self.items)
 
 
@@ -883,9 +885,7 @@ class Muon(Bank):
 
     @torch.no_grad()
     def step(self, step: int):
-        rate = self.group.lr * lr_scale(step, self.hp)
-        momentum = muon_momentum(step, self.hp)
-        self.update_mine(rate, self.group.decay, momentum)
+        self.update_mine(step, muon_momentum(step, self.hp))
 
 
 class Adam(Bank):
@@ -900,9 +900,7 @@ class Adam(Bank):
 
     @torch.no_grad()
     def step(self, step: int):
-        rate = self.group.lr * lr_scale(step, self.hp)
-        count = float((step + 1) // self.group.every)
-        self.update_mine(rate, self.group.decay, count)
+        self.update_mine(step, float((step + 1) // self.group.every))
 
 
 def parameter_groups(model: GPT, hp: Hyperparameters) -> dict[str, Group]:
