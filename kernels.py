@@ -93,7 +93,7 @@ if HAS_TRITON:
         A_ptr, B_ptr, post_ptr, out_ptr, N, M, K,
         BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
     ):  # fmt: skip
-        """relu(A @ B.T)**2, or where post, such a result, is given: A @ B.T * 2 sqrt(post).
+        """As in relu_squared: relu(A @ B.T)**2, or with post: A @ B.T * 2 sqrt(post).
 
         A (N, K), B (M, K), post, out (N, M) contiguous, bf16 or fp16. Tested to 1e-3 in fp16.
         """
@@ -148,8 +148,9 @@ def mean_visible_keys(rows_BT: np.ndarray, document_start: int, window: int) -> 
 def block_lists(chosen: Tensor) -> tuple[Tensor, Tensor]:
     """(B, rows, columns) bool to counts (B, 1, rows) and column indices, chosen ones first.
 
-    A custom operator, so that Inductor keeps the strides. It gives dimensions of size 1, here the
-    heads, stride 0; FlexAttention finds row b by that stride, and would always read row 0.
+    A custom operator, so that Inductor keeps the strides. Else it would set that of the heads, of
+    which there is one, to 0. FlexAttention goes from row to row of a batch by that stride, and
+    would read the lists of row 0 for each.
     """
     order = chosen.to(torch.int32).argsort(dim=-1, descending=True, stable=True)
     return chosen.sum(-1, dtype=torch.int32)[:, None], order.to(torch.int32)[:, None]
@@ -356,7 +357,10 @@ def head_loss(x_ND, weight_VD, targets_NJ, weights_J, cap: Softcap, dtype, fp8: 
 
 
 def relu_squared(A_NK: Tensor, B_MK: Tensor, post_NM: Tensor | None = None) -> Tensor:
-    """relu(A @ B.T)**2, (N, M). Given post, such a result: A @ B.T * 2 sqrt(post), its backward."""
+    """Forward, without post: relu(A @ B.T)**2, (N, M).
+
+    Backward: post is the forward's result; A @ B.T times the derivative there, 2 sqrt(post).
+    """
     (N, K), M, out_NM = A_NK.shape, len(B_MK), A_NK.new_empty(len(A_NK), len(B_MK))
     shared_bytes = torch.cuda.get_device_properties(A_NK.device).shared_memory_per_block_optin
     tile = LARGE_TILE if shared_bytes > 200_000 else SMALL_TILE

@@ -50,17 +50,10 @@ from kernels import (
     softcapped,
 )
 from referee.flags import RunError, as_flag, check_ranges, option
-from referee.harness import REFEREE_FILES, Run, execute
+from referee.harness import Run, execute
 from referee.ranks import Runtime
 from referee.shards import ShardError, open_shard
 from referee.task import Task, task_shards
-
-HERE = Path(__file__).resolve()
-OWN_FILES = (HERE.name, "kernels.py", "data/__init__.py", "data/prefetch.py")
-SOURCES = {  # what a log embeds
-    path: (HERE.parent / path).read_text() for path in (*OWN_FILES, *REFEREE_FILES)
-}
-
 
 # ------------------------------------------------------------------------------ Hyperparameters
 
@@ -141,7 +134,7 @@ class Hyperparameters:
         return min(len(values) * step // self.num_steps, len(values) - 1)
 
     def first_step(self, stage: int, stages: int) -> int:
-        """The first step of a stage, of so many: num_steps * stage / stages, rounded up."""
+        """The first step of one of the stages: num_steps * stage / stages, rounded up."""
         return (self.num_steps * stage + stages - 1) // stages
 
     def value_at_step(self, values: tuple, step: int):
@@ -418,7 +411,7 @@ def rotate(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def pair_heads(x_BTHK: Tensor) -> Tensor:
     """(B, 2T, H/2, K): heads h and h + H/2 alternate, so each also sees the other's keys.
 
-    A window of so many places then reaches half as many tokens back.
+    Each token then has two places, so a window of W places reaches W / 2 tokens back.
     """
     B, T, H, K = x_BTHK.shape
     return x_BTHK.view(B, T, 2, H // 2, K).reshape(B, 2 * T, H // 2, K)
@@ -777,7 +770,7 @@ class Group(NamedTuple):
 
     params: list[nn.Parameter]
     lr: float
-    decay: float  # cautious, of a weight w: decay * lr * its own rate * w
+    decay: float  # times the squared rate; only where the update shrinks a weight as well
     every: int  # steps per update, whose gradients are summed
     betas: tuple[float, float] | None = None  # of Adam; None: Muon, with muon_momentum and 0.9
     lr_factors: tuple[float, ...] = (1.0,)  # of Muon, for the matrices of a parameter in turn
@@ -856,12 +849,16 @@ class Bank:
                 tensors[f"grad{i}"] = p.grad
         return tensors
 
-    def update_mine(self, step: int, third: float):
-        """Update this rank's items, then gather all parts. third: Muon's momentum, Adam's count."""
+    def update_mine(self, step: int, momentum_or_count: float):
+        """Update this rank's items, then gather all parts.
+
+        The arguments are those of muon_update and adam_update; both end with the items and the
+        state, in the order in which a subclass adds to it.
+        """
         if len(gradients := self.averaged_gradients()):
             rate = self.group.lr * lr_scale(step, self.hp)
             # As tensors, for a new float would recompile.
-            numbers = map(torch.tensor, (rate, self.group.decay, third))
+            numbers = map(torch.tensor, (rate, self.group.decay, momentum_or_count))
             mine = (tensor[self.mine] for tensor in (self.items, *self.state.values()))
             self.update(gradients, *numbers, *self.fixed, *mine)
         self.gather(self.items)
@@ -1082,7 +1079,7 @@ class Trainer:
             loss = self.update(run.step, batches)
             run.end_step(loss, tokens=hp.value_at_step(hp.batch_tokens, run.step))
             if run.checkpoint_is_due():
-                run.save(self.state())
+                run.save(self.state)
         if not run.status:
             run.validate(partial(self.predict, run.step), self.val_batch_rows)
 
@@ -1091,7 +1088,7 @@ class Trainer:
 
 
 def main() -> int:
-    return execute(Trainer, TRACKS, "fineweb", SOURCES, PROCESS_START)
+    return execute(Trainer, TRACKS, "fineweb", PROCESS_START)
 
 
 if __name__ == "__main__":

@@ -21,12 +21,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from baselines.train_gpt2 import GPT2, NETWORK_SOURCES, TRACKS, Hyperparameters, load_gpt2, weights
-from referee.checkpoints import check_source, read_checkpoint, sha256_of, write_checkpoint
+from baselines.train_gpt2 import GPT2, TRACKS, Hyperparameters, load_gpt2, weights
+from referee.checkpoints import check_source, read_checkpoint, write_checkpoint
+from referee.environment import ROOT
 from referee.flags import RunError, boolean, finish
 from referee.ranks import Runtime
+from referee.sources import read_source, sha256_of
 from referee.task import TASKS
 
+TRAINER = "baselines/train_gpt2.py"
+NETWORK = {TRAINER: sha256_of(read_source(ROOT / TRAINER))}
 THEIRS = {  # their names by ours
     "embed": "wte.weight", "positions": "wpe.weight", "blocks": "h", "norm": "ln_f",
     "norm1": "ln_1", "qkv": "attn.c_attn", "out": "attn.c_proj",
@@ -62,7 +66,7 @@ def export(source: Path, out: Path, other_source: bool = False) -> None:
     """Write the checkpoint at source to the folder out, its configuration last."""
     facts = read_checkpoint(source, Runtime())
     if not other_source:
-        check_source(source, facts, sha256_of(NETWORK_SOURCES), "other code then reads the model")
+        check_source(source, facts, NETWORK, "other code then reads the model")
     model, document_start = load_gpt2(source, facts), facts["config"]["document_start"]
     if (out / "config.json").exists():
         raise RunError(f"{out} holds a model already; name a new folder")
@@ -127,7 +131,7 @@ def import_hf(source: Path, out: Path) -> None:
     if out.exists():
         raise RunError(f"{out} is there already; name a new folder")
     config = {**asdict(hp), "document_start": document_start}
-    facts = {"trainer": "baselines/train_gpt2.py", "sources": sha256_of(NETWORK_SOURCES), "step": 0,
+    facts = {"trainer": TRAINER, "sources": NETWORK, "step": 0,
              "data_sha256": "", "config": config}  # fmt: skip
     write_checkpoint(out, tensors, facts, Runtime())
 

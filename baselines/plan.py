@@ -122,31 +122,16 @@ def micro_batch_rows(hp, hardware: Hardware, asked: int) -> int:
             f"can: --batch_tokens {dealable}"
         )
     divisors = (n for n in range(rows // ranks, 0, -1) if rows // ranks % n == 0)
-    found = first_that_fits(hp, hardware, [asked] if asked else divisors)
-    if not found:
-        raise RunError(shortage(hp, hardware, asked or 1))
-    return found
-
-
-def first_that_fits(hp, hardware: Hardware, choices) -> int:
-    """The first number of rows per forward pass that fits in memory; 0 if none does."""
-    usable = USABLE * hardware.memory_bytes
-    return next((n for n in choices if sum(memory(hp, hardware, n).values()) <= usable), 0)
+    for n in [asked] if asked else divisors:
+        if sum(memory(hp, hardware, n).values()) <= USABLE * hardware.memory_bytes:
+            return n
+    raise RunError(shortage(hp, hardware, asked or 1))
 
 
 def dealable_tokens(hp, hardware: Hardware, asked: int) -> int:
-    """hp's batch_tokens if the ranks can share them equally, else those of a larger batch.
-
-    It has as few forward passes as fit: 17 rows per rank, where three fit, become six times three.
-    """
-    rows = hp.batch_tokens // hp.seq_len
-    if rows % (hardware.ranks * (asked or 1)) == 0:
-        return hp.batch_tokens
-    least = math.ceil(rows / hardware.ranks)
-    most = asked or first_that_fits(hp, hardware, range(least, 0, -1)) or 1
-    passes = math.ceil(least / most)
-    rows_per_pass = asked or math.ceil(least / passes)
-    return passes * rows_per_pass * hardware.ranks * hp.seq_len
+    """hp's batch_tokens, or the next larger number that the ranks can share equally."""
+    at_once = hardware.ranks * (asked or 1) * hp.seq_len
+    return math.ceil(hp.batch_tokens / at_once) * at_once
 
 
 def shortage(hp, hardware: Hardware, micro_seqs: int) -> str:

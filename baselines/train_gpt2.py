@@ -38,18 +38,10 @@ from baselines import plan
 from data.prefetch import Prefetcher
 from referee.checkpoints import fill, restore
 from referee.flags import RunError, check_ranges, finish, option
-from referee.harness import REFEREE_FILES, Run, execute
+from referee.harness import Run, execute
 from referee.ranks import Runtime
 from referee.shards import open_shard
 from referee.task import Task, task_shards
-
-SOURCES = {  # what a log embeds
-    path: (ROOT / path).read_text(encoding="utf-8")
-    for path in ("baselines/train_gpt2.py", "baselines/plan.py", "baselines/sharding.py",
-                 "baselines/__init__.py", "data/__init__.py", "data/prefetch.py", *REFEREE_FILES)
-}  # fmt: skip
-NETWORK_SOURCES = {path: SOURCES[path] for path in ("baselines/train_gpt2.py",)}
-
 
 # ------------------------------------------------------------------------------ Hyperparameters
 
@@ -160,7 +152,7 @@ def micro_batches(
 
 # ------------------------------------------------------------------------------ Model
 #
-# Shapes: B sequences, T tokens, D model_dim, H heads, K width of a head, S keys, V vocabulary.
+# Shapes: B sequences, T tokens, D model_dim, H heads, K width of a head, V vocabulary.
 # The residual stream x is (B, T, D).
 
 
@@ -183,28 +175,21 @@ class Block(nn.Module):
         self.qkv, self.out = nn.Linear(D, 3 * D), nn.Linear(D, D)
         self.up, self.down = nn.Linear(D, hp.mlp_dim), nn.Linear(hp.mlp_dim, D)
 
-    def forward(self, x: Tensor, cached: list[Tensor] | None = None) -> Tensor:
-        """cached: [] or [k, v], (B, H, S, K) each; these tokens' keys and values are added."""
-        if self.recompute and cached is None:
+    def forward(self, x: Tensor) -> Tensor:
+        if self.recompute:
             return checkpoint(self.residual, x, use_reentrant=False)
-        return self.residual(x, cached)
+        return self.residual(x)
 
-    def residual(self, x: Tensor, cached: list[Tensor] | None = None) -> Tensor:
-        x = x + self.attention(self.norm1(x), cached)
+    def residual(self, x: Tensor) -> Tensor:
+        x = x + self.attention(self.norm1(x))
         return x + self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh"))
 
-    def attention(self, x: Tensor, cached: list[Tensor] | None) -> Tensor:
+    def attention(self, x: Tensor) -> Tensor:
         B, T, D = x.shape
         qkv = self.qkv(x).type_as(x)
         q, k, v = qkv.view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4)
-        if cached is not None:
-            pairs = zip(cached, (k, v), strict=True) if cached else ()
-            cached[:] = [torch.cat(pair, dim=2) for pair in pairs] or [k, v]
-            k, v = cached
-        S = k.size(2)
-        mask = torch.ones(T, S, dtype=torch.bool, device=x.device).tril(S - T) if S > T else None
         with torch.autocast(x.device.type, enabled=False):  # CPUs are slow at attention in bf16
-            y_BHTK = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=S == T)
+            y_BHTK = F.scaled_dot_product_attention(q, k, v, is_causal=True)
         return self.out(y_BHTK.transpose(1, 2).reshape(B, T, D))
 
 
@@ -219,27 +204,20 @@ class GPT2(nn.Module):
         self.blocks = nn.ModuleList(Block(hp) for _ in range(hp.num_layers))
         self.norm = LayerNorm(hp.model_dim)
 
-    def stream(self, tokens_BT: Tensor, cache: list | None = None) -> Tensor:
+    def stream(self, tokens_BT: Tensor) -> Tensor:
         """The last block's output, (B, T, D)."""
-        start = cache[0][0].size(2) if cache else 0
-        if cache == []:
-            cache += [[] for _ in self.blocks]
-        positions = self.positions[start : start + tokens_BT.size(1)]
+        positions = self.positions[: tokens_BT.size(1)]
         x = (self.embed[tokens_BT] + positions).to(self.stream_dtype)
-        for block, cached in zip(self.blocks, cache or repeat(None), strict=False):
-            x = block(x, cached)
+        for block in self.blocks:
+            x = block(x)
         return x
 
     def logits(self, x: Tensor) -> Tensor:
         return F.linear(self.norm(x), self.embed).float()
 
-    def forward(self, tokens_BT: Tensor, cache: list | None = None) -> Tensor:
-        """Logits (B, T, V) in fp32.
-
-        cache: [] before the first tokens; then it has [k, v] per layer of all tokens so far.
-        tokens_BT continue these, and the call adds theirs. All together are at most hp.seq_len.
-        """
-        return self.logits(self.stream(tokens_BT, cache))
+    def forward(self, tokens_BT: Tensor) -> Tensor:
+        """Logits (B, T, V) in fp32 of at most hp.seq_len tokens."""
+        return self.logits(self.stream(tokens_BT))
 
     def mean_loss(self, x: Tensor, targets_BT: Tensor) -> Tensor:
         return F.cross_entropy(self.logits(x).flatten(0, 1), targets_BT.flatten())
@@ -410,7 +388,7 @@ class Trainer:
                 loss = self.update(learning_rate(run.step, hp), batches)
             run.end_step(loss, hp.batch_tokens)
             if run.checkpoint_is_due():
-                run.save(self.state())
+                run.save(self.state)
         if not run.status:
             run.validate(self.predict, self.val_batch_rows)
 
@@ -422,7 +400,7 @@ def main() -> int:
     if "--plan" in sys.argv[1:]:
         argv = [word for word in sys.argv[1:] if word != "--plan"]
         finish(partial(plan.print_plan, argv, TRACKS, "124M"))
-    return execute(Trainer, TRACKS, "124M", SOURCES, PROCESS_START)
+    return execute(Trainer, TRACKS, "124M", PROCESS_START)
 
 
 if __name__ == "__main__":

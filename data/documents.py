@@ -18,7 +18,7 @@ import pyarrow.parquet
 from tqdm import tqdm
 from tqdm.utils import CallbackIOWrapper
 
-from data.gpt2 import TextError
+from referee.flags import RunError
 
 KINDS = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 CHUNK_BYTES = 1 << 20
@@ -41,11 +41,11 @@ def find_files(inputs: list[str]) -> list[Path]:
         else:
             matches = sorted(Path(p) for p in glob.glob(given))
         if not matches:
-            raise TextError(f"{given} names no file of the kinds {', '.join(KINDS)}")
+            raise RunError(f"{given} names no file of the kinds {', '.join(KINDS)}")
         found += matches
     for path in found:
         if not kind_of(path):
-            raise TextError(f"{path} is of no known kind; rename it to end in {', '.join(KINDS)}")
+            raise RunError(f"{path} is of no known kind; rename it to end in {', '.join(KINDS)}")
     return list(dict.fromkeys(found))
 
 
@@ -57,7 +57,7 @@ def kind_of(path: Path) -> str | None:
 def read_documents(
     files: list[Path], column: str, skipped: Counter, bar: tqdm
 ) -> Iterator[Document]:
-    """The documents of all files. Raises TextError.
+    """The documents of all files. Raises RunError.
 
     skipped: counts the others by the reason; bar: counts the bytes of the files.
     """
@@ -73,13 +73,11 @@ def read_documents(
 
 @contextmanager
 def errors_named(path: Path) -> Iterator[None]:
-    """Turns what goes wrong in reading into a TextError."""
+    """Turn what goes wrong in reading into a RunError."""
     try:
         yield
-    except TextError:
-        raise
     except (OSError, ValueError, pa.ArrowException) as error:
-        raise TextError(
+        raise RunError(
             f"{path} cannot be read ({error}); get it again or leave it out, then run this again"
         ) from None
 
@@ -136,7 +134,7 @@ def parquet_values(path: Path, column: str, bar: tqdm) -> Iterator[bytes]:
     with pa.parquet.ParquetFile(path, buffer_size=CHUNK_BYTES, pre_buffer=False) as file:
         names = file.schema_arrow.names
         if column not in names:
-            raise TextError(
+            raise RunError(
                 f"{path} has no column {column}; choose one with --text_column: {', '.join(names)}"
             )
         for rows in file.iter_batches(PARQUET_ROWS, columns=[column], use_threads=False):

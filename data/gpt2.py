@@ -11,6 +11,8 @@ import numpy as np
 import tiktoken
 from tiktoken_ext import openai_public
 
+from referee.flags import RunError
+
 GPT2_FILE = Path(__file__).resolve().parent / "gpt2.tiktoken"
 START, START_TEXT = 50256, "<|endoftext|>"
 BATCH_CHARS = 1 << 20  # of text that a thread encodes at once
@@ -22,10 +24,6 @@ BLANK = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
 LAST_SAFE_CUT = re.compile(f"(?s:.+)(?=[{BLANK}][^{BLANK}])")
 
 
-class TextError(OSError):
-    """What is wrong with which input, and what to do about it, in one sentence for a person."""
-
-
 def gpt2_ranks(file: Path | None) -> dict[bytes, int]:
     """The rank of each token of GPT-2, from a file or, if there is none, from the network."""
     if file is None and GPT2_FILE.exists():
@@ -35,7 +33,7 @@ def gpt2_ranks(file: Path | None) -> dict[bytes, int]:
     try:
         return openai_public.gpt2()["mergeable_ranks"]
     except (OSError, ValueError) as error:
-        raise TextError(
+        raise RunError(
             f"cannot download the GPT-2 tokenizer ({type(error).__name__}); bring gpt2.tiktoken "
             f"(it is in the GitHub repository openai/whisper, folder whisper/assets) to {GPT2_FILE}"
         ) from None
@@ -50,7 +48,7 @@ def read_ranks(file: Path) -> dict[bytes, int]:
         if not in_order or any(bytes([byte]) not in ranks for byte in range(256)):
             raise ValueError(f"its ranks are not 0, 1, 2 ... below {START}, or a byte has none")
     except ValueError as error:
-        raise TextError(
+        raise RunError(
             f"{file} is no tokenizer ({error}); give a file in the format of gpt2.tiktoken"
         ) from None
     return ranks

@@ -18,6 +18,7 @@ from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.hf_api import RepoSibling
 from huggingface_hub.utils import WeakFileLock
 
+from referee.flags import RunError
 from referee.shards import file_sha256
 
 WAITS_S = (1, 4)  # between the tries; the client itself tries again only after some errors
@@ -28,10 +29,6 @@ constants.HF_HUB_DISABLE_XET = True
 STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
-class HubError(OSError):
-    """What the hub did not give, why, and the next step, in one sentence for a person."""
-
-
 def list_files(
     repo: str,
     revision: str = "main",
@@ -40,13 +37,13 @@ def list_files(
 ) -> list[RepoSibling]:
     """The files of a dataset repository whose names begin with prefix.
 
-    Raises HubError, which ends with the advice.
+    Raises RunError, which ends with the advice.
     """
     ask = partial(HfApi().dataset_info, repo, revision=revision, files_metadata=True)
     try:
         found = with_retries(partial(ask, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)).siblings
     except Exception as error:  # the client lets the errors of its HTTP library through
-        raise HubError(f"cannot list {repo} at {revision}: {reason(error)}; {advice}") from None
+        raise RunError(f"cannot list {repo} at {revision}: {reason(error)}; {advice}") from None
     return [file for file in found if file.rfilename.startswith(prefix)]
 
 
@@ -59,7 +56,7 @@ def download(
 ) -> list[Path]:
     """Have every file in folder, under its name in the repository; return their paths.
 
-    check(path) reads a whole file and raises OSError if it is not sound. Raises HubError; what was
+    check(path) reads a whole file and raises OSError if it is not sound. Raises RunError; what was
     complete by then is not fetched again.
     """
     missing = [file for file in files if not (folder / file.rfilename).exists()]
@@ -71,14 +68,13 @@ def download(
         with locked(folder):
             for left in staging.rglob("*.incomplete"):  # by a run that was killed
                 left.unlink()
-            require_space(missing, folder)
             before = [signal.signal(number, stop) for number in STOPS]
             try:
                 with_retries(ask)
                 for file in missing:
                     accept(file, staging, folder, check)
             except Exception as error:
-                raise HubError(
+                raise RunError(
                     f"cannot get {few(names)} from {repo}: {reason(error)}; run this again to go "
                     f"on, or bring what is missing from another machine to {folder}"
                 ) from None
@@ -87,17 +83,6 @@ def download(
                     signal.signal(number, handler)
             shutil.rmtree(staging)
     return [folder / file.rfilename for file in files]
-
-
-def require_space(files: list[RepoSibling], folder: Path) -> None:
-    """Raise HubError if the folder has no room for files that are still to come."""
-    coming = [file for file in files if not (folder / "part" / file.rfilename).exists()]
-    needed, free = sum(file.size for file in coming), shutil.disk_usage(folder).free
-    if needed > free:
-        raise HubError(
-            f"{folder} has {free:,} bytes free, and {needed:,} are still to come; "
-            "make room, then run this again"
-        )
 
 
 def accept(file: RepoSibling, staging: Path, folder: Path, check: Callable[[Path], object]) -> None:
@@ -147,7 +132,7 @@ def stop(number: int, frame) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Keep other processes from writing to a folder. HubError if one does so already."""
+    """Keep other processes from writing to a folder. RunError if one does so already."""
     folder.mkdir(parents=True, exist_ok=True)
     lock = folder / ".lock"
     try:
@@ -155,6 +140,6 @@ def locked(folder: Path) -> Iterator[None]:
             yield
             lock.unlink(missing_ok=True)
     except TimeoutError:
-        raise HubError(
+        raise RunError(
             f"another process is writing to {folder}; wait for its end, then run this again"
         ) from None

@@ -28,9 +28,9 @@ import numpy as np
 from tqdm import tqdm
 
 from data.documents import KINDS, Document, articles, find_files, read_documents
-from data.gpt2 import START, TextError, encode_all, encoding_of, gpt2_ranks, pieces
+from data.gpt2 import START, encode_all, encoding_of, gpt2_ranks, pieces
 from data.hub import download, list_files, locked
-from referee.flags import finish
+from referee.flags import RunError, finish
 from referee.shards import HEADER_BYTES, file_sha256, write_shard
 
 FOLDER = Path(__file__).resolve().parent
@@ -81,7 +81,7 @@ class Shards:
         for part in out.glob(f"{options['name']}_*.part"):  # of a run that was killed
             part.unlink()
         if found := sorted(out.glob(f"{options['name']}_*.bin")):
-            raise TextError(
+            raise RunError(
                 f"{found[0]} is there without the manifest.json of a finished run; delete it, or "
                 "choose another --out or --name"
             )
@@ -137,12 +137,12 @@ class Shards:
         }
 
     def finish(self) -> dict:
-        """Write the last shards and the manifest; return that. TextError if nothing can train."""
+        """Write the last shards and the manifest; return that. RunError if nothing can train."""
         shards = self.written
         if self.filled:
             shards.append(self.write("train", self.train[: self.filled]))
         if not shards:
-            raise TextError(
+            raise RunError(
                 f"no text is left to train on ({self.val_tokens:,} tokens are in validation, "
                 f"skipped: {dict(self.skipped) or 'nothing'}); give more, or --val_tokens 0"
             )
@@ -163,23 +163,23 @@ class Shards:
 
 
 def read_manifest(path: Path, options: dict) -> dict:
-    """The manifest of a finished run. TextError if it had other options, or shards are gone."""
+    """The manifest of a finished run. RunError if it had other options, or shards are gone."""
     anew = f"delete {path.parent} to begin anew"
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
         found, shards = manifest["options"], manifest["shards"]
     except (ValueError, TypeError, KeyError):
-        raise TextError(f"{path} is damaged; {anew}") from None
+        raise RunError(f"{path} is damaged; {anew}") from None
     changed = [f"{k}: {found.get(k)}, now {v}" for k, v in options.items() if found.get(k) != v]
     if changed:
-        raise TextError(
+        raise RunError(
             f"{path} is of a run with other options ({', '.join(changed)}); give those again, "
             f"choose another --out, or {anew}"
         )
     for shard in shards:
         file, size = path.with_name(shard["name"]), HEADER_BYTES + 2 * shard["tokens"]
         if not file.exists() or file.stat().st_size != size:
-            raise TextError(f"{file} is not as {path} says; {anew}")
+            raise RunError(f"{file} is not as {path} says; {anew}")
     return manifest
 
 
@@ -187,7 +187,7 @@ def read_manifest(path: Path, options: dict) -> dict:
 
 
 def wikitext103(out: Path) -> dict[str, list[Path]]:
-    """The parquet files of each split, downloaded to a folder in out. Raises HubError."""
+    """The parquet files of each split, downloaded to a folder in out. Raises RunError."""
     repo, prefix = "Salesforce/wikitext", "wikitext-103-raw-v1/"
     advice = f"run this on a machine with network, and bring all that it writes to {out}"
     listed = {
@@ -268,7 +268,7 @@ def main() -> None:
     except OSError as error:
         if error.errno and not error.filename:  # of writing: above all, the disk is full
             where = f"cannot write to {args.out}; make room, then run this again"
-            raise TextError(f"{where}: {error.strerror}") from None
+            raise RunError(f"{where}: {error.strerror}") from None
         raise
     for shard in manifest["shards"]:
         print(f"{args.out / shard['name']}  {shard['tokens']:,} tokens")

@@ -12,14 +12,14 @@ them, the example counts 1/k, so a uniform model has an acc_norm of 0.25.
 llm.c scores in this way and reports 29.4 for GPT-2 124M. lm-eval rewrites the text, divides by the
 ending's bytes and reports 31.14. Neither figure was reproduced here.
 
-The script prints the result and writes a log to the folder hellaswag/ beside the checkpoint.
+The last line of the output is the result. Others report that the sha256 of the original
+hellaswag_val.jsonl begins with 0aa3b888.
 """
 
 import argparse
 import json
 import math
 import sys
-import time
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,12 +31,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
 
-from data.hub import HubError, download, list_files
+from data.hub import download, list_files
 from evals.models import LanguageModel, add_checkpoint_flags, load_model
 from referee.environment import ROOT
 from referee.flags import RunError, finish
-from referee.log import Log, write_header
 from referee.shards import file_sha256
 
 # The hub keeps a parquet copy of each dataset on this branch.
@@ -45,9 +45,6 @@ FOLDER = ROOT / "data" / "hellaswag"
 ADVICE = "get hellaswag_val.jsonl (GitHub rowanz/hellaswag, folder data) and pass it with --data"
 EXAMPLES = 10_042
 LABELS = ["0", "1", "2", "3"]  # of a context's endings
-# hellaswag_val.jsonl in the GitHub repository rowanz/hellaswag, as others report it.
-ORIGINAL_SHA256 = "0aa3b88843990f3f10a97b9575c94d7b71fb2205240ba04ae4884d9e9c992588"
-SOURCES = ("evals/hellaswag.py", "evals/models.py")  # what a log embeds
 BATCH_TOKENS = 4096  # per forward pass, padding included: bounds the memory of the logits
 NO_TARGET = -100  # cross_entropy's default for positions that do not count
 
@@ -105,12 +102,12 @@ def parquet_rows(path: Path) -> list[dict]:
 
 
 def fetch() -> Path:
-    """The validation set's file, downloaded once. Raises HubError."""
+    """The validation set's file, downloaded once. Raises RunError."""
     found = sorted((FOLDER / PREFIX).glob("*.parquet"))
     if not found:
         found = download(REPO, list_files(REPO, REVISION, PREFIX, ADVICE), FOLDER, REVISION)
     if len(found) != 1:
-        raise HubError(f"{REPO} has {len(found)} files {PREFIX}*, not 1; {ADVICE}")
+        raise RunError(f"{REPO} has {len(found)} files {PREFIX}*, not 1; {ADVICE}")
     return found[0]
 
 
@@ -140,16 +137,17 @@ def log_likelihoods(model: LanguageModel, rows: list[Row]) -> Tensor:
     return -losses_N.view_as(targets_BT).double().sum(1).cpu()
 
 
-def all_log_likelihoods(model: LanguageModel, rows: list[Row], progress) -> Tensor:
+def all_log_likelihoods(model: LanguageModel, rows: list[Row]) -> Tensor:
     """The log-likelihood of each row, (N,), taken in batches, the longest rows first."""
     order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))
     result, done = torch.empty(len(rows), dtype=torch.float64), 0
-    while done < len(rows):
-        longest = len(rows[order[done]][0])
-        batch = order[done : done + max(1, BATCH_TOKENS // longest)]
-        result[batch] = log_likelihoods(model, [rows[i] for i in batch])
-        done += len(batch)
-        progress(done, f"{done} of {len(rows)} endings")
+    with tqdm(total=len(rows), unit="ending", disable=None) as bar:
+        while done < len(rows):
+            longest = len(rows[order[done]][0])
+            batch = order[done : done + max(1, BATCH_TOKENS // longest)]
+            result[batch] = log_likelihoods(model, [rows[i] for i in batch])
+            done += len(batch)
+            bar.update(len(batch))
     return result
 
 
@@ -160,10 +158,10 @@ def accuracy(scores_NE: Tensor, labels_N: Tensor) -> float:
     return (right_N.double() / best_NE.sum(1)).mean().item()
 
 
-def evaluate(model: LanguageModel, examples: list[Example], progress=lambda done, text: None):
-    """(acc_norm, acc) of a model; calls progress with the number of rows that are done."""
+def evaluate(model: LanguageModel, examples: list[Example]) -> tuple[float, float]:
+    """(acc_norm, acc) of a model."""
     rows = [row for example in examples for row in ending_rows(example, model)]
-    sums = all_log_likelihoods(model, rows, progress)
+    sums = all_log_likelihoods(model, rows)
     if not sums.isfinite().all():
         raise RunError("the model's likelihoods are not finite; give an earlier checkpoint")
     counts = torch.tensor([count for _, count in rows])
@@ -176,29 +174,16 @@ def evaluate(model: LanguageModel, examples: list[Example], progress=lambda done
 
 
 def run(args: argparse.Namespace) -> None:
-    """Evaluate, print the result and leave a log of it."""
-    checkpoint, model = args.checkpoint, load_model(args.checkpoint, args.other_source)
+    """Evaluate, and print the result."""
+    model = load_model(args.checkpoint, args.other_source)
     path = args.data or fetch()
-    examples, digest = read_examples(path)[: args.limit], file_sha256(path)
-    verdict = "the original" if digest == ORIGINAL_SHA256 else "not the original"
-    about = {"checkpoint": checkpoint.name, "trainer": model.trainer, "step": model.step}
-    about |= {"other_source": "true"} if args.other_source else {}
-    # A folder of its own, so that the folder of runs' logs holds nothing else.
-    folder = args.log_dir or checkpoint.absolute().parent / "hellaswag"
-    name = f"{checkpoint.name}_{time.strftime('%Y-%m-%dT%H%M%SZ', time.gmtime())}"
-    log, result = Log(str(folder), name, len(LABELS) * len(examples)), None
-    log.open()
-    try:
-        sources = {path: (ROOT / path).read_text(encoding="utf-8") for path in SOURCES}
-        write_header(log, sources, "", about, {"matmul_dtype": "torch.float32"})
-        log.section("data", [f"{path.name} sha256:{digest} ({verdict if args.data else 'hub'})"])
-        acc_norm, acc = evaluate(model, examples, log.progress)
-        stderr = math.sqrt(acc_norm * (1 - acc_norm) / len(examples))
-        result = (f"hellaswag acc_norm:{acc_norm:.4f} stderr:{stderr:.4f} acc:{acc:.4f} "
-                  f"n:{len(examples)} {' '.join(f'{k}:{v}' for k, v in about.items())} "
-                  f"data_sha256:{digest}")  # fmt: skip
-    finally:
-        log.close(result)
+    examples = read_examples(path)[: args.limit]
+    acc_norm, acc = evaluate(model, examples)
+    stderr = math.sqrt(acc_norm * (1 - acc_norm) / len(examples))
+    changed = " other_source:true" if args.other_source else ""
+    print(f"hellaswag acc_norm:{acc_norm:.4f} stderr:{stderr:.4f} acc:{acc:.4f} n:{len(examples)} "
+          f"checkpoint:{args.checkpoint.name} trainer:{model.trainer} step:{model.step}{changed} "
+          f"data_sha256:{file_sha256(path)}")  # fmt: skip
 
 
 def main() -> None:
@@ -206,7 +191,6 @@ def main() -> None:
     add_checkpoint_flags(parser)
     add = parser.add_argument
     add("--data", type=Path, help="hellaswag_val.jsonl (default: from the hub)")
-    add("--log_dir", type=Path, help="folder of the log (default: hellaswag beside the checkpoint)")
     add("--limit", type=int, help="evaluate only the first so many examples (default: all)")
     args = parser.parse_args()
     if args.limit is not None and args.limit < 1:

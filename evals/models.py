@@ -2,7 +2,7 @@
 
 Text becomes tokens as in training: by GPT-2's BPE if documents start with token 50256, as bytes if
 they start with 256. Networks run in fp32, so that results hardly depend on the rest of the batch.
-Also what the scripts of this folder share: their flags for the checkpoint, their exit code.
+Also the flags for a checkpoint that the scripts of this folder share.
 """
 
 import argparse
@@ -15,10 +15,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import train_gpt
-from baselines.train_gpt2 import NETWORK_SOURCES, load_gpt2
-from referee.checkpoints import check_source, load, read_checkpoint, restore, sha256_of
+from baselines.train_gpt2 import load_gpt2
+from referee.checkpoints import check_source, digests, load, read_checkpoint, restore
+from referee.environment import ROOT
 from referee.flags import RunError, boolean
 from referee.ranks import Runtime
+from referee.sources import read_source
 from referee.task import Task
 
 BYTES_START, GPT2_START = 256, 50256  # first token of a document, by tokenizer
@@ -50,7 +52,7 @@ class LanguageModel:
     """A network with its tokenizer."""
 
     trainer: str  # the file that trained it
-    sources: dict[str, str]  # the network's, text by path
+    files: tuple[str, ...]  # in which the network is defined
     step: int  # steps that it was trained for
     context: int  # most tokens that it can read
     tokenizer: Tokenizer
@@ -58,29 +60,12 @@ class LanguageModel:
     def logits(self, tokens_BT: Tensor) -> Tensor:
         """Logits (B, T, V) fp32 on the model's device; those at t depend on tokens up to t."""
 
-    def reader(self) -> Callable[[list[int]], Tensor]:
-        """A function that takes the next tokens and returns the logits (V,) after the last one.
-
-        Here every call runs the network over all tokens so far.
-        """
-        seen = []
-
-        def read(tokens: list[int]) -> Tensor:
-            seen.extend(tokens)
-            return self.logits(torch.tensor([seen]))[0, -1]
-
-        return read
-
 
 class SpeedrunModel(LanguageModel):
-    """A model of train_gpt.py, as its validation runs it.
-
-    It has no cache of keys and values, which every experiment with the blocks would have to keep
-    right: a sample costs one pass over all its tokens per new token.
-    """
+    """A model of train_gpt.py, as its validation runs it."""
 
     trainer = "train_gpt.py"
-    sources = {path: train_gpt.SOURCES[path] for path in ("train_gpt.py", "kernels.py")}
+    files = ("train_gpt.py", "kernels.py")
 
     def __init__(self, folder: Path, facts: dict, rt: Runtime):
         hp, config = restore(train_gpt.Hyperparameters, folder, facts), facts["config"]
@@ -107,10 +92,10 @@ class SpeedrunModel(LanguageModel):
 
 
 class GPT2Model(LanguageModel):
-    """A model of baselines/train_gpt2.py; its reader caches keys and values."""
+    """A model of baselines/train_gpt2.py."""
 
     trainer = "baselines/train_gpt2.py"
-    sources = NETWORK_SOURCES
+    files = ("baselines/train_gpt2.py",)
 
     def __init__(self, folder: Path, facts: dict, rt: Runtime):
         self.rt, self.model = rt, load_gpt2(folder, facts).to(rt.device)
@@ -120,16 +105,6 @@ class GPT2Model(LanguageModel):
     @torch.no_grad()
     def logits(self, tokens_BT: Tensor) -> Tensor:
         return self.model(tokens_BT.to(self.rt.device))
-
-    def reader(self) -> Callable[[list[int]], Tensor]:
-        cache = []
-
-        @torch.no_grad()
-        def read(tokens: list[int]) -> Tensor:
-            tokens_BT = torch.tensor([tokens], device=self.rt.device)
-            return self.model(tokens_BT, cache)[0, -1]
-
-        return read
 
 
 def load_model(path: str | Path, other_source: bool = False) -> LanguageModel:
@@ -144,7 +119,8 @@ def load_model(path: str | Path, other_source: bool = False) -> LanguageModel:
     for kind in (SpeedrunModel, GPT2Model):
         if facts["trainer"] == kind.trainer:
             if not other_source:
-                check_source(path, facts, sha256_of(kind.sources), "other code then runs the model")
+                own = digests({file: read_source(ROOT / file) for file in kind.files})
+                check_source(path, facts, own, "other code then runs the model")
             return kind(path, facts, rt)
     raise RunError(f"{path} is a checkpoint of {facts['trainer']}, which has no sampler here")
 

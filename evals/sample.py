@@ -5,7 +5,8 @@
 
 The prompt is the beginning of a document. A sample ends with its document, after --max_tokens, or
 where the model's context is full. Sample i with seed s is sample 0 with seed s + i. Tokens beyond
-the tokenizer's, which pad a vocabulary, are never drawn.
+the tokenizer's, which pad a vocabulary, are never drawn. Each new token costs a pass over all those
+before it, for every experiment with the network would have to keep a cache right.
 """
 
 import argparse
@@ -45,9 +46,9 @@ def generate(model: LanguageModel, prompt: list[int], args, seed: int) -> Iterat
     """Yield the tokens that follow a prompt of at least one token, which fits the context."""
     generator = torch.Generator().manual_seed(seed)
     document_start = model.tokenizer.document_start
-    read, tokens = model.reader(), prompt
+    tokens = list(prompt)
     for _ in range(min(args.max_tokens, model.context + 1 - len(prompt))):
-        logits_V = read(tokens)[: document_start + 1]
+        logits_V = model.logits(torch.tensor([tokens]))[0, -1, : document_start + 1]
         if not logits_V.isfinite().all():
             raise RunError("the model's logits are not finite; give an earlier checkpoint")
         probabilities = token_probabilities(logits_V, args.temperature, args.top_k, args.top_p)
@@ -55,7 +56,7 @@ def generate(model: LanguageModel, prompt: list[int], args, seed: int) -> Iterat
         if token == document_start:
             return
         yield token
-        tokens = [token]
+        tokens.append(token)
 
 
 def text_pieces(tokens: Iterable[int], decode) -> Iterator[str]:

@@ -28,7 +28,7 @@ CARDS = {
     "4090": Card("NVIDIA GeForce RTX 4090", (8, 9), 128, 25_386_352_640, 101_376, 165, 82.6, 1008,
                  32),
 }  # fmt: skip
-# Words in a card's name that mean another peak than that of the card above.
+# A name with one of these words is a variant of a card of the table, whose peak is not known.
 OTHER_KINDS = {"MIG", "Laptop", "NVL", "PCIe", "PCIE", "Max", "D"}
 
 

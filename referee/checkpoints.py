@@ -8,7 +8,6 @@ must see one file system.
 
 import dataclasses
 import fcntl
-import hashlib
 import json
 import shlex
 import shutil
@@ -22,6 +21,7 @@ from torch import Tensor
 
 from referee.flags import RunError, as_flag
 from referee.shards import file_sha256
+from referee.sources import sha256_of
 
 ITS_SOURCE = "check out the source that its log holds"
 FACTS = {"trainer": str, "sources": dict, "step": int, "config": dict, "files": dict}
@@ -100,13 +100,13 @@ def write_facts(folder: Path, facts: dict) -> None:
     (folder / "config.json").write_text(text + "\n")
 
 
-def sha256_of(sources: dict[str, str]) -> dict[str, str]:
+def digests(sources: dict[str, str]) -> dict[str, str]:
     """The sha256 of each source, by path; sources: texts by path."""
-    return {path: hashlib.sha256(text.encode()).hexdigest() for path, text in sources.items()}
+    return {path: sha256_of(text) for path, text in sources.items()}
 
 
 def facts_sha256(facts: dict) -> str:
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+    return sha256_of(json.dumps(facts, sort_keys=True))
 
 
 def file_digests(folder: Path, rt) -> dict[str, str]:

@@ -21,7 +21,7 @@ class Turns:
     byte hands the machine over, and the end of a process leaves it to the other.
     """
 
-    FIRST = b"1"  # the byte that the first of the two reads first; all others are b"."
+    FIRST = b"1"  # race.py sends it to the run that begins; every later byte is b"."
 
     def __init__(self, steps: int):
         """steps: length of a turn; 0: a run on its own."""

@@ -8,7 +8,6 @@ yields logits; task.py computes the loss.
 """
 
 import argparse
-import ast
 import dataclasses
 import gc
 import math
@@ -33,33 +32,21 @@ from torch import Tensor
 from referee.checkpoints import (
     check_same_run,
     delete_checkpoint,
+    digests,
     fill,
     read_checkpoint,
     saved_dtype,
-    sha256_of,
     write_checkpoint,
 )
 from referee.clock import OTHER_ENDED, Stopwatch, Turns
-from referee.environment import calibration, contention, mfu
+from referee.environment import ROOT, calibration, contention, mfu
 from referee.flags import RunError, add_flags, check_ranges, join_values, option
 from referee.log import Log, write_header
 from referee.ranks import RANK, Runtime, compile_errors, is_first_to_say, rank_store
 from referee.shards import absolute_glob
+from referee.sources import source_texts
 from referee.task import DATA_FIELDS, TASKS, Task, Validation, check_shards
 
-REFEREE_FILES = (  # what a log embeds of this folder
-    "referee/__init__.py",
-    "referee/harness.py",
-    "referee/task.py",
-    "referee/clock.py",
-    "referee/ranks.py",
-    "referee/log.py",
-    "referee/checkpoints.py",
-    "referee/environment.py",
-    "referee/cards.py",
-    "referee/flags.py",
-    "referee/shards.py",
-)
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 SAME_REQUEST_S = 1.0  # keys bounce, and launchers pass on what their children got too
 STOPPING = b"\nstopping after this step; press again to abort without a checkpoint\n"
@@ -143,7 +130,7 @@ def parse_flags(
     task, hp, options = (
         dataclasses.replace(part, **c) for part, c in zip(parts, changes, strict=True)
     )
-    overrides = changes[0].keys() | changes[1].keys() | changes[2].keys() & {"other_source"}
+    overrides = changes[0].keys() | changes[1].keys() | (changes[2].keys() & {"other_source"})
     return Settings(chosen.track, task, hp, options, sorted(overrides))
 
 
@@ -186,10 +173,10 @@ class Run:
     checkpoint_is_due. carry_out calls start and finish.
     """
 
-    def __init__(self, settings: Settings, sources: dict, rt: Runtime, stop, started: float):
-        """sources: as in execute; stop: a StopRequest; started: perf_counter at first import."""
+    def __init__(self, settings: Settings, entry: str, rt: Runtime, stop, started: float):
+        """entry: path of the trainer's file; stop: a StopRequest; started: as in execute."""
         self.track, self.task, self.hp, self.options, self.overrides = settings
-        self.sources = sources  # the log's, the trainer's own file first
+        self.entry, self.sources = entry, source_texts(ROOT, entry)  # what the log embeds
         self.rt, self.stop, self.clock = rt, stop, Stopwatch(started, rt.synchronize)
         self.turns = Turns(self.options.turn_steps)
         if self.turns.steps:
@@ -220,8 +207,8 @@ class Run:
         """What a checkpoint stores beside its tensors: source, step, losses, configuration."""
         rt = self.rt
         return {
-            "trainer": next(iter(self.sources)),
-            "sources": sha256_of(self.sources),
+            "trainer": self.entry,
+            "sources": digests(self.sources),
             "step": self.step,
             "tokens": self.tokens,
             "curve": self.curve,
@@ -339,8 +326,8 @@ class Run:
         every = self.options.save_every
         return self.status == "aborted" or (every > 0 and self.step % every == 0)
 
-    def save(self, tensors: dict[str, Tensor]) -> None:
-        """Write a checkpoint beside the log. A kill leaves either the previous one or this one.
+    def save(self, state: Callable[[], dict[str, Tensor]]) -> None:
+        """Write a checkpoint of state() beside the log. A kill leaves the previous one or this one.
 
         A run that is not stopping continues if the checkpoint cannot be written.
         """
@@ -348,7 +335,7 @@ class Run:
         folder = self.log.path.with_name(f"{stem}_step{self.step:07}")
         with self.clock.charged_to("checkpoint"):
             try:
-                write_checkpoint(folder, tensors, self.facts(), self.rt)
+                write_checkpoint(folder, state(), self.facts(), self.rt)
             except RunError as error:
                 if self.status:
                     raise
@@ -418,15 +405,14 @@ def execute(
     make_trainer: Callable[[Run], object],
     tracks: dict,
     gpu_track: str,
-    sources: dict[str, str],
     started: float,
 ) -> int:
     """Carry out the run that this process's flags describe; return its exit code.
 
     make_trainer(run) returns an object with four methods. compile(compile_fn) applies compile_fn
     to what is to be compiled; warm_up() runs all of that; state() returns every tensor that
-    training changes, by name; train() is the loop. tracks, gpu_track: as in parse_flags. sources:
-    what the log embeds, by path, the entry file first. started: perf_counter at first import.
+    training changes, by name; train() is the loop. tracks, gpu_track: as in parse_flags. started:
+    perf_counter at first import.
     """
     sys.stdout = sys.stdout or open(os.devnull, "w")  # where it is closed
     sys.stdout.reconfigure(errors="backslashreplace")  # a path that it cannot show ends no run
@@ -434,11 +420,13 @@ def execute(
     rt = run = None
     try:
         rank_store()
-        description = ast.get_docstring(ast.parse(next(iter(sources.values())))).splitlines()[0]
+        caller = sys._getframe(1)  # whose file is the source, whatever it says of itself
+        entry = Path(caller.f_code.co_filename).resolve().relative_to(ROOT).as_posix()
+        description = caller.f_globals["__doc__"].splitlines()[0]
         settings = parse_flags(sys.argv[1:], tracks, gpu_track, description)
         options = settings.options
         rt = Runtime(options.fp32, 2 if options.turn_steps else 1, options.rank_timeout_s)
-        run = Run(settings, sources, rt, stop, started)
+        run = Run(settings, entry, rt, stop, started)
         carry_out(run, make_trainer)
         if rt.is_main:
             tell(f"log: {run.log.path}    python: {sys.executable}")

@@ -23,6 +23,7 @@ from tqdm import tqdm
 from referee.checkpoints import delete_parts
 from referee.environment import ROOT, environment, shell
 from referee.flags import RunError, as_flag
+from referee.sources import sha256_of
 
 SCHEMA = 2  # in 1 the hash left out the result line itself
 
@@ -111,9 +112,8 @@ def write_header(log, sources: dict[str, str], source_dir: str, config: dict, de
     sources: text by path; config and device: one line per key.
     """
     for path, text in sources.items():
-        text = text if text.endswith("\n") else f"{text}\n"
-        lines, digest = text[:-1].split("\n"), hashlib.sha256(text.encode()).hexdigest()
-        heading = f"source {path} lines:{len(lines)} sha256:{digest}"
+        lines = text[:-1].split("\n")
+        heading = f"source {path} lines:{len(lines)} sha256:{sha256_of(text)}"
         if source_dir:
             kept = keep_source(Path(source_dir, path), text)
             log.section(f"{heading} kept:{os.path.relpath(kept, log.path.parent)}")

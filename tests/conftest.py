@@ -106,9 +106,9 @@ def trainer(task, hp):
     """A Trainer in this process, which compiles nothing."""
     from referee.harness import Run
     from referee.ranks import Runtime
-    from train_gpt import PROCESS_START, SOURCES, Trainer
+    from train_gpt import PROCESS_START, Trainer
 
-    run = Run(settings(task, hp, compile=False), SOURCES, Runtime(), None, PROCESS_START)
+    run = Run(settings(task, hp, compile=False), "train_gpt.py", Runtime(), None, PROCESS_START)
     made = Trainer(run)
     made.compile(lambda function: function)
     return made

@@ -74,7 +74,6 @@ class HubServer:
         self.faults: dict[str, list[Fault]] = defaultdict(list)
         self.requests: list[Request] = []
         self.unlisted: set[str] = set()  # listed files whose name resolves to 404
-        self.claimed_size: dict[str, int] = {}  # sizes that the API gives instead of the right ones
 
     def __enter__(self):
         handler = type("BoundHandler", (Handler,), {"hub": self})
@@ -146,7 +145,7 @@ class Handler(BaseHTTPRequestHandler):
     def entry(self, key: str, name: str, content: bytes) -> dict:
         """A file as tree (key: path, its hash: oid) and revision (rfilename, sha256) give it."""
         digest = hashlib.sha256(content).hexdigest()
-        size = self.hub.claimed_size.get(name, len(content))
+        size = len(content)
         lfs = {"oid": digest, "sha256": digest, "size": size, "pointerSize": 134}
         lfs = None if name.startswith(".") else lfs  # as .gitattributes, which git itself keeps
         return {"type": "file", key: name, "oid": "0" * 40, "size": size, "lfs": lfs}

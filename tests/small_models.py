@@ -7,7 +7,6 @@ import torch
 from conftest import TINY, TINY_TASK, settings
 
 from baselines.train_gpt2 import GPT2, weights
-from baselines.train_gpt2 import SOURCES as GPT2_SOURCES
 from baselines.train_gpt2 import TRACKS as GPT2_TRACKS
 from evals.models import LanguageModel, Tokenizer, tokenizer_of
 from referee.checkpoints import write_checkpoint
@@ -15,9 +14,6 @@ from referee.harness import Run
 from referee.ranks import Runtime
 from referee.task import TASKS, Task
 from train_gpt import GPT, TRACKS
-from train_gpt import SOURCES as SPEEDRUN_SOURCES
-
-SOURCES = {"train_gpt.py": SPEEDRUN_SOURCES, "baselines/train_gpt2.py": GPT2_SOURCES}
 
 
 def bytes_task(val_seq_len: int) -> Task:
@@ -28,8 +24,8 @@ def bytes_task(val_seq_len: int) -> Task:
 
 def write_small(folder: Path, trainer: str, task, hp, model) -> Path:
     """A checkpoint as a run of this trainer writes it, of its model's weights alone."""
-    chosen, sources = settings(task, hp, log_dir=str(folder.parent)), SOURCES[trainer]
-    run = Run(chosen, sources, Runtime(), None, 0.0)
+    chosen = settings(task, hp, log_dir=str(folder.parent))
+    run = Run(chosen, trainer, Runtime(), None, 0.0)
     write_checkpoint(folder, weights(model), {**run.facts(), "step": hp.num_steps}, Runtime())
     return folder
 
@@ -75,12 +71,3 @@ class KnownModel(LanguageModel):
         return torch.stack(
             [torch.stack([self.logits_of(r[: t + 1]) for t in range(len(r))]) for r in rows]
         )
-
-    def reader(self):
-        seen = []
-
-        def read(tokens):
-            seen.extend(tokens)
-            return self.logits_of(seen)
-
-        return read

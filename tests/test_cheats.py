@@ -152,14 +152,11 @@ def halved(text: str, factor: float = 0.5) -> str:
     return re.sub(r"(\w+):([\d.]+)s\b", lambda m: f"{m[1]}:{float(m[2]) * factor:.3f}s", text)
 
 
-def slow_clock(*changes):
-    def do(folder: Path):
-        log = logs_of(folder)[0]
-        head, mark, rest = log.read_text().partition("=== run ===")
-        log.write_text(head + mark + halved(rest))
-        forge(log, log, *changes)
-
-    return do
+def slow_clock(folder: Path):
+    log = logs_of(folder)[0]
+    head, mark, rest = log.read_text().partition("=== run ===")
+    log.write_text(head + mark + halved(rest))
+    forge(log, log)
 
 
 RESULT = r"^(result .*) "
@@ -186,13 +183,9 @@ CHEATS = {  # docs/cheats.md has the message of each
     "a run relabelled in the result": change((r" seed:0 ", " seed:3 ")),
     "an average that hides the time": change((r"^(step:500/.* step_avg:)\S+", r"\g<1>20.00ms")),
     # Traces in a log that is whole and does not contradict itself.
-    "a clock at half speed": slow_clock(),
-    "a clock at half speed, the rate doubled": slow_clock((r"tokens_per_s:\d+", lambda m:
-        f"tokens_per_s:{2 * int(m[0].split(':')[1])}"), (r"cpu_share:\S+", "cpu_share:1.66")),
-    "a crossing after the end": change((r"time_to_target:\d+ms", "time_to_target:40000ms")),
+    "a clock at half speed": slow_clock,
     "training while warming up": change((r"^(step:0/500 val_loss:)\S+", r"\g<1>3.140000")),
     "fewer steps than planned": change((r"^num_steps: 500", "num_steps: 600")),
-    "work hidden in turns": change((r"^(ledger: .*) total:\S+", r"\1 turn:20.000s total:91.847s")),
     "work hidden in an account": change((r"^(ledger: .* )end:", r"\1coffee:")),
     "no calibration": change((r"^calibration: .*\n", "")),
     "no ledger": change((r"^ledger: .*\n", "")),
@@ -207,8 +200,6 @@ CHEATS = {  # docs/cheats.md has the message of each
     "shorter validation rows": change((r"^val_seq_len: .*", "val_seq_len: 64"), logs=ALL),
     "an override not named": change((r'^argv: \[', 'argv: ["--muon_lr", "0.08", '),
         (r"^muon_lr: .*", "muon_lr: 0.08")),
-    "an override erased in the config": change((RESULT + "overrides:0", r"\1 overrides:1")),
-    "a run relabelled in result and config": change(*as_seed(7)[:2]),
     "a resumed run": change((r"resumed_from:0", "resumed_from:300")),
     "compilation inside the time": change((r"recompiled:0", "recompiled:3")),
     # Traces between logs, and rules for attempts.
@@ -289,11 +280,9 @@ def test_options_of_a_run_are_no_overrides_that_a_log_would_have_to_name():
 
 
 def test_the_referee_of_this_checkout_is_known():
-    from referee.harness import REFEREE_FILES
-
-    for path in REFEREE_FILES:
-        assert audit.REFEREE.fullmatch(path)
-        assert audit.git_blob((ROOT / path).read_text()) in audit.known_referees(), path
+    for path in ROOT.glob("referee/*.py"):
+        assert audit.REFEREE.fullmatch(path.relative_to(ROOT).as_posix())
+        assert audit.git_blob(path.read_text()) in audit.known_referees(), path
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,6 @@
 import dataclasses
 import glob
 import hashlib
-import os
-import shutil
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -17,14 +15,7 @@ import train_gpt
 from data.prefetch import Prefetcher
 from kernels import mean_visible_keys
 from referee.flags import RunError
-from referee.shards import (
-    ShardError,
-    absolute_glob,
-    check_tokens,
-    find_shards,
-    open_shard,
-    write_shard,
-)
+from referee.shards import ShardError, check_tokens, open_shard, write_shard
 from referee.task import Validation, check_shards
 from train_gpt import (
     TRACKS,
@@ -68,13 +59,9 @@ def test_a_failed_write_leaves_no_file(tmp_path):
     [
         (lambda raw: b"\7\0\0\0" + raw[4:], "magic"),
         (lambda raw: raw[:4] + b"\2\0\0\0" + raw[8:], "version 2"),
-        (lambda raw: raw[:8] + b"\x63\0\0\0" + raw[12:], "truncated"),
         (lambda raw: raw[:8] + b"\0\0\0\0" + raw[12:], "truncated"),
         (lambda raw: b"", None),
-        (lambda raw: raw[:500], None),
         (lambda raw: raw[:-1], "truncated"),
-        (lambda raw: raw + b"\0", "truncated"),
-        (lambda raw: bytes(5000), "magic number"),  # another program's, without a header
     ],
 )
 def test_damaged_shards_are_named_and_never_to_be_deleted(tmp_path, damage, message):
@@ -184,7 +171,7 @@ def test_capped_documents_fill_rows_and_change_with_the_step(tiny_hp, tiny_task,
     assert all(piece in text for piece in seen) and len(set(seen)) == len(seen)
 
 
-@pytest.mark.parametrize("cap", [0, 20])
+@pytest.mark.parametrize("cap", [0, 20, 2048])
 def test_supply_is_never_overrated(tiny_hp, tiny_task, cap):
     """As many steps as check_supply lets pass can be drawn, and not one more."""
     enough = None
@@ -200,21 +187,6 @@ def test_supply_is_never_overrated(tiny_hp, tiny_task, cap):
     more = dataclasses.replace(enough, num_steps=drawn + 1)
     with pytest.raises(ShardError, match="ended early"):
         list(micro_batches(more, tiny_task, rank(0, 1), (8,), 3, 0))
-
-
-def of_documents(tiny_task, path, count: int, length: int):
-    """A task of so many documents of one length."""
-    write_shard(path, np.tile(np.r_[63, np.arange(length - 1)].astype(np.uint16), count))
-    return dataclasses.replace(tiny_task, train_files=str(path))
-
-
-@pytest.mark.parametrize("cap", [64, 2048])
-def test_supply_is_counted_as_it_is_packed(tiny_hp, tiny_task, tmp_path, cap):
-    task = of_documents(tiny_task, tmp_path / "a.bin", count=1001, length=64)
-    hp = dataclasses.replace(tiny_hp, batch_tokens=(64,), document_cap=(cap,), num_steps=1000)
-    check_supply(hp, task, seed=0)
-    with pytest.raises(ShardError, match="holds 1000 rows .* steps need 1001"):
-        check_supply(dataclasses.replace(hp, num_steps=1001), task, seed=0)
 
 
 def test_training_finds_no_documents_that_were_not_found_before(tiny_hp, tiny_task, monkeypatch):
@@ -252,13 +224,6 @@ def test_starting_later_gives_the_later_batches(tiny_hp, tiny_task, first_step):
     whole = rows_of(tiny_hp, tiny_task, 1, 8)
     assert len(whole) > 60  # so that 40 steps reach into a later shard
     assert rows_of(tiny_hp, tiny_task, 1, 8, first_step=first_step) == whole[first_step:]
-
-
-def test_a_second_epoch_has_the_same_rows_in_another_order(tiny_hp, tiny_task):
-    hp = dataclasses.replace(tiny_hp, batch_tokens=(64,), max_epochs=2)
-    rows = [row for (row,) in rows_of(hp, tiny_task, 1, 1)]
-    half = len(rows) // 2
-    assert sorted(rows[:half]) == sorted(rows[half:]) and rows[:half] != rows[half:]
 
 
 def test_the_prefetcher_hands_over_errors():
@@ -334,22 +299,6 @@ def test_a_validation_shard_among_those_of_training_is_refused(tiny_task):
         check_shards(everything)
 
 
-def test_two_equal_validation_shards_are_no_training_shards(tiny_task, tmp_path):
-    for name in ("val_1.bin", "val_2.bin"):
-        shutil.copy(tiny_task.val_files, tmp_path / name)
-    _, lines = check_shards(dataclasses.replace(tiny_task, val_files=f"{tmp_path}/val_*.bin"))
-    assert sum(line.startswith("val_shard") for line in lines) == 2
-
-
-@pytest.mark.parametrize("message, make", [("is no file", os.mkfifo), ("name shards", Path.mkdir)])
-def test_what_is_no_file_is_named_and_not_waited_for(tmp_path, message, make):
-    make(tmp_path / "train.bin")
-    for path in find_shards(str(tmp_path / "*.bin")):
-        with pytest.raises(ShardError, match=message) as caught:
-            open_shard(path)
-        assert "delete" not in str(caught.value) and str(path) in str(caught.value)
-
-
 @pytest.mark.parametrize(
     "name, command",
     [
@@ -372,16 +321,6 @@ def test_the_advice_for_a_track_s_shard_is_the_command_that_writes_it(
     assert str(caught.value).endswith(command)
 
 
-def test_brackets_in_a_path_are_no_glob(monkeypatch, tmp_path):
-    folder = tmp_path / "v2 [a]"
-    folder.mkdir()
-    shard = folder / "x_[1].bin"
-    write_shard(shard, np.arange(9, dtype=np.uint16))
-    monkeypatch.chdir(folder)
-    for pattern in (absolute_glob("x_*.bin"), absolute_glob("x_[1].bin"), str(shard)):
-        assert find_shards(pattern) == [shard]
-
-
 def test_data_hash_is_compared(tiny_task):
     found, lines = check_shards(tiny_task)
     assert f"data_sha256: {found} (none expected)" == lines[-1]
@@ -398,7 +337,7 @@ def test_visible_keys_by_brute_force():
     )
 
 
-def test_embedded_corpus_is_complete_split_and_repeatable(tmp_path):
+def test_embedded_corpus_is_complete_and_split(tmp_path):
     from data import embedded
 
     package = tmp_path / "torch"
@@ -424,11 +363,6 @@ def test_embedded_corpus_is_complete_split_and_repeatable(tmp_path):
     }
     both = texts["embedded_train.bin"] | texts["embedded_val.bin"]
     assert len(both) == 201 and not texts["embedded_train.bin"] & texts["embedded_val.bin"]
-    again = embedded.build(tmp_path / "again", package)
-    assert again == counts
-    for name in counts:
-        first, second = (tmp_path / f / name for f in ("out", "again"))
-        assert first.read_bytes() == second.read_bytes()
 
 
 @pytest.mark.parametrize("gib, world_size, rows", [

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import ROOT, clean_environment
+from conftest import ROOT
 
 from data import tokenize_text
 from referee import environment, ranks
@@ -24,12 +24,9 @@ from referee.ranks import Runtime, compile_errors
 @pytest.mark.parametrize(
     "name, peak",
     [
-        ("NVIDIA A100-SXM4-80GB", 312),
         ("NVIDIA H100 80GB HBM3", 989),
         ("NVIDIA GeForce RTX 4090", 165),
-        ("NVIDIA RTX A1000", None),
         ("NVIDIA H100 PCIe", None),
-        ("NVIDIA H100 NVL", None),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
         ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
     ],
@@ -41,10 +38,7 @@ def test_a_share_of_the_peak_is_given_for_cards_whose_peak_is_known(name, peak):
 @pytest.mark.parametrize(
     "text, expected",
     [
-        (
-            "processor: 0\nmodel name\t: Some CPU\nprocessor: 1\nmodel name\t: Some CPU\n",
-            "Some CPU",
-        ),
+        ("processor: 0\nmodel name\t: Some CPU\n", "Some CPU"),
         ("processor: 0\nCPU implementer\t: 0x41\nCPU part\t: 0xd40\n", "aarch64 0x41 0xd40"),
         ("processor: 0\n", "unknown CPU"),
     ],
@@ -81,38 +75,22 @@ def test_the_commit_is_that_of_the_sources_or_none(monkeypatch, tmp_path, tracke
     assert ("+after" in sections[git_section]) == tracked
 
 
-def test_a_name_that_a_terminal_cannot_show_ends_no_output(tmp_path):
-    (tmp_path / "Протокол.txt").write_text("no log")
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "tools/validate.py"), str(tmp_path)],
-        env=clean_environment(PYTHONIOENCODING="cp1252"),
-        capture_output=True,
-    )
-    assert rb"\u041f\u0440" in done.stdout and not done.stderr
-
-
-def test_a_mac_tells_its_cpu(monkeypatch):
+def test_a_mac_has_no_proc_and_no_affinity_and_counts_memory_in_bytes(monkeypatch):
     def no_such_file(path):
-        raise FileNotFoundError(path)  # it has no /proc
+        raise FileNotFoundError(path)
 
     monkeypatch.setattr(Path, "read_text", no_such_file)
     monkeypatch.setattr(environment, "shell", lambda *words: "Apple M3" * (words[0] == "sysctl"))
     assert cpu_model() == "Apple M3"
-
-
-@pytest.mark.parametrize("platform, peak", [("darwin", 3 << 30), ("linux", 3 << 20)])
-def test_peak_memory_is_in_bytes_on_a_mac_and_in_kib_elsewhere(monkeypatch, platform, peak):
-    monkeypatch.setattr(sys, "platform", platform)
-    usage = SimpleNamespace(ru_maxrss=peak)
-    monkeypatch.setattr(ranks.resource, "getrusage", lambda who: usage)
-    assert Runtime.peak_memory_mib(SimpleNamespace(is_gpu=False)) == 3072
-
-
-def test_a_mac_cannot_say_which_cores_a_process_may_use(monkeypatch):
     monkeypatch.delattr(os, "sched_getaffinity")
     monkeypatch.setattr(os, "cpu_count", lambda: 7)
     monkeypatch.setattr(sys, "argv", ["tokenize_text.py", "text.txt"])
     assert tokenize_text.parse().workers == 7
+    for platform, peak in (("darwin", 3 << 30), ("linux", 3 << 20)):
+        monkeypatch.setattr(sys, "platform", platform)
+        usage = SimpleNamespace(ru_maxrss=peak)
+        monkeypatch.setattr(ranks.resource, "getrusage", lambda who, usage=usage: usage)
+        assert Runtime.peak_memory_mib(SimpleNamespace(is_gpu=False)) == 3072
 
 
 def test_run_sh_expands_no_empty_array():
@@ -133,7 +111,6 @@ def test_a_name_that_is_no_text_is_refused():
         (1.1, "", torch.float32),
         (1.3, "", torch.bfloat16),
         (1.1, "bfloat16", torch.bfloat16),
-        (1.3, "float32", torch.float32),
     ],
 )
 def test_a_cpu_multiplies_in_bf16_where_that_is_clearly_faster_or_as_told(
@@ -144,20 +121,6 @@ def test_a_cpu_multiplies_in_bf16_where_that_is_clearly_faster_or_as_told(
     rt.choose_arithmetic(told)
     assert rt.matmul_dtype == dtype and rt.stream_dtype == torch.float32
     assert rt.bf16_gain == ("not measured" if told else f"{gain:.2f}")
-
-
-def test_a_cpu_that_emulates_bf16_is_not_asked_for_large_products(monkeypatch):
-    """Products of bf16 count as ten times as slow, by a clock of our own."""
-    sizes, clock = [], [0.0]
-
-    def multiply(x, W):
-        sizes.append(x.size(1))
-        clock[0] += 10.0 if x.dtype == torch.bfloat16 else 1.0
-
-    monkeypatch.setattr(torch.Tensor, "__matmul__", multiply)
-    monkeypatch.setattr(ranks.time, "perf_counter", lambda: clock[0])
-    assert ranks.bf16_gain() == pytest.approx(0.1)
-    assert set(sizes) == {128}
 
 
 @pytest.mark.parametrize("is_gpu", [False, True])

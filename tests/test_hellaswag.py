@@ -1,4 +1,4 @@
-"""HellaSwag's scores against a loop over single endings, against lm-eval, and on known models."""
+"""HellaSwag's scores against a loop over single endings and against lm-eval; its data."""
 
 import hashlib
 import io
@@ -18,7 +18,7 @@ from small_models import KnownModel, write_gpt2, write_speedrun
 
 from evals import hellaswag
 from evals.models import load_model
-from referee.flags import RunError, finish
+from referee.flags import RunError
 
 WORDS = (
     "a the man woman dog rope ball sits runs jumps over under quickly then — café 漢字 .".split()
@@ -84,7 +84,7 @@ def batched(model, records) -> np.ndarray:
     """The log-likelihoods (N, 4) as evaluate gets them."""
     examples = [hellaswag.example_of(record) for record in records]
     rows = [row for example in examples for row in hellaswag.ending_rows(example, model)]
-    return hellaswag.all_log_likelihoods(model, rows, lambda *_: None).reshape(-1, 4).numpy()
+    return hellaswag.all_log_likelihoods(model, rows).reshape(-1, 4).numpy()
 
 
 def evaluate(model, records) -> tuple[float, float]:
@@ -98,15 +98,6 @@ def test_scores_equal_a_loop_over_single_endings(write, tmp_path):
     sums, acc_norm, acc = brute_force(model, records)
     np.testing.assert_allclose(batched(model, records), sums, rtol=1e-5)
     assert evaluate(model, records) == pytest.approx((acc_norm, acc), abs=1e-12)
-
-
-def test_scores_do_not_depend_on_the_batch(model, monkeypatch):
-    records = made_up(10, seed=1)
-    expected = batched(model, records)
-    for tokens in (1, 100, 1000):
-        monkeypatch.setattr(hellaswag, "BATCH_TOKENS", tokens)
-        np.testing.assert_allclose(batched(model, records), expected, rtol=1e-5)
-    np.testing.assert_allclose(batched(model, records[7:9]), expected[7:9], rtol=1e-5)
 
 
 def test_a_context_that_is_too_long_loses_its_beginning():
@@ -137,22 +128,6 @@ def logits_from(text: str) -> torch.Tensor:
 def test_a_uniform_model_scores_a_quarter():
     acc_norm, _ = evaluate(KnownModel(lambda seen: torch.full((257,), 0.7)), made_up(100))
     assert acc_norm == 0.25  # four equal means: the right one counts a quarter
-    n = 400
-    table = {}  # one set of logits for each last token: random, and blind to the label
-    acc_norm, acc = evaluate(
-        KnownModel(lambda seen: table.setdefault(seen[-1], logits_from(str(seen[-1])))), made_up(n)
-    )
-    noise = 3 * math.sqrt(0.25 * 0.75 / n)
-    assert abs(acc_norm - 0.25) < noise and abs(acc - 0.25) < noise
-
-
-def test_a_model_that_knows_the_right_endings_scores_one():
-    records = made_up(20)
-    for record in records:
-        record["endings"] = ["Z right" if i == record["label"] else f"wrong {i}" for i in range(4)]
-    likes_z = torch.zeros(257)
-    likes_z[ord("Z")] = 20
-    assert evaluate(KnownModel(lambda seen: likes_z), records) == (1.0, 1.0)
 
 
 def test_of_equal_endings_the_right_one_counts_its_share():
@@ -217,29 +192,23 @@ GOOD = {"ctx": "a man", "endings": ["a", "b", "c", "d"], "label": 2}
     "line",
     [
         "{",
-        "[" * 100_000,
-        b"\xff\xfe".decode("latin-1"),
         "[1, 2]",
-        "null",
         json.dumps({"ctx": "a", "label": 1}),
         json.dumps(GOOD | {"ctx": " "}),
-        json.dumps(GOOD | {"ctx": ["a"]}),
         json.dumps(GOOD | {"ctx": "a \ud800"}),
         json.dumps(GOOD | {"endings": ["a", "b", "c"]}),
         json.dumps(GOOD | {"endings": "abcd"}),
-        json.dumps(GOOD | {"endings": {"a": 1, "b": 2, "c": 3, "d": 4}}),
-        json.dumps(GOOD | {"endings": ["a", "b", "c", None]}),
         json.dumps(GOOD | {"endings": ["a", "b", "c", ""]}),
         json.dumps(GOOD | {"label": 4}),
-        json.dumps(GOOD | {"label": 1.5}),
-        json.dumps(GOOD | {"label": ""}),
     ],
 )
 def test_a_wrong_line_is_named(tmp_path, line):
     path = tmp_path / "wrong.jsonl"
-    path.write_bytes((json.dumps(GOOD) + "\n" + line + "\n").encode("latin-1"))
-    with pytest.raises(RunError, match=rf"{path}, line 2: not an object with a text ctx, .*; get"):
+    path.write_text(json.dumps(GOOD) + "\n" + line + "\n")
+    with pytest.raises(RunError) as caught:
         hellaswag.read_examples(path)
+    assert str(caught.value) == (f"{path}, line 2: not an object with a text ctx, 4 texts endings "
+                                 f"and a label of 0 to 3; {hellaswag.ADVICE}")  # fmt: skip
 
 
 def test_blank_lines_at_the_end_are_no_examples(tmp_path):
@@ -270,7 +239,7 @@ path.unlink()
 hellaswag.REVISION = "gone"
 try:
     hellaswag.fetch()
-except OSError as error:
+except hellaswag.RunError as error:
     print("error:", error)
 """
 
@@ -299,49 +268,27 @@ def test_another_file_of_the_hub_is_refused(tmp_path):
     path.write_bytes(b"PAR1 something else")
     with pytest.raises(RunError, match="0000.parquet cannot be read"):
         hellaswag.read_examples(path)
-    path.write_bytes(parquet([GOOD] * 10_041 + [{"label": 1}]))
-    with pytest.raises(RunError, match="0000.parquet, line 10042: not an object"):
-        hellaswag.read_examples(path)
 
 
 # ------------------------------------------------------------------------------ The script
 
 
-def test_the_result_is_printed_and_closes_a_log(checkpoint, tmp_path):
+def test_the_result_is_printed(checkpoint, tmp_path):
     records = made_up(12)
     data = write_jsonl(tmp_path / "val.jsonl", records)
     words = [f"{ROOT}/evals/hellaswag.py", str(checkpoint), "--data", str(data), "--limit", "10"]
     done = run_forked(words)
-    assert done.returncode == 0, done.stderr
     acc_norm, acc = evaluate(load_model(checkpoint), records[:10])
     digest = hashlib.sha256(data.read_bytes()).hexdigest()
     stderr = math.sqrt(acc_norm * (1 - acc_norm) / 10)
-    assert done.stdout.startswith(
-        f"result hellaswag acc_norm:{acc_norm:.4f} stderr:{stderr:.4f} acc:{acc:.4f} n:10 "
-        f"checkpoint:tiny trainer:train_gpt.py step:20 data_sha256:{digest} sha256:"
-    )
-    (log,) = (checkpoint.parent / "hellaswag").glob("tiny_*.txt")
-    text = log.read_text()
-    assert text.endswith(f"\n{done.stdout}")
-    before, _, last = text.rpartition(" sha256:")
-    assert hashlib.sha256(before.encode()).hexdigest() == last.strip()
-    assert f"val.jsonl sha256:{digest} (not the original)" in text
-    assert (ROOT / "evals" / "hellaswag.py").read_text() in text
+    assert (done.returncode, done.stdout) == (0, (
+        f"hellaswag acc_norm:{acc_norm:.4f} stderr:{stderr:.4f} acc:{acc:.4f} n:10 "
+        f"checkpoint:tiny trainer:train_gpt.py step:20 data_sha256:{digest}\n"
+    )), done.stderr  # fmt: skip
 
 
-def test_no_examples_are_misuse_and_a_wrong_file_one_sentence(
-    checkpoint, tmp_path, monkeypatch, capsys
-):
-    data = write_jsonl(tmp_path / "val.jsonl", [GOOD, GOOD | {"label": 9}])
-    argv = ["hellaswag.py", str(checkpoint), "--data", str(data)]
-    monkeypatch.setattr(sys, "argv", [*argv, "--limit", "0"])
+def test_no_examples_are_misuse(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["hellaswag.py", "any", "--limit", "0"])
     with pytest.raises(SystemExit) as error:
         hellaswag.main()
     assert error.value.code == 2 and "--limit must be at least 1" in capsys.readouterr().err
-    monkeypatch.setattr(sys, "argv", argv)
-    with pytest.raises(SystemExit) as error:
-        finish(hellaswag.main)
-    assert error.value.code == 1
-    out, err = capsys.readouterr()
-    assert (out, err) == ("", f"error: {data}, line 2: not an object with a text ctx, 4 texts "
-                          f"endings and a label of 0 to 3; {hellaswag.ADVICE}\n")  # fmt: skip

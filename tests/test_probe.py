@@ -2,7 +2,6 @@
 
 import hashlib
 import re
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -152,26 +151,6 @@ def test_a_network_may_say_that_it_sees_earlier_documents(tiny):
     assert faults(tiny(*changes), across_documents=True) == {}
 
 
-def test_the_line_in_a_record_is_replaced_and_names_its_source(tmp_path, capsys):
-    record = shutil.copytree(MUON, tmp_path / MUON.name)
-    attempt, page = copy_of(record, tmp_path / "attempt", []), record / "README.md"
-    for count in (16, 17):
-        probe.write_line(record, attempt, count, across_documents=False)
-    assert page.read_text().count("Probed ") == 1
-    published = (MUON / "README.md").read_text().partition("\nProbed ")[0].rstrip()
-    assert page.read_text().startswith(f"{published}\n\nProbed ")
-    assert f"source {probe.source_hash(attempt)}: 17 probes passed (" in capsys.readouterr().out
-
-
-def test_a_line_is_written_for_a_record_alone(tmp_path):
-    (tmp_path / "logs").mkdir()
-    for name in ("README.md", "train_gpt.py"):
-        (tmp_path / name).touch()
-    with pytest.raises(ToolError, match="is no record"):
-        probe.record_of(tmp_path)
-    assert probe.record_of(next((MUON / "logs").iterdir())) == MUON
-
-
 def test_the_page_of_cheats_lists_every_leak():
     page = (ROOT / "docs/cheats.md").read_text()
     assert [name for name, _, by, _ in LEAKS if f"| {name} | {by} |" not in page] == []
@@ -184,7 +163,8 @@ def test_the_records_of_the_ladder_are_probed(tmp_path):
     assert len(ladder) >= 6
     for page in ladder:
         attempt = copy_of(page.parent, tmp_path / page.parent.name, [])
-        assert f", source {probe.source_hash(attempt)}: " in page.read_text(), page
+        said = probe.passed_line(attempt, 17, across_documents=False).partition(", ")[2]
+        assert said.partition("probes")[0] in page.read_text(), page
 
 
 @pytest.mark.parametrize("source, words", [

@@ -101,7 +101,12 @@ def test_a_comparison_says_what_diff_says_and_draws_the_raw_logs(made, monkeypat
         assert words in page.text, words
     assert len(figures) == len(page.pictures) == 4
     by_time, by_step, losses, times = (figure.axes[0] for figure in figures)
+    assert "train_loss" in by_time.get_ylabel()  # for each run has one validation
     assert [line.get_xdata()[-1] for line in by_step.lines[:2]] == [120, 114]
+    assert len(by_step.lines[0].get_xdata()) == 108
+    assert all(tick == int(tick) for tick in times.get_xticks())
+    pairs = [line for line in times.lines if line.get_color() == "grey"]
+    assert [len(line.get_xdata()) for line in pairs] == [2] * 10
     logs = sorted((log for folder in TURNS for log in (folder / "logs").iterdir()),
                   key=lambda log: log.name)  # fmt: skip
     last = [re.findall(r"^step:\d+/\d+ val_loss:(\S+) train_time:(\d+)ms", log.read_text(), re.M)

@@ -1,4 +1,4 @@
-"""Sampling: probabilities, the cache, seeds, streaming, and checkpoints that cannot be used."""
+"""Sampling: probabilities, seeds, streaming, and checkpoints that cannot be used."""
 
 import base64
 import json
@@ -7,7 +7,6 @@ import random
 import re
 import signal
 import sys
-import time
 from argparse import Namespace
 from itertools import repeat
 from pathlib import Path
@@ -16,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import ROOT, only_log, run_section, train
-from forked import Forked, run_forked
+from forked import run_forked
 from scipy.stats import chisquare
 from small_models import KnownModel, write_gpt2, write_speedrun
 
@@ -63,7 +62,7 @@ def test_probabilities_equal_the_definition():
         logits = [rng.gauss(0, 2) for _ in range(rng.randint(1, 30))]
         logits += rng.choices(logits, k=3)  # equal ones
         temperature, top_k = rng.choice([0.3, 1.0, 2.5]), rng.choice([0, 1, 2, 5, 100])
-        top_p = rng.choice([1e-9, 0.3, 0.7, 0.95])
+        top_p = rng.choice([1e-9, 0.3, 0.7, 0.95, 1.0])
         found = token_probabilities(
             torch.tensor(logits, dtype=torch.float64), temperature, top_k, top_p
         )
@@ -71,16 +70,12 @@ def test_probabilities_equal_the_definition():
         np.testing.assert_allclose(found, expected, atol=1e-12)
 
 
-def test_all_of_the_distribution_is_kept_unless_asked():
-    logits = torch.randn(100, dtype=torch.float64)
-    torch.testing.assert_close(token_probabilities(logits, 1.0, 0, 1.0), logits.softmax(0))
-
-
 def test_drawn_tokens_follow_the_probabilities():
     logits = torch.randn(257, generator=torch.Generator().manual_seed(1))
     logits[256] = -100  # no document ends
-    options = settings(max_tokens=5000, temperature=0.7, top_k=12, top_p=0.9)
-    drawn = list(generate(KnownModel(lambda seen: logits, context=10**9), [256], options, seed=3))
+    options = settings(temperature=0.7, top_k=12, top_p=0.9)
+    model = KnownModel(lambda seen: logits)
+    drawn = [token for seed in range(250) for token in generate(model, [256], options, seed)]
     expected = 5000 * np.array(slow_probabilities(logits.tolist(), 0.7, 12, 0.9))
     counts, likely = np.bincount(drawn, minlength=257), expected > 0
     assert len(drawn) == 5000 and counts[~likely].sum() == 0 and 3 < likely.sum() <= 12
@@ -100,24 +95,13 @@ def greedy(model, prompt: list[int], count: int) -> list[int]:
 
 
 @pytest.mark.parametrize("write", [write_speedrun, write_gpt2])
-def test_top_k_1_is_argmax_decoding_without_a_cache(write, tmp_path):
+def test_top_k_1_is_argmax_decoding(write, tmp_path):
     model, prompt = load_model(write(tmp_path / "checkpoint.pt")), [256, *b"def f"]
     expected = greedy(model, prompt, 30)
     ends = expected.index(256) if 256 in expected else 30
     for seed in (0, 1):
         found = list(generate(model, prompt, settings(top_k=1, max_tokens=30), seed))
         assert found == expected[:ends] and len(set(found)) > 3
-
-
-def test_the_cache_gives_the_logits_of_the_whole_row(tmp_path):
-    """In pieces of several tokens and of one, up to the last position."""
-    model = load_model(write_gpt2(tmp_path / "gpt2"))
-    tokens = torch.randint(0, 257, (64,), generator=torch.Generator().manual_seed(0))
-    whole, read, start = model.logits(tokens[None])[0], model.reader(), 0
-    for end in (7, 8, 9, 20, 63, 64):
-        found = read(tokens[start:end].tolist())
-        torch.testing.assert_close(found, whole[end - 1], rtol=1e-4, atol=1e-4)
-        start = end
 
 
 def test_a_sample_ends_with_its_document_its_length_or_the_context():
@@ -195,18 +179,6 @@ def test_a_speedrun_checkpoint_gives_the_loss_that_its_run_logged(flags, shards,
     assert torch.stack(losses).mean().item() == pytest.approx(float(logged[-1]), abs=2e-6)
 
 
-@pytest.mark.parametrize("write", [write_speedrun, write_gpt2])
-def test_damaged_checkpoints_are_refused(write, tmp_path):
-    folder = write(tmp_path / "checkpoint")
-    assert load_model(folder).step > 0
-    (shard,) = folder.glob("*.distcp")
-    content = shard.read_bytes()
-    for changed in (content[:-9], content[:500] + b"x" + content[501:], b""):
-        shard.write_bytes(changed)
-        with pytest.raises(match="truncated or was changed after it was written"):
-            load_model(folder)
-
-
 def rewritten(folder, change) -> Path:
     """The checkpoint with other facts, which claim to be as they were written."""
     path = folder / "config.json"
@@ -221,7 +193,6 @@ def rewritten(folder, change) -> Path:
     "write, change, message",
     [
         (write_speedrun, lambda c: c.pop("mix_at"), "another train_gpt.py, without mix_at"),
-        (write_gpt2, lambda c: c.pop("mlp_dim"), "another train_gpt2.py, without mlp_dim"),
         (write_speedrun, lambda c: c.update(model_dim=48), r"\(257, 32\), and \(257, 48\) is"),
         (write_speedrun, lambda c: c.update(layers="LLLLLL"), r"blocks.2\S+ is not there"),
     ],
@@ -276,8 +247,6 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
     for path in (tmp_path, tmp_path / "file.pt"):
         with pytest.raises(match="is not a usable checkpoint"):
             load_model(path)
-    with pytest.raises(RunError, match="there is no checkpoint .*none"):
-        load_model(tmp_path / "none")
 
 
 # ------------------------------------------------------------------------------ The script
@@ -312,22 +281,6 @@ def test_the_same_seed_gives_the_same_text_in_another_process(checkpoint):
     texts = [bytes(prompt + tokens).decode(errors="replace") for tokens in drawn]
     expected = "".join(f"--- sample {i + 1} of 2, seed {7 + i} ---\n{texts[i]}\n" for i in (0, 1))
     assert done.stdout.splitlines() == expected.splitlines()  # a \r is read as \n
-
-
-def test_ctrl_c_ends_a_sample_cleanly(tmp_path):
-    def never_ends(model):
-        model.lm_head.data[256] = -model.lm_head.data[97]
-
-    slow = write_speedrun(tmp_path / "slow", never_ends, val_seq_len=4096)
-    flags = ["--prompt", "abc", "--max_tokens", "5000", "--top_k", "2"]
-    process = Forked([SCRIPT, str(slow), *flags])
-    stdout = Path(process.output.name, "stdout")
-    while not (stdout.exists() and stdout.read_text()):  # the text comes as it is written
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.1)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate()
-    assert out.startswith("abc") and (process.returncode, err) == (130, "\ninterrupted\n")
 
 
 def test_a_prompt_that_is_too_long_is_refused_and_none_is_needed(checkpoint, main):

@@ -131,16 +131,6 @@ def test_every_kind_of_file_comes_back_letter_for_letter(run, tmp_path):
     assert texts_of(train_shards(tmp_path / "out")) == expected + ODD_TEXTS
 
 
-def test_the_script_makes_one_document_of_a_long_text(rank_file, tmp_path):
-    text = "\n".join(english(1, 20_000))
-    assert len(text) > 2 * gpt2.PIECE_CHARS
-    (tmp_path / "a.txt").write_text(text)
-    command = [sys.executable, ROOT / "data/tokenize_text.py", tmp_path / "a.txt", "--val_tokens=0"]
-    subprocess.run([*command, f"--tokenizer_file={rank_file}", f"--out={tmp_path}"], check=True)
-    tokens = open_shard(tmp_path / "text_train_000001.bin").tolist()
-    assert tokens == [START, *gpt2.encoding_of(RANKS).encode_ordinary(text)]
-
-
 def test_pieces_give_the_tokens_of_the_whole_text(monkeypatch):
     monkeypatch.setattr(gpt2, "PIECE_CHARS", 12)
     encoding, rng, cut = gpt2.encoding_of(RANKS), random.Random(0), 0
@@ -201,11 +191,8 @@ DAMAGED = "cannot be read"
     [
         ("a.jsonl.gz", GZIP[: len(GZIP) // 2], DAMAGED),
         ("a.jsonl.gz", b"", DAMAGED),
-        ("a.jsonl.gz", b"<html>sign in</html>", DAMAGED),
         ("a.jsonl.zst", ZSTD[: len(ZSTD) // 2], DAMAGED),
-        ("a.parquet", PARQUET[: len(PARQUET) // 2], DAMAGED),
         ("a.parquet", PARQUET[:9000] + bytes(200) + PARQUET[9200:], DAMAGED),
-        ("a.parquet", b"", DAMAGED),
         ("a.parquet", parquet([1, 2, 3]), DAMAGED),
         ("a.parquet", parquet(english(0, 9), "body"), "--text_column: body"),
         ("a.csv", b"a,b", "no known kind"),
@@ -220,22 +207,30 @@ def test_damaged_input_is_named_and_nothing_is_written(run, tmp_path, name, data
     assert not list(tmp_path.rglob("*.bin*")) and not list(tmp_path.rglob("manifest.json"))
 
 
-def test_no_text_is_an_error(run, tmp_path):
+def test_no_text_is_an_error_that_leaves_nothing_in_the_way(run, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "blank.txt").write_text("")
+    (tmp_path / "other.jsonl").write_bytes(b'{"body": "one text"}\n' * 3)
     for given, message in (
-        ("nothing.txt", "nothing.txt names no file"),
         ("*.none", "*.none names no file"),
         (tmp_path / "empty", "empty names no file"),
         (tmp_path / "blank.txt", "no text is left to train on"),
+        (tmp_path / "other.jsonl", "--text_column"),
     ):
-        code, _, errors = run(given)
+        code, _, errors = run(given, "--val_tokens=0")
         assert code == 1 and message in errors and errors.count("\n") == 1
+    assert run(given, "--val_tokens=0", "--text_column=body")[0] == 0
 
 
-@pytest.mark.parametrize("flag", ["--shard_tokens=0", "--val_tokens=-1", "--workers=0", "--seed=1"])
-def test_misuse_ends_with_2(run, flag):
-    assert run("x.txt", flag)[0] == run("--preset=wikitext103", "x.txt")[0] == run()[0] == 2
+@pytest.mark.parametrize(
+    "flag", ["--shard_tokens=0", "--val_tokens=-1", "--workers=0", "--name=a/b", "--name=a\nb"]
+)
+def test_misuse_is_named_and_nothing_is_written(run, tmp_path, flag):
+    assert run()[0] == run("--preset=wikitext103", "x.txt")[0] == 2
+    (tmp_path / "x.txt").write_text("text")
+    code, _, errors = run(tmp_path / "x.txt", flag)
+    assert code == 2 and f"error: {flag.partition('=')[0]} " in errors
+    assert not (tmp_path / "out").exists()
 
 
 # ------------------------------------------------------------------------------ Tokenizer
@@ -244,11 +239,8 @@ def test_misuse_ends_with_2(run, flag):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda lines: [*lines, b"IQ== x"], "invalid literal"),
-        (lambda lines: [*lines, b"one"], "not enough values"),
         (lambda lines: [*lines, b"?YWJj 268"], "base64"),
         (lambda lines: lines[1:], "a byte has none"),
-        (lambda lines: [*lines, base64.b64encode(b"abc") + b" 7"], "not 0, 1, 2"),
         (lambda lines: [*lines, base64.b64encode(b"abc") + b" 50256"], "below 50256"),
     ],
 )
@@ -257,26 +249,6 @@ def test_unusable_tokenizer_files_are_named(run, rank_file, tmp_path, change, me
     path.write_bytes(b"\n".join(change(rank_file.read_bytes().splitlines())))
     code, _, errors = run("x.txt", f"--tokenizer_file={path}")
     assert code == 1 and "bad.tiktoken" in errors and message in errors
-
-
-def test_without_network_the_tokenizer_to_bring_is_named(tmp_path):
-    if gpt2.GPT2_FILE.exists():
-        pytest.skip("this checkout has the tokenizer's file")
-    nowhere = {"https_proxy": "http://127.0.0.1:9", "TIKTOKEN_CACHE_DIR": str(tmp_path)}
-    done = subprocess.run(
-        [
-            sys.executable,
-            ROOT / "data/tokenize_text.py",
-            ROOT / "LICENSE",
-            f"--out={tmp_path / 'out'}",
-        ],
-        env={**os.environ, **nowhere},
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 1 and done.stderr.count("\n") == 1
-    assert "bring gpt2.tiktoken " in done.stderr and f" to {ROOT}/data/gpt2.tiktoken" in done.stderr
-    assert "--tokenizer_file" not in done.stderr  # which sample.py and evals/ do not have
 
 
 # ------------------------------------------------------------------------------ Shards
@@ -425,7 +397,7 @@ def hub(monkeypatch):
 
     def list_files(repo, prefix, advice):
         if not hub.is_there:
-            raise hub.HubError(f"cannot list {repo}; {advice}")
+            raise hub.RunError(f"cannot list {repo}; {advice}")
         return [name for name in WIKITEXT if name.startswith(prefix)]
 
     def download(repo, names, folder):
@@ -453,17 +425,3 @@ def test_wikitext103_comes_from_the_hub_as_articles(run, hub, tmp_path):
     assert run("--preset=wikitext103")[0] == 0
     code, _, errors = run("--preset=wikitext103", out="other")
     assert code == 1 and "a machine with network" in errors and str(tmp_path / "other") in errors
-
-
-def test_a_corrected_flag_meets_no_work_of_the_wrong_one(run, tmp_path):
-    (tmp_path / "in.jsonl").write_bytes(b'{"body": "one text"}\n' * 3)
-    code, _, errors = run(tmp_path / "in.jsonl", "--val_tokens=0")
-    assert code == 1 and "--text_column" in errors
-    assert run(tmp_path / "in.jsonl", "--val_tokens=0", "--text_column=body")[0] == 0
-
-
-@pytest.mark.parametrize("name", ["a/b", "a\nb"])
-def test_a_name_that_is_no_part_of_a_file_s_is_refused_at_once(run, tmp_path, name):
-    (tmp_path / "x.txt").write_text("text")
-    code, _, errors = run(tmp_path / "x.txt", f"--name={name}")
-    assert code == 2 and f"--name {name!r}" in errors and not (tmp_path / "out").exists()

@@ -20,10 +20,11 @@ from itertools import chain, groupby
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from referee.sources import sha256_of, source_texts
 from tools import sources
 from tools.cli import ToolError
 from tools.runs import LoggedRun, find_logs, flag_pairs, read_log
-from tools.sources import ENTRIES, ROOT, entry_of, kept_texts, source_texts
+from tools.sources import ENTRIES, ROOT, entry_of, kept_texts
 
 SINGLE_RUN_FLAGS = {"--seed", "--slug", "--log_dir", "--source_dir", "--declared_runs", "--resume",
                     "--turn_steps", "--cpu_dtype"}  # fmt: skip
@@ -158,8 +159,6 @@ def check_turns(attempts: list[Attempt], turn_steps: int) -> None:
     for attempt, runs in zip(attempts, arms, strict=True):
         if turn_steps and "turn_steps" not in attempt.settings:
             raise ToolError(f"the source of {attempt.name} is older than --turns; leave it out")
-        if turn_steps and attempt.processes > 1:
-            raise ToolError("--turns is for runs of one process; leave it out")
         if runs and runs[0].turn_steps != turn_steps:
             raise ToolError(f"the runs of {attempt.name} have turns of {runs[0].turn_steps} steps; "
                             f"go on with --turns {runs[0].turn_steps}")  # fmt: skip
@@ -184,7 +183,7 @@ def draw_order(count: int, rounds: int, seed: str) -> Iterator[tuple[int, int]]:
 
 def order_seed(attempts: list[Attempt]) -> str:
     """What the order is drawn with: the same for the same race, interrupted or not."""
-    return sources.sha256_of(json.dumps([(a.texts, a.flags) for a in attempts]))[:8]
+    return sha256_of(json.dumps([(a.texts, a.flags) for a in attempts]))[:8]
 
 
 @dataclass
@@ -304,5 +303,10 @@ def finished_run(
     words, lines = said.splitlines()[-1], output.splitlines()
     if not (log := new_log(attempt, before)):
         raise ToolError(f"no run of {attempt.name} began: {words}")
-    wall_s = log.stat().st_mtime - began
-    return FinishedRun(attempt, seed, read_log(log), process.returncode, lines, words, wall_s)
+    run, wall_s = read_log(log), log.stat().st_mtime - began
+    others = [path for path, source in run.sources.items()
+              if source.sha256 != sha256_of(attempt.texts.get(path, ""))]  # fmt: skip
+    if others or attempt.entry not in run.sources:
+        raise ToolError(f"{log} names another {', '.join(others) or attempt.entry} than the one "
+                        "that ran: its source writes to its own files")  # fmt: skip
+    return FinishedRun(attempt, seed, run, process.returncode, lines, words, wall_s)

@@ -210,11 +210,6 @@ class Comparison:
             found.append(f"order {self.order} is not interleaved: a drift looks like a gain")
         for letter, arm in self.arms:
             found += [f"{letter}: {warning}" for warning in arm_warnings(arm)]
-        means = {letter: arm.times.mean() for letter, arm in self.arms if arm.finished}
-        times = [run.train_s / means[letter] for letter, run in self.in_order if run.finished]
-        drifts = self.order and not self.in_pairs  # which cancel a drift
-        if drifts and (p := stats.drift(np.array(times))) < stats.DRIFT_P:
-            found.append(f"train time drifts with the order of the runs (p={p:.2g})")
         return found
 
     @property

@@ -146,22 +146,15 @@ def main() -> int:
     parser.add_argument("b", type=Path, metavar="B", help="candidate: a log or a folder of logs")
     parser.add_argument("--json", action="store_true", help="print everything for programs")
     parser.add_argument("--source", action="store_true", help="add the diff of the sources")
-    parser.add_argument("--plot", type=Path, metavar="FILE.png", help="draw losses and times")
     parser.add_argument("--target", type=float, default=math.nan, help="of logs that name none")
     trust = "both ran on one host, interleaved, though the logs do not say so"
     parser.add_argument("--same_host", action="store_true", help=trust)
     args = parser.parse_args()
-    if args.plot and args.plot.suffix != ".png":
-        parser.error(f"--plot {args.plot}: the name of a picture ends with .png")
     a, b = (Arm.read(path, args.target) for path in (args.a, args.b))
     c = compare(a, b, args.same_host)
     print(json_report(c) if args.json else text_report(c))
     if args.source:
         print(source_report(c))
-    if args.plot:
-        from tools.plots import plot_comparison  # matplotlib takes a second to load
-
-        plot_comparison(c, args.plot)
     return c.exit_code
 
 

@@ -1,7 +1,6 @@
-"""Pictures of comparisons and of the ladder of records."""
+"""The charts of the page about records (report.py), and the ladder of a class of records."""
 
 from pathlib import Path
-from textwrap import wrap
 
 import numpy as np
 from matplotlib.figure import Figure
@@ -12,38 +11,18 @@ from tools.comparison import Arm, Comparison
 COLOURS = {"A": "tab:blue", "B": "tab:orange"}
 
 
-def plot_comparison(c: Comparison, path: Path) -> None:
-    comparison_figure(c).savefig(path, dpi=110)
+def loss_kind(arms: list[Arm]) -> str:
+    """val_loss where the runs validated often enough for a curve, else train_loss."""
+    validations = min((len(run.val_curve) for arm in arms for run in arm.finished), default=0)
+    return "val_loss" if validations > 2 else "train_loss"  # the first is of step 0
 
 
-def comparison_figure(c: Comparison) -> Figure:
-    """Loss against time and step, and final loss and time in the order of the runs."""
-    figure = Figure(figsize=(11, 8.5), layout="constrained")
-    figure.suptitle("\n".join(wrap(f"B {c.verdict} {c.reason}", 110)))
-    (by_time, by_step), (final, times) = figure.subplots(2, 2)
-    finished = [run for _, run in c.in_order if run.finished]
-    # The first validation is of the untrained network.
-    is_val = min((len(run.val_curve) for run in finished), default=0) > 2
-    for letter, arm in c.arms:
-        label = f"{letter}  {arm.name}  n={len(arm.runs)}"
-        draw_losses(by_time, arm, is_val, label, COLOURS[letter], by_time=True)
-        draw_losses(by_step, arm, is_val, label, COLOURS[letter], by_time=False)
-    draw_by_order(final, c, lambda run: run.val_loss, "final val_loss, nats per token")
-    draw_by_order(times, c, lambda run: run.train_s, "train time, s")
-    for ax in (by_time, by_step, final) if is_val else (final,):
-        draw_target(ax, c.b.target)
-    for ax in figure.axes:
-        ax.grid(alpha=0.3)
-        if ax.get_legend_handles_labels()[0]:
-            ax.legend(fontsize="small")
-    return figure
-
-
-def draw_losses(ax, arm: Arm, is_val: bool, label: str, colour: str, by_time: bool) -> None:
+def draw_losses(ax, arm: Arm, kind: str, label: str, colour: str, by_time: bool) -> None:
     """The mean loss of the finished runs with a band of one sd, without its steep beginning.
 
     Of validation losses the first is left out, of training losses the first tenth.
     """
+    is_val = kind == "val_loss"
     curves = [run.val_curve[1:] if is_val else run.train_curve for run in arm.finished]
     if not curves or not (shortest := min(map(len, curves))):
         return
@@ -52,20 +31,14 @@ def draw_losses(ax, arm: Arm, is_val: bool, label: str, colour: str, by_time: bo
     mean, sd = stack[..., 2].mean(0), stack[..., 2].std(0)
     ax.plot(x, mean, color=colour, label=label, marker="." if is_val else "", linewidth=1)
     ax.fill_between(x, mean - sd, mean + sd, color=colour, alpha=0.2)
-    kind = "val_loss" if is_val else "train_loss"
     ax.set(xlabel="train time, s" if by_time else "step", ylabel=f"{kind}, nats per token")
 
 
 def draw_target(ax, target: float) -> None:
-    """A line at the target if it is near the losses, else only its name in the legend."""
+    """A line at the target, if it is near the losses."""
     low, high = ax.get_ylim()
-    if not ax.has_data() or np.isnan(target):
-        return
-    if low - (high - low) < target < high + (high - low):
+    if ax.has_data() and 2 * low - high < target < 2 * high - low:
         ax.axhline(target, color="grey", linestyle=":", label=f"target {target:g}")
-    else:
-        where = "above" if target > high else "below"
-        ax.plot([], [], color="grey", linestyle=":", label=f"target {target:g}, far {where}")
 
 
 def draw_by_order(ax, c: Comparison, figure, name: str) -> None:

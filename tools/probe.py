@@ -4,12 +4,12 @@
     probe.py .                                             this checkout, or a folder of sources
     probe.py baselines/train_gpt2.py                       another trainer of a checkout
     probe.py records/embedded/2026-11-26_EarlyCopying      a record, a try, or one of its logs
-    probe.py RECORD --write                                add the result to the record's README.md
 
 The source runs twice, each time in its own process, without torch.compile: with seed 0, and with
 seed 1 and a validation shard of random tokens, which nobody can predict. In the first run a few
 validation rows are changed, and the logits compared. A source can behave otherwise when it is not
-probed; people read it for that. Sources older than the records of 26 November 2026 are refused.
+probed; people read it for that. If every probe passed, the last line of the output belongs into
+the record's README.md. Sources older than the records of 26 November 2026 are refused.
 --across-documents: the network is meant to see the earlier documents of its row.
 
 Exit code: 0 if every probe passed, 1 if one failed, 2 if the source cannot be probed.
@@ -18,7 +18,6 @@ Exit code: 0 if every probe passed, 1 if one failed, 2 if the source cannot be p
 import glob
 import json
 import math
-import re
 import subprocess
 import sys
 from collections import Counter
@@ -37,7 +36,7 @@ from tools.attempts import Attempt, copy_of, require_own_flags, staged, variable
 from tools.audit import FIRST_LOSS
 from tools.cli import EXIT_FAILED, EXIT_MISUSE, ToolError, finish, flag_parser
 from tools.runs import LoggedRun, find_logs, read_log
-from tools.sources import ENTRIES, entry_of, require_whole, sha256_of
+from tools.sources import ENTRIES, require_whole, sha256_of
 
 INSIDE = Path(__file__).with_name("probe_inside.py")
 STEPS = 4
@@ -239,34 +238,19 @@ def source_hash(attempt: Attempt) -> str:
     return sha256_of(json.dumps(sorted(attempt.texts.items())))[:12]
 
 
-def write_line(record: Path, attempt: Attempt, count: int, across_documents: bool) -> None:
-    """Write into a record's README.md that its probes passed, in place of an earlier such line."""
-    page = record / "README.md"
-    line = (f"Probed {datetime.now(UTC):%Y-%m-%d}, source {source_hash(attempt)}: {count} probes "
+def passed_line(attempt: Attempt, count: int, across_documents: bool) -> str:
+    """What a record's README.md says of a source that passed every probe."""
+    return (f"Probed {datetime.now(UTC):%Y-%m-%d}, source {source_hash(attempt)}: {count} probes "
             f"passed{', and it sees earlier documents of its row' * across_documents} "
-            "(`tools/probe.py --write`).\n")  # fmt: skip
-    text = re.sub(r"\n*^Probed \d{4}-.*\n", "", page.read_text(encoding="utf-8"), flags=re.M)
-    page.write_text(f"{text.rstrip()}\n\n{line}", encoding="utf-8")
-    print(f"{page}: {line}", end="")
-
-
-def record_of(source: Path) -> Path:
-    """The folder with a README.md to which a source or a log belongs."""
-    for folder in (source, *source.resolve().parents[:2]):
-        has_page = (folder / "README.md").exists() and (folder / "logs").is_dir()
-        if has_page and not entry_of(folder):  # a checkout has both too
-            return folder
-    raise ToolError(f"--write: {source} is no record with README.md and logs/")
+            "(`tools/probe.py`).")  # fmt: skip
 
 
 def main() -> int:
-    parser = flag_parser(__doc__, "%(prog)s SOURCE [--write] [--FLAG VALUE of the trainer]...")
+    parser = flag_parser(__doc__, "%(prog)s SOURCE [--FLAG VALUE of the trainer]...")
     parser.add_argument("source", type=Path, metavar="SOURCE", help="checkout, folder or log")
     parser.add_argument("--across-documents", action="store_true", help="see above")
-    parser.add_argument("--write", action="store_true", help="add it to the record's README.md")
     args, flags = parser.parse_known_args()
     require_own_flags(flags)
-    record = record_of(args.source) if args.write else None
     with TemporaryDirectory(prefix="photofinish_probe_") as folder:
         attempt = attempt_of(args.source, Path(folder), flags)
     first, second = both_runs(attempt)
@@ -277,8 +261,7 @@ def main() -> int:
     if failed := sum(bool(fault) for _, fault in found):
         print(f"{failed} of {len(found)} probes failed")
         return EXIT_FAILED
-    if record:
-        write_line(record, attempt, len(found), args.across_documents)
+    print(f"\n{passed_line(attempt, len(found), args.across_documents)}")
     return 0
 
 

@@ -23,7 +23,7 @@ from referee.flags import RunError
 from referee.harness import Run, StopRequest, parse_flags, warm_up
 from referee.ranks import Runtime
 from tools.cli import ToolError, finish, flag_parser
-from train_gpt import ADAM_EVERY, SOURCES, TRACKS, Trainer
+from train_gpt import ADAM_EVERY, TRACKS, Trainer
 
 PARTS = (  # of operations outside SPANS, by words in their names; the first match counts
     ("attention", ("flex_attention", "flex_decoding", "scaled_dot_product", "attention")),
@@ -110,7 +110,7 @@ def report(trainer: Trainer, first: int, steps: int, prof, seconds: float, waite
 def make_trainer(settings) -> Trainer:
     """A trainer after warm-up, whose optimizers are spans of the profile."""
     rt = Runtime(settings.options.fp32)
-    run = Run(settings, SOURCES, rt, StopRequest(), started=time.perf_counter())
+    run = Run(settings, "train_gpt.py", rt, StopRequest(), started=time.perf_counter())
     run.choose_arithmetic()
     trainer = Trainer(run)
     warm_up(run, trainer)

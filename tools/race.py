@@ -24,6 +24,7 @@ if __name__ == "__main__":
 
 from tqdm import tqdm
 
+from referee.sources import read_source, source_texts
 from tools import stats
 from tools.attempts import (
     Attempt,
@@ -47,8 +48,6 @@ from tools.sources import (
     diff_of,
     keep_as_diff,
     kept_texts,
-    source_texts,
-    whole_lines,
 )
 
 
@@ -56,7 +55,7 @@ def attempt_at(folder: Path, args, flags: list[str]) -> Attempt:
     """The attempt in a folder; a new one gets this checkout's source."""
     kept = kept_texts(folder)
     here = {path: ROOT / path for path in kept if (ROOT / path).exists()}
-    here = {path: whole_lines(file.read_text(encoding="utf-8")) for path, file in here.items()}
+    here = {path: read_source(file) for path, file in here.items()}
     if others := [path for path, text in kept.items() if text != here.get(path)]:
         print(f"{folder} runs the source that it keeps; this checkout differs in "
               f"{', '.join(others)}", file=sys.stderr)  # fmt: skip

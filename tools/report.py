@@ -27,7 +27,7 @@ from tools.cli import ToolError, finish, flag_parser
 from tools.comparison import Arm, Comparison, compare, environment_difference
 from tools.diff import text_report
 from tools.leaderboard import Record, gain_over, groups, mean_and_sd, read_records
-from tools.plots import draw_by_order, draw_losses, draw_target
+from tools.plots import draw_by_order, draw_losses, draw_target, loss_kind
 from tools.runs import config_changes, source_changes, source_diff
 from tools.sources import slug_of
 
@@ -53,8 +53,7 @@ def chart(alt: str, draw) -> str:
 
 def curves(arms: list[Arm], by_time: bool) -> str:
     """Losses of several attempts against time or steps."""
-    validations = min((len(run.val_curve) for arm in arms for run in arm.finished), default=0)
-    kind = "val_loss" if validations > 2 else "train_loss"  # the first is of the untrained network
+    kind = loss_kind(arms)
 
     def draw(ax) -> None:
         for i, arm in enumerate(arms):

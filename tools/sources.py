@@ -1,4 +1,4 @@
-"""A trainer's source as {path: text}: found by its imports, and kept with an attempt.
+"""A trainer's source as {path: text}, kept with an attempt.
 
 An attempt keeps its source in source/, whole while it runs. Files that many attempts share, such
 as the referee's, then move to a store: a folder sources/ above the attempt, or records/sources.
@@ -7,31 +7,20 @@ A try keeps NAME.diff instead, against the source of another attempt. Its first 
 `base: FOLDER`; the rest is for `patch -p1` in a copy of that source.
 """
 
-import ast
 import difflib
-import hashlib
 import os
 import re
 import shutil
 from contextlib import suppress
-from itertools import chain
 from pathlib import Path
 
+from referee.sources import imported_modules, read_source, sha256_of
 from tools.cli import ToolError
 
 ROOT = Path(__file__).resolve().parent.parent
 ENTRIES = ("train_gpt.py", "baselines/train_gpt2.py")  # the first is what a checkout is run for
 SHARED = ("referee/", "data/")  # folders whose files many attempts share
 STORE_DIGITS = 12
-
-
-def sha256_of(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
-def whole_lines(text: str) -> str:
-    """A source as logs hold it: its last line ends like the others."""
-    return text if text.endswith("\n") or not text else f"{text}\n"
 
 
 def lines_of(text: str) -> list[str]:
@@ -44,51 +33,8 @@ def slug_of(name: str) -> str:
     return re.sub(r"^\d{4}-[^_]*_", "", name)
 
 
-# ------------------------------------------------------------------------------ By imports
-
-
-def imported_modules(path: str, text: str) -> list[list[str]]:
-    """For each import of a source, the files below the project's root that it could mean."""
-    found = []
-    try:
-        tree = ast.parse(text)
-    except SyntaxError as error:
-        raise ToolError(f"{path}:{error.lineno}: this is no Python: {error.msg}") from None
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Import):
-            found += [[alias.name] for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            found += [[node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]]
-    return [[f"{name.replace('.', '/')}.py" for name in names] for names in found]
-
-
-def read_source(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ToolError(f"{path} is no text in UTF-8: {error.reason}") from None
-
-
-def project_files(folder: Path, entry: str) -> list[str]:
-    """The entry file and every module of the project that it imports, as relative paths."""
-    found, waiting = set(), {entry}
-    while waiting:
-        path = waiting.pop()
-        found.add(path)
-        modules = list(chain(*imported_modules(path, read_source(folder / path))))
-        modules += [(Path(m).parent / "__init__.py").as_posix() for m in modules if "/" in m]
-        waiting |= {m for m in modules if m not in found and (folder / m).exists()}
-    return sorted(found)
-
-
 def entry_of(folder: Path) -> str | None:
     return next((entry for entry in ENTRIES if (folder / entry).exists()), None)
-
-
-def source_texts(folder: Path, entry: str) -> dict[str, str]:
-    """The project's files of a checkout, by path."""
-    return {path: whole_lines(read_source(folder / path))
-            for path in project_files(folder, entry)}  # fmt: skip
 
 
 def require_whole(texts: dict[str, str]) -> None:
@@ -109,9 +55,6 @@ def top_name(path: str | Path) -> str:
     return Path(path).parts[0].removesuffix(".py")
 
 
-# ------------------------------------------------------------------------------ Kept
-
-
 def kept_texts(folder: Path) -> dict[str, str]:
     """The source that an attempt's folder keeps; empty if it keeps none."""
     whole = folder / "source"
@@ -121,7 +64,7 @@ def kept_texts(folder: Path) -> dict[str, str]:
     shared = {path: stored(folder, sha256) for path, sha256 in named_sources(folder).items()}
     files = {path: file for path, file in shared.items() if file}
     files |= {file.relative_to(whole).as_posix(): file for file in whole.rglob("*.py")}
-    return {path: whole_lines(read_source(files[path])) for path in sorted(files)}
+    return {path: read_source(files[path]) for path in sorted(files)}
 
 
 def named_sources(folder: Path) -> dict[str, str]:

@@ -14,7 +14,6 @@ FLOOR = 0.002  # a smaller relative difference of times is no gain, however sign
 LOSS_MARGIN = 0.002  # nats per token: what counts as the same loss
 MIN_RUNS = 3  # fewer show no spread
 OUTLIER_P = 0.01  # share of normal samples in which a run is called an outlier
-DRIFT_P = 0.01
 POWER = 0.9  # of the runs that `runs_needed` asks for
 
 
@@ -142,13 +141,6 @@ def outlier(values: np.ndarray) -> tuple[int, float] | None:
     share = values[far] / np.delete(values, far).mean() - 1
     found = distances[far] > (n - 1) / math.sqrt(n) * math.sqrt(t**2 / (n - 2 + t**2))
     return (far, share) if found and abs(share) > FLOOR else None
-
-
-def drift(values: np.ndarray) -> float:
-    """p of Spearman's rank correlation of values with their order."""
-    if len(values) < 5 or np.ptp(values) == 0:
-        return 1.0
-    return stats.spearmanr(np.arange(len(values)), values).pvalue
 
 
 def is_interleaved(arms: str) -> bool:

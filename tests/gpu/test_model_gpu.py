@@ -15,7 +15,6 @@ from referee.shards import write_shard
 from referee.task import TASKS
 from train_gpt import (
     PROCESS_START,
-    SOURCES,
     TRACKS,
     Trainer,
     memory_estimate,
@@ -88,8 +87,8 @@ HP = dataclasses.replace(
 def trainer(task, **options) -> Trainer:
     gc.collect()
     torch.cuda.empty_cache()
-    run = Run(settings(task, HP, **options), SOURCES, Runtime(), StopRequest(), PROCESS_START)
-    return Trainer(run)
+    chosen = settings(task, HP, **options)
+    return Trainer(Run(chosen, "train_gpt.py", Runtime(), StopRequest(), PROCESS_START))
 
 
 def on_gpu(made: Trainer):
