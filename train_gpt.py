@@ -95,9 +95,9 @@ class Hyperparameters:
     # Optimizer. The parameter groups stand in parameter_groups().
     muon_lr: float = option(0.023, "learning rate of hidden matrices")
     mlp_down_lr: float = option(2.0, "factor on the rate of the MLP's second matrix")
+    embed_lr: float = option(0.008, "learning rate of token embedding and head")
     tied_frac: float = option(0.66, "first fraction of steps, which tie head and embedding")
     bigram_lr: float = option(0.6, "learning rate of the table of bigrams")
-    scalar_lr: float = option(0.04, "learning rate of scalars; of gates a fifth")
     momentum_steps: tuple[int, int] = option((300, 50), "steps of rising, then of falling momentum")
 
     def __post_init__(self):
@@ -183,7 +183,7 @@ TRACKS = {  # what differs from the defaults, which are fineweb's
         layers="SL", num_heads=2, model_dim=128, attn_scale=0.12, value_layers=(),
         bigram_rows=16384, bigram_in_layers=False, head_gates=False, shift_taps=3, mix_at=(),
         window_tokens=(256,), short_window_tokens=(128,), val_window_tokens=0, mtp_weight=0.0,
-        mlp_down_lr=1.0, bigram_lr=0.06, scalar_lr=0.02, tied_frac=0.0, momentum_steps=(3000, 0),
+        mlp_down_lr=1.0, embed_lr=0.02, bigram_lr=0.1, tied_frac=0.0, momentum_steps=(3000, 0),
     ),
 }  # fmt: skip
 
@@ -915,12 +915,12 @@ def parameter_groups(model: GPT, hp: Hyperparameters) -> dict[str, Group]:
     rows = {  # parameters, learning rate, decay, steps per update, betas of Adam, lr_factors
         "attn": (named("qkvo"), hp.muon_lr, 1.2, 1),
         "mlp": (named("up_down"), hp.muon_lr, 1.2, 1, None, (1.0, hp.mlp_down_lr)),
-        "embed": (named("embed"), 0.008, 0.75, every, (0.5, 0.95)),
-        "head": (named("lm_head"), 0.008, 0.75, every, (0.5, 0.95)),
+        "embed": (named("embed"), hp.embed_lr, 0.75, every, (0.5, 0.95)),
+        "head": (named("lm_head"), hp.embed_lr, 0.75, every, (0.5, 0.95)),
         "values": (named("value_embeds"), 0.6, 0.025, every, (0.75, 0.95)),
         "bigram": (named("bigram"), hp.bigram_lr, 0.025, every, (0.75, 0.95)),
-        "gates": (gates, hp.scalar_lr / 5, 0.0, every, (0.9, 0.99)),
-        "scalars": (scalars, hp.scalar_lr, 0.0, every, (0.9, 0.99)),
+        "gates": (gates, 0.008, 0.0, every, (0.9, 0.99)),
+        "scalars": (scalars, 0.04, 0.0, every, (0.9, 0.99)),
     }
     return {name: Group(*row) for name, row in rows.items() if row[0]}
 
