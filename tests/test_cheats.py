@@ -185,6 +185,13 @@ CHEATS = {  # docs/cheats.md has the message of each
     # Traces in a log that is whole and does not contradict itself.
     "a clock at half speed": slow_clock,
     "training while warming up": change((r"^(step:0/500 val_loss:)\S+", r"\g<1>3.140000")),
+    "training while warming up, not validated": change((r"^step:0/500 val_loss.*\n", "")),
+    "training while warming up, undone for the validation": change(
+        (r"^(step:1/500 train_loss:)\S+", r"\g<1>2.400000")),
+    "training while validating": change((r"^ledger: .*", "ledger: startup:3.0s compile:20.0s "
+        "validation:120.0s train:30.437s end:0.2s total:173.637s")),
+    "training while compiling": change((r"^ledger: .*", "ledger: startup:3.0s compile:2000.0s "
+        "validation:4.0s train:30.437s end:0.2s total:2037.637s")),
     "fewer steps than planned": change((r"^num_steps: 500", "num_steps: 600")),
     "work hidden in an account": change((r"^(ledger: .* )end:", r"\1coffee:")),
     "no calibration": change((r"^calibration: .*\n", "")),

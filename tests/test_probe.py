@@ -37,6 +37,15 @@ USES = "        hp, rt, model = self.hp, self.rt, self.model\n        total, per
 LEAKS = [  # (name, changes (path, old, new) of the source, the probe that fails, its words)
     ("future token", [of_hidden("h + h.roll(-1, 1)")],
      "future tokens", "a later token changes earlier logits"),
+    ("future token at every third place",
+     [of_hidden("h + h.roll(-1, 1) * (torch.arange(h.size(1)) % 3 == 1)[:, None]")],
+     "future tokens", "a later token changes earlier logits"),
+    ("future token after some letters",
+     [of_hidden("h + h.roll(-1, 1) * (inputs_BT % 8 == 1)[..., None]")],
+     "future tokens", "a later token changes earlier logits"),
+    ("future token after a document's start",
+     [of_hidden("h + h.roll(-1, 1) * (inputs_BT == 63)[..., None]")],
+     "future tokens", "a later token changes earlier logits"),
     ("neighbour row", [of_hidden("h + h.roll(1, 0)")],
      "other rows", "a row alone has other logits than among others"),
     ("other document", [of_hidden("h + h.cumsum(1)")],
@@ -60,6 +69,12 @@ LEAKS = [  # (name, changes (path, old, new) of the source, the probe that fails
      "validation rows", "not those of the track, or in another order"),
     ("a val shard read while training",
      [("train_gpt.py", USES, f"        open_shard(task_shards(self.task.val_files)[0])\n{USES}")],
+     "validation shards", "opened by train_gpt.py:update after set-up"),
+    ("a val shard read by another name",
+     [("train_gpt.py", USES, "        import os\n        link = self.run.log.path.with_name('x')\n"
+       "        link.unlink(missing_ok=True)\n"
+       "        os.link(task_shards(self.task.val_files)[0], link)\n"
+       f"        open_shard(link)\n{USES}")],
      "validation shards", "opened by train_gpt.py:update after set-up"),
     ("another val_tokens",
      [("referee/task.py", "= task.val_tokens // task.val_seq_len,",

@@ -24,6 +24,9 @@ from tools.sources import ROOT, imported_modules, sha256_of, top_name
 MISSED = "it missed the target"
 ACCOUNTS = {"startup", "compile", "turn", "validation", "checkpoint", "train", "end", "total"}
 FIRST_LOSS = 0.3  # nats below a uniform guess: no untrained network starts there
+FIRST_TRAIN_LOSS = 0.5  # the same of a batch; the lowest of an honest run was 0.30 below
+UNTIMED_S = {"startup": 600, "compile": 1800, "end": 60}  # more than any work of its kind takes
+VALIDATION_TIMES = 2.0  # of its tokens' time in training; honest runs took 0.24 to 1.34
 REFEREE = re.compile(  # its files, now and in earlier layouts
     r"referee/\w+\.py|(records/)?harness\.py|(ranks|flags|environment|checkpoints)\.py|data/shards\.py"
 )
@@ -76,7 +79,7 @@ def check_task(run: LoggedRun) -> Iterator[str]:
 
 def traces(run: LoggedRun) -> list[str]:
     """What no honest run shows, in a log whose hashes may fit all the same."""
-    checks = (check_clock, check_steps, check_data)
+    checks = (check_clock, check_untimed, check_steps, check_data)
     return [] if run.is_public else [what for check in checks for what in check(run)]
 
 
@@ -89,12 +92,31 @@ def check_clock(run: LoggedRun) -> Iterator[str]:
         yield "tokens / train_time is not tokens_per_s"
 
 
+def check_untimed(run: LoggedRun) -> Iterator[str]:
+    """Accounts that hold more than what they are for."""
+    for account, most in UNTIMED_S.items():
+        if (seconds := run.ledger.get(account, 0)) > most:
+            yield f"{seconds:.0f} s of {account}: no work of that kind takes over {most} s"
+    tokens = len(run.val_curve) * float(run.config.get("val_tokens", "nan"))
+    in_training = tokens / run.number("tokens_per_s")
+    times = run.ledger.get("validation", 0) / in_training if in_training > 0 else 0
+    if not run.number("resumed_from") > 0 and times > VALIDATION_TIMES:
+        yield f"validation took {times:.1f} times as long as training on its tokens"
+
+
 def check_steps(run: LoggedRun) -> Iterator[str]:
     guess = math.log(max(float(run.config.get("vocab_size", "nan")), 1))
-    if run.val_curve and run.val_curve[0][0] == 0 and run.val_curve[0][2] < guess - FIRST_LOSS:
-        yield f"the loss at step 0 is {run.val_curve[0][2]}: trained before the clock started"
+    starts = [
+        ("val", 0, run.val_curve, FIRST_LOSS),
+        ("train", 1, run.train_curve, FIRST_TRAIN_LOSS),
+    ]
+    for kind, step, curve, most in starts:
+        if curve and curve[0][0] == step and curve[0][2] < guess - most:
+            yield f"{kind}_loss at step {step} is {curve[0][2]}: trained before the clock started"
     if not run.finished:
         return
+    if not run.number("resumed_from") > 0 and run.val_curve[0][0] != 0:
+        yield "no validation before its first step"
     if (planned := run.config.get("num_steps")) != str(run.steps):
         yield f"it took {run.steps} steps of num_steps {planned}"
     resumed = run.number("resumed_from")

@@ -60,6 +60,7 @@ class Probed(NamedTuple):
     facts: dict
     train: list[Path]  # shards named by its configuration
     val: list[Path]
+    val_files: set[str]  # identities of those, by whatever name they are opened
 
     @property
     def uniform_loss(self) -> float:
@@ -97,8 +98,9 @@ def run_probed(attempt: Attempt, seed: int, flags: list[str]) -> Probed:
         if "future" not in seen:  # which stands there from the last validation on
             raise ToolError(f"{attempt.name} cannot be probed: {said}")
         run = read_log(find_logs(logs)[0])
-        shards = (shards_of(scratch, run.config[f"{kind}_files"]) for kind in ("train", "val"))
-        return Probed(run, seen, *shards)
+        train, val = (shards_of(scratch, run.config[f"{x}_files"]) for x in ("train", "val"))
+        val_files = {f"{path.stat().st_dev}:{path.stat().st_ino}" for path in val}
+        return Probed(run, seen, train, val, val_files)
 
 
 def start(command: list[str], scratch: Path) -> str:
@@ -156,7 +158,8 @@ def findings(first: Probed, second: Probed, across_documents: bool) -> list[tupl
          final_weights(first) != final_weights(second) else "seeds 0 and 1 give the same run"),
         ("validation rows", other_rows(first)),
         ("documents", shared_documents(first)),
-        ("validation shards", openings(first) or openings(second, first.val)),
+        ("validation shards", openings(first, first.val_files)
+         or openings(second, first.val_files | second.val_files)),
         ("network", calls(first)),
     ]  # fmt: skip
 
@@ -208,12 +211,11 @@ def shared_documents(probed: Probed) -> str:
     return f"{both} documents stand in training and in validation shards" if both else ""
 
 
-def openings(probed: Probed, shards: list[Path] = ()) -> str:
-    """Who opened a validation shard, but for the referee before the trainer was made."""
-    shards = {str(path) for path in [*probed.val, *shards]}
+def openings(probed: Probed, files: set[str]) -> str:
+    """Who opened one of these files, but for the referee before the trainer was made."""
     others = sorted({f"{caller}{' after set-up' * is_set_up}"
-                     for path, caller, is_set_up in probed.facts["opened"]
-                     if path in shards and (is_set_up or caller not in READERS)})  # fmt: skip
+                     for _, file, caller, is_set_up in probed.facts["opened"]
+                     if file in files and (is_set_up or caller not in READERS)})  # fmt: skip
     return f"a validation shard was opened by {', '.join(others)}" if others else ""
 
 
@@ -227,7 +229,7 @@ def calls(probed: Probed) -> str:
 
 def seen(probed: Probed) -> list[str]:
     """The files that a run opened, without Python's own, and the programs that it started."""
-    opened = Counter((path, caller) for path, caller, _ in probed.facts["opened"])
+    opened = Counter((path, caller) for path, _, caller, _ in probed.facts["opened"])
     programs = sorted({f"{name} by {caller}" for name, caller in probed.facts["programs"]})
     return [f"opened    {path} by {caller}" for path, caller in sorted(opened)] + [
         f"started   {program}" for program in programs

@@ -21,11 +21,13 @@ import torch.nn.functional as F
 ROOT = os.path.dirname(os.path.realpath(__file__))
 PROBED_ROWS, PROBED_TOKENS = 4, 1024  # at most; the rest of the validation is left out
 NOISE = 0.3  # added to every weight: paths that begin at zero then carry something
+CUTS = 24  # per row, at random places: a leak at one place in 20 escapes once in 100 times
 QUIET = (ROOT, *map(os.path.realpath, (sys.prefix, sys.base_prefix)), "/proc/", "/sys/", "/dev/",
          "/etc/", "/usr/")  # fmt: skip
 NETWORK = ("socket.connect", "socket.bind", "socket.sendto", "socket.getaddrinfo",
            "socket.gethostbyname", "urllib.Request")  # fmt: skip
 SHARD_READERS = ("data/shards.py", "referee/shards.py", Path(__file__).name)  # they open for others
+SECRET = torch.Generator().manual_seed(int.from_bytes(os.urandom(7)))  # no source can know it
 PROGRAMS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn", "os.spawn")
 
 
@@ -39,8 +41,9 @@ class Watch:
     def __call__(self, event: str, args: tuple) -> None:
         if event == "open" and isinstance(args[0], str | bytes | os.PathLike):
             path = os.path.realpath(os.fsdecode(args[0]))
-            if not path.startswith(QUIET):
-                self.seen["opened"].add((path, self.caller(), self.is_set_up))
+            file, links = identity(path)
+            if not path.startswith(QUIET) or links > 1:
+                self.seen["opened"].add((path, file, self.caller(), self.is_set_up))
         elif event in NETWORK:
             self.seen["network"].add((f"{event} {args[1:]}", self.caller()))
         elif event in PROGRAMS:
@@ -55,6 +58,15 @@ class Watch:
                 return f"{path}:{name}"
             frame = frame.f_back
         return "a library"
+
+
+def identity(path: str) -> tuple[str, int]:
+    """(the file's identity, its number of names), for a hard link has another path."""
+    try:
+        status = os.stat(path)
+    except OSError:  # it is about to be made
+        return "", 0
+    return f"{status.st_dev}:{status.st_ino}", status.st_nlink
 
 
 def digest(tensors: dict[str, torch.Tensor]) -> str:
@@ -111,7 +123,7 @@ class Probe:
 
     def with_noise(self, chunks, weights: list, vocab: int, start: int) -> dict[str, float]:
         """Largest changes of logits, by what was changed, with noise on every weight."""
-        rows = self.rows[:, : PROBED_TOKENS + 1]
+        rows, starts = with_starts(self.rows[:, : PROBED_TOKENS + 1], start)
 
         def logits(rows):
             return torch.cat([c.float() for c in chunks(rows)]).view(
@@ -122,25 +134,35 @@ class Probe:
         for weight in weights:
             weight.add_(NOISE * torch.randn_like(weight))
         base = logits(rows)
-        facts = {"weights_felt": largest(base, trained), "inputs_felt": torch.inf, "future": 0.0}
-        T = base.size(1)
-        for cut in (T // 4, T // 2 + 5, T - 3, T - 1):
-            changed = logits(replaced(rows, slice(cut, None), vocab, start))
-            facts["future"] = max(facts["future"], largest(changed[:, :cut], base[:, :cut]))
-            felt = largest(changed[:, cut:], base[:, cut:])
-            facts["inputs_felt"] = min(facts["inputs_felt"], felt)
+        facts = {"weights_felt": largest(base, trained)}
+        facts |= self.between_places(logits, rows, base, starts, vocab, start)
         facts |= self.between_documents(logits, rows, vocab, start)
         facts |= self.between_rows(logits, rows, base)
         for weight, old in zip(weights, kept, strict=True):
             weight.copy_(old)
         return facts
 
+    def between_places(self, logits, rows, base, starts, vocab: int, start: int) -> dict:
+        """How much later tokens change logits, and how little; other places in each row."""
+        B, T, _ = base.shape
+        places, future, felt = torch.arange(rows.size(1)), 0.0, torch.inf
+        random_cuts = torch.randint(1, T, (CUTS, B), generator=SECRET)
+        for cuts_B in (*random_cuts, starts + 1, torch.full((B,), T - 1)):
+            later_BT = places >= cuts_B[:, None]
+            changed = logits(replaced(rows, later_BT, vocab, start))
+            differences_BT = (changed - base).abs().nan_to_num(torch.inf).amax(-1)
+            later_BT = later_BT[:, :T]
+            future = max(future, differences_BT.masked_fill(later_BT, 0).max().item())
+            felt = min(felt, differences_BT.masked_fill(~later_BT, 0).amax(1).min().item())
+        return {"future": future, "inputs_felt": felt}
+
     def between_documents(self, logits, rows, vocab: int, start: int) -> dict[str, float]:
         """How much the first of two documents in a row changes the logits of the second."""
         cut = rows.size(1) // 2 + 5  # no multiple of any length into which rows may be cut
-        two = replaced(rows, slice(cut), vocab, start)
+        before = torch.arange(rows.size(1)) < cut
+        two = replaced(rows, before, vocab, start)
         two[:, cut] = start
-        other = replaced(two, slice(cut), vocab, start)
+        other = replaced(two, before, vocab, start)
         return {"documents": largest(logits(two)[:, cut:], logits(other)[:, cut:])}
 
     def between_rows(self, logits, rows, base) -> dict[str, float]:
@@ -150,13 +172,17 @@ class Probe:
                 "order": largest(logits(rows.flip(0)).flip(0), base)}  # fmt: skip
 
 
-def replaced(rows: torch.Tensor, places: slice, vocab: int, start: int) -> torch.Tensor:
-    """Rows with random tokens, of which none opens a document, in these places."""
-    rows = rows.clone()
-    shift = torch.randint(1, vocab, rows[:, places].shape)
-    tokens = (rows[:, places] + shift) % vocab
-    rows[:, places] = torch.where(tokens == start, (tokens + 1) % vocab, tokens)
-    return rows
+def replaced(rows: torch.Tensor, places: torch.Tensor, vocab: int, start: int) -> torch.Tensor:
+    """Rows with other random tokens, of which none opens a document, where places is true."""
+    tokens = (rows + torch.randint(1, vocab, rows.shape, generator=SECRET)) % vocab
+    instead = (start + 1 + (rows == (start + 1) % vocab)) % vocab  # neither start nor the old one
+    return torch.where(places, torch.where(tokens == start, instead, tokens), rows)
+
+
+def with_starts(rows: torch.Tensor, start: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rows with one more document start in each, its places (B,)), which are random."""
+    places = torch.randint(1, rows.size(1) - 2, (len(rows),), generator=SECRET)
+    return rows.scatter(1, places[:, None], start), places
 
 
 # ------------------------------------------------------------------------------ Running
