@@ -78,7 +78,7 @@ def delete_parts(folder: Path) -> None:
 def is_locked(log: Path) -> bool:
     """Whether a run is writing this log."""
     try:
-        with log.open() as file:
+        with log.open("rb") as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except FileNotFoundError:
         return False
@@ -97,7 +97,7 @@ def no_dist_warning():
 
 def write_facts(folder: Path, facts: dict) -> None:
     text = json.dumps({**facts, "sha256": facts_sha256(facts)}, indent=1)
-    (folder / "config.json").write_text(text + "\n")
+    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
 
 
 def digests(sources: dict[str, str]) -> dict[str, str]:
@@ -124,7 +124,7 @@ def read_checkpoint(folder: Path, rt) -> dict:
     try:
         if not (folder / "config.json").is_file():  # but a pipe, for one, would be waited for
             raise FileNotFoundError
-        facts = json.loads((folder / "config.json").read_text())
+        facts = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         said = facts.pop("sha256")
         complete = {"sources": {}, **facts}  # older ones lack the sources
         if not all(isinstance(complete[name], kind) for name, kind in FACTS.items()):
@@ -151,7 +151,7 @@ def saved_dtype(folder: str) -> str:
     path = Path(folder, "config.json")
     with suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
         if folder and path.is_file():
-            said = json.loads(path.read_text())["arithmetic"]["matmul_dtype"]
+            said = json.loads(path.read_text(encoding="utf-8"))["arithmetic"]["matmul_dtype"]
             return {"torch.float32": "float32", "torch.bfloat16": "bfloat16"}[said]
     return ""
 

@@ -33,7 +33,7 @@ class Turns:
                 # The bare descriptor: a socket object would be closed too early at exit. Moved off
                 # 0, for children inherit 0 and would keep it open after this run.
                 self.other = os.dup(0)
-                with open(os.devnull) as nothing:
+                with open(os.devnull, "rb") as nothing:
                     os.dup2(nothing.fileno(), 0)
                 return
         raise RunError("--turn_steps needs a second run, of one process like this one; start "

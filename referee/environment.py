@@ -26,7 +26,8 @@ LOGGED_VARIABLES = ("CUDA_", "NCCL_", "TORCH", "PYTORCH_", "OMP_", "GOMP_", "KMP
 def shell(*command: str) -> str:
     """Output of a command; empty if it is missing or fails."""
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=20, cwd=ROOT)
+        done = subprocess.run(command, capture_output=True, timeout=20, cwd=ROOT,
+                              encoding="utf-8", errors="replace")  # fmt: skip
     except (OSError, subprocess.TimeoutExpired):
         return ""
     return done.stdout.strip() if done.returncode == 0 else ""
@@ -35,7 +36,7 @@ def shell(*command: str) -> str:
 def cpu_model() -> str:
     """The CPU's name; on ARM, where Linux has none, the numbers of its maker and part."""
     try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:
         return shell("sysctl", "-n", "machdep.cpu.brand_string") or platform.processor() or UNKNOWN
     facts = dict(map(str.strip, line.split(":", 1)) for line in lines if ":" in line)

@@ -128,7 +128,7 @@ def finish(main: Callable[[], int | None], failed: int = 1, interrupted: str = "
         raise Terminated
 
     signal.signal(signal.SIGTERM, terminate)
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # if it is closed
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # if it is closed
     sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does anyway
     try:
         code = main()

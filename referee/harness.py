@@ -414,7 +414,7 @@ def execute(
     training changes, by name; train() is the loop. tracks, gpu_track: as in parse_flags. started:
     perf_counter at first import.
     """
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # where it is closed
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # where it is closed
     sys.stdout.reconfigure(errors="backslashreplace")  # a path that it cannot show ends no run
     stop = StopRequest()
     rt = run = None

@@ -102,7 +102,7 @@ class Log:
 
 def silence(stream) -> None:
     """Discard what is written to a stream from here on, and what its buffer holds."""
-    with open(os.devnull, "w") as nowhere:
+    with open(os.devnull, "wb") as nowhere:
         os.dup2(nowhere.fileno(), stream.fileno())
 
 
@@ -138,7 +138,7 @@ def keep_source(path: Path, text: str) -> Path:
     """Keep this text at path, for logs to name; RunError if another text is there."""
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-    if path.read_text() != text:
+        path.write_text(text, encoding="utf-8")
+    if path.read_text(encoding="utf-8") != text:
         raise RunError(f"{path} belongs to runs of another source; give a new --source_dir")
     return path

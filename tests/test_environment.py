@@ -44,7 +44,7 @@ def test_a_share_of_the_peak_is_given_for_cards_whose_peak_is_known(name, peak):
     ],
 )
 def test_each_kind_of_cpu_has_a_name(monkeypatch, text, expected):
-    monkeypatch.setattr(Path, "read_text", lambda path: text)
+    monkeypatch.setattr(Path, "read_text", lambda path, **_: text)
     monkeypatch.setattr(environment.platform, "machine", lambda: "aarch64")
     assert cpu_model() == expected
 
@@ -76,7 +76,7 @@ def test_the_commit_is_that_of_the_sources_or_none(monkeypatch, tmp_path, tracke
 
 
 def test_a_mac_has_no_proc_and_no_affinity_and_counts_memory_in_bytes(monkeypatch):
-    def no_such_file(path):
+    def no_such_file(path, **_):
         raise FileNotFoundError(path)
 
     monkeypatch.setattr(Path, "read_text", no_such_file)

@@ -166,7 +166,7 @@ def known_referees() -> set[str]:
     known = {git_blob(path.read_text(encoding="utf-8")) for path in published}
     command = ["git", "log", "--format=", "--raw", "--no-abbrev", "--no-renames", "-m"]
     with suppress(FileNotFoundError):
-        history = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout
+        history = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8").stdout
         changes = re.findall(r"^:\S+ \S+ \S+ (\w+) [AM]\t(.+)$", history, re.M)
         known |= {blob for blob, path in changes if REFEREE.fullmatch(path)}
     return known
@@ -181,7 +181,7 @@ def git_blob(text: str) -> str:
 @cache
 def pinned() -> frozenset[str]:
     """Names of the modules that a run may import from outside."""
-    names = re.findall(r"^([\w-]+)==", (ROOT / "requirements.txt").read_text(), re.M)
+    names = re.findall(r"^([\w-]+)==", (ROOT / "requirements.txt").read_text("utf-8"), re.M)
     return frozenset(name.replace("-", "_") for name in names) | {"triton"}  # of torch's CUDA build
 
 

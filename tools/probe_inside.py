@@ -219,7 +219,7 @@ def main() -> int:
     wrap_referee(sys.modules.get("referee.harness") or sys.modules["harness"], probe)
     code = module.main()
     seen = {kind: sorted(entries) for kind, entries in watch.seen.items()}
-    Path(facts_path).write_text(json.dumps(probe.facts | seen))
+    Path(facts_path).write_text(json.dumps(probe.facts | seen), encoding="utf-8")
     return code
 
 
