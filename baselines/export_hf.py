@@ -24,6 +24,7 @@ from torch import Tensor
 from baselines.train_gpt2 import GPT2, TRACKS, Hyperparameters, load_gpt2, weights
 from referee.checkpoints import check_source, read_checkpoint, write_checkpoint
 from referee.environment import ROOT
+from referee.files import whole
 from referee.flags import RunError, boolean, finish
 from referee.ranks import Runtime
 from referee.sources import read_source, sha256_of
@@ -68,7 +69,8 @@ def export(source: Path, out: Path, other_source: bool = False) -> None:
     if not other_source:
         check_source(source, facts, NETWORK, "other code then reads the model")
     model, document_start = load_gpt2(source, facts), facts["config"]["document_start"]
-    if (out / "config.json").exists():
+    files = out / "config.json", out / "model.safetensors"
+    if any(path.exists() for path in files):
         raise RunError(f"{out} holds a model already; name a new folder")
     tensors = {f"transformer.{their_name(n)}": transposed(n, t) for n, t in weights(model).items()}
     config = {
@@ -81,8 +83,12 @@ def export(source: Path, out: Path, other_source: bool = False) -> None:
         "dtype": "float32",
     }
     out.mkdir(parents=True, exist_ok=True)
-    save_file(tensors, out / "model.safetensors", {"format": "pt"})
-    (out / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    with whole(files[0]) as config_part, whole(files[1]) as part:
+        config_part.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        try:
+            save_file(tensors, part, {"format": "pt"})
+        except SafetensorError as error:
+            raise OSError(error) from None
 
 
 def read_config(folder: Path) -> tuple[Hyperparameters, int]:

@@ -16,6 +16,7 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the project's root
 
 from data.hub import download, few, list_files
+from referee.files import write_text
 from referee.flags import RunError, finish
 from referee.shards import ShardError, check_tokens, open_shard
 
@@ -54,9 +55,7 @@ def fetch(train_shards: int, folder: Path, revision: str) -> None:
     download(REPO, files, folder, revision, lambda path: check_tokens(path, VOCAB_SIZE))
     found = [file for file in listed if (folder / file.rfilename).exists()]
     shards = [{"name": file.rfilename, "sha256": file.lfs.sha256} for file in found]
-    part = folder / "manifest.json.part"
-    part.write_text(json.dumps({"shards": shards}, indent=1) + "\n", encoding="utf-8")
-    part.replace(folder / "manifest.json")
+    write_text(folder / "manifest.json", json.dumps({"shards": shards}, indent=1) + "\n")
 
 
 def main() -> None:

@@ -30,6 +30,7 @@ from tqdm import tqdm
 from data.documents import KINDS, Document, articles, find_files, read_documents
 from data.gpt2 import START, encode_all, encoding_of, gpt2_ranks, pieces
 from data.hub import download, list_files, locked
+from referee.files import write_text
 from referee.flags import RunError, finish
 from referee.shards import HEADER_BYTES, file_sha256, write_shard
 
@@ -156,9 +157,7 @@ class Shards:
         for shard in shards:
             (self.out / f"{shard['name']}.part").replace(self.out / shard["name"])
         text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
-        part = self.out / "manifest.json.part"
-        part.write_text(text, encoding="utf-8")
-        part.replace(self.out / "manifest.json")
+        write_text(self.out / "manifest.json", text)
         return manifest
 
 

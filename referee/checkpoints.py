@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from referee.files import write_text
 from referee.flags import RunError, as_flag
 from referee.shards import file_sha256
 from referee.sources import sha256_of
@@ -97,7 +98,7 @@ def no_dist_warning():
 
 def write_facts(folder: Path, facts: dict) -> None:
     text = json.dumps({**facts, "sha256": facts_sha256(facts)}, indent=1)
-    (folder / "config.json").write_text(text + "\n", encoding="utf-8")
+    write_text(folder / "config.json", text + "\n")
 
 
 def digests(sources: dict[str, str]) -> dict[str, str]:

@@ -72,7 +72,7 @@ class RunOptions:
     fp32: bool = option(False, "multiply matrices in fp32 even where bf16 is faster")
     other_source: bool = option(False, "resume a checkpoint of another source; no record then")
     rank_timeout_s: int = option(600, "seconds that ranks wait for one that does not answer", 1)
-    source_dir: str = option("", "folder that keeps the source once for many logs", hidden=True)
+    source_dir: str = option("", "folder that holds the source for many logs", hidden=True)
     declared_runs: int = option(0, "runs that this attempt will have", hidden=True)
     cpu_dtype: str = option("", "float32 or bfloat16 on a CPU; empty: measured", hidden=True)
     turn_steps: int = option(0, "steps between turns with the pair's other run", hidden=True)

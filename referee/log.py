@@ -23,7 +23,7 @@ from tqdm import tqdm
 from referee.checkpoints import delete_parts
 from referee.environment import ROOT, environment, shell
 from referee.flags import RunError, as_flag
-from referee.sources import sha256_of
+from referee.sources import read_source, sha256_of
 
 SCHEMA = 2  # in 1 the hash left out the result line itself
 
@@ -115,7 +115,9 @@ def write_header(log, sources: dict[str, str], source_dir: str, config: dict, de
         lines = text[:-1].split("\n")
         heading = f"source {path} lines:{len(lines)} sha256:{sha256_of(text)}"
         if source_dir:
-            kept = keep_source(Path(source_dir, path), text)
+            kept = Path(source_dir, path)
+            if not kept.exists() or read_source(kept) != text:
+                raise RunError(f"{kept} is not the source that runs; give another --source_dir")
             log.section(f"{heading} kept:{os.path.relpath(kept, log.path.parent)}")
         else:
             log.section(heading, lines)
@@ -132,13 +134,3 @@ def write_header(log, sources: dict[str, str], source_dir: str, config: dict, de
         diff = shell("git", "diff", "--relative", "HEAD", "--", *changed).splitlines()
     changed = ",".join(changed) or "none"
     log.section(f"git commit:{commit} changed:{changed} lines:{len(diff)}", diff)
-
-
-def keep_source(path: Path, text: str) -> Path:
-    """Keep this text at path, for logs to name; RunError if another text is there."""
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text, encoding="utf-8")
-    if path.read_text(encoding="utf-8") != text:
-        raise RunError(f"{path} belongs to runs of another source; give a new --source_dir")
-    return path

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from referee.files import whole
+
 MAGIC, VERSION, HEADER_INTS = 20240520, 1, 256
 HEADER_BYTES = 4 * HEADER_INTS
 MAKE = "make shards of your text: ./run.sh data/tokenize_text.py TEXT --name mine"
@@ -32,14 +34,9 @@ def write_shard(path: Path, tokens: np.ndarray) -> None:
     header = np.zeros(HEADER_INTS, "<i4")
     header[:3] = MAGIC, VERSION, len(tokens)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        with part.open("wb") as file:
-            file.write(header.tobytes())
-            file.write(np.ascontiguousarray(tokens, "<u2"))  # no copy of uint16
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    with whole(path) as part, part.open("wb") as file:
+        file.write(header.tobytes())
+        file.write(np.ascontiguousarray(tokens, "<u2"))  # no copy of uint16
 
 
 def open_shard(path: Path) -> np.ndarray:

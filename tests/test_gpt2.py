@@ -434,9 +434,17 @@ def test_export_says_in_one_line_what_is_wrong(hp, tmp_path):
     torch.save({"tensors": {}}, pt)
     refused(*outcome(export_hf, pt, tmp_path / "out"), r"a\.pt is not a usable checkpoint")
     folder = saved(build(hp, RT, 0), tmp_path / "checkpoint")
-    done = run_forked([f"{ROOT}/baselines/export_hf.py", str(folder), str(hf)])
+    command = [f"{ROOT}/baselines/export_hf.py", str(folder), str(hf)]
+    done = run_forked(command, file_limit=10_000)
+    full = rf"error: cannot write {hf}/model\.s.*File too large.*\n"
+    assert re.fullmatch(full, done.stderr) and not list(hf.iterdir()), done.stderr
+    done = run_forked(command)
     assert (done.returncode, done.stdout) == (0, f"{hf}\n"), done.stderr
+    before = (hf / "model.safetensors").read_bytes()
     refused(*outcome(export_hf, folder, hf), "holds a model already")
+    (hf / "config.json").unlink()
+    refused(*outcome(export_hf, folder, hf), "holds a model already")
+    assert (hf / "model.safetensors").read_bytes() == before
 
 
 @pytest.mark.parametrize(

@@ -48,9 +48,10 @@ from referee.harness import (
     warm_up,
 )
 from referee.ranks import Runtime
-from referee.sources import read_source
+from referee.sources import read_source, source_texts
 from referee.task import check_shards
 from tools.runs import read_log
+from tools.sources import write_texts
 from train_gpt import PROCESS_START, TRACKS, Hyperparameters, Trainer
 
 
@@ -478,6 +479,7 @@ def test_a_full_disk_ends_the_run_with_one_error(flags, tmp_path, finished):
 
 
 def test_a_checkpoint_that_cannot_be_written_ends_no_run(flags, tmp_path):
+    write_texts(source_texts(ROOT, "train_gpt.py"), tmp_path / "source")
     flags = [*flags, "--save_every=10", f"--source_dir={tmp_path}/source"]
     done = train(flags, file_limit=150_000)
     assert done.returncode == 0, done.stderr

@@ -91,7 +91,7 @@ def takes_runs(origin: Path) -> bool:
     inside, logs = {path.name for path in origin.iterdir()}, find_logs(origin)
     if kept_texts(origin):
         return not (logs and "README.md" in inside)
-    return not logs and inside <= {"README.md", "logs"}
+    return not logs and inside <= {"README.md", "logs", "source.part"}
 
 
 def copy_of(origin: Path, folder: Path, flags: list[str], entry: str | None = None) -> Attempt:

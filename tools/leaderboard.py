@@ -14,6 +14,7 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the project's root
 
+from referee.files import write_text
 from tools import stats
 from tools.audit import MISSED, ineligible
 from tools.cli import ToolError, finish, flag_parser
@@ -31,9 +32,8 @@ class Record:
         self.folder, self.arm = folder, Arm.read(folder)
         self.track, self.date = folder.parent.name, folder.name.partition("_")[0]
         self.arm.require_sound()
-        self.title = next(
-            iter((folder / "README.md").read_text(encoding="utf-8").splitlines()), ""
-        ).lstrip("# ")
+        page = (folder / "README.md").read_text(encoding="utf-8")
+        self.title = page.partition("\n")[0].lstrip("# ")
         if not self.title:
             raise ToolError(f"{folder / 'README.md'} lacks a first line that says what changed")
         self.disturbed = sum(bool(run.warnings) for run in self.arm.runs)
@@ -149,7 +149,7 @@ def main() -> int:
                   file=sys.stderr)  # fmt: skip
         return int(bool(stale))
     for page, text in texts.items():
-        page.write_text(text, encoding="utf-8")
+        write_text(page, text)
     for group, records in ranked.items():
         for record in records:
             share(record.folder, RECORDS / "sources")

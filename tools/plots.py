@@ -6,6 +6,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from referee.files import whole
 from tools.comparison import Arm, Comparison
 
 COLOURS = {"A": "tab:blue", "B": "tab:orange"}
@@ -74,4 +75,5 @@ def plot_ladder(title: str, names: list[str], arms: list[Arm], path: Path) -> No
     ax.set_xlabel("train time of the whole run, s (mean; a dot for each run)")
     ax.invert_yaxis()
     ax.grid(axis="x", alpha=0.3)
-    figure.savefig(path, dpi=110, metadata={"Software": None})
+    with whole(path) as part:
+        figure.savefig(part, format="png", dpi=110, metadata={"Software": None})

@@ -23,6 +23,7 @@ if __name__ == "__main__":
 
 from matplotlib.figure import Figure
 
+from referee.files import write_text
 from tools.cli import ToolError, finish, flag_parser
 from tools.comparison import Arm, Comparison, compare, environment_difference
 from tools.diff import text_report
@@ -161,7 +162,7 @@ def main() -> int:
         sections = record_sections(args.a.resolve(), args.out.resolve())
     page = Template(TEMPLATE.read_text(encoding="utf-8"))
     text = page.substitute(title=escape(title), sections="\n".join(sections))
-    args.out.write_text(text, encoding="utf-8")
+    write_text(args.out, text)
     return 0
 
 

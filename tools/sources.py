@@ -14,6 +14,7 @@ import shutil
 from contextlib import suppress
 from pathlib import Path
 
+from referee.files import whole, write_text
 from referee.sources import imported_modules, read_source, sha256_of
 from tools.cli import ToolError
 
@@ -94,9 +95,14 @@ def share(folder: Path, store: Path) -> None:
 
 
 def write_texts(texts: dict[str, str], folder: Path) -> None:
+    """Write sources below a folder; a new folder gets its name when it holds all of them."""
+    part = folder if folder.exists() else folder.with_name(f"{folder.name}.part")
+    if part != folder:
+        shutil.rmtree(part, ignore_errors=True)  # of a call that failed
     for path, text in texts.items():
-        (folder / path).parent.mkdir(parents=True, exist_ok=True)
-        (folder / path).write_text(text, encoding="utf-8")
+        (part / path).parent.mkdir(parents=True, exist_ok=True)
+        write_text(part / path, text)
+    part.replace(folder)
 
 
 def diff_of(folder: Path) -> Path | None:
@@ -153,10 +159,10 @@ def keep_as_diff(folder: Path, base: Path) -> None:
         texts = (lines_of(texts.get(path, "")) for texts in (old, new))
         lines += difflib.unified_diff(*texts, f"a/{path}", f"b/{path}")
     diff = diff_of(folder) or folder / f"{slug_of(folder.resolve().name)}.diff"
-    diff.write_text("".join(lines), encoding="utf-8")
-    if made_by(diff) != new:
-        diff.unlink()
-        raise ToolError(f"no diff makes the source of {folder} from that of {base}; it stays whole")
+    with whole(diff) as part:
+        part.write_text("".join(lines), encoding="utf-8")
+        if made_by(part) != new:
+            raise ToolError(f"no diff makes the source of {folder} of {base}'s; it stays whole")
     shutil.rmtree(folder / "source", ignore_errors=True)
 
 

@@ -1,0 +1,78 @@
+"""Files on their way: full disks, logs that other programs wrote again, names that are none."""
+
+import resource
+import sys
+from contextlib import contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from referee import checkpoints
+from referee.files import write_text
+from referee.flags import RunError
+from referee.shards import write_shard
+from tools import leaderboard, plots, report, sources
+
+LONG = "x" * 50_000
+ARM = SimpleNamespace(times=np.arange(5) + 1)
+WRITERS = {
+    "README.md": lambda path: leaderboard.main(),
+    "page.html": lambda path: report.main(),
+    "ladder.png": lambda path: plots.plot_ladder("A", ["B"] * 9, [ARM] * 9, path),
+    "config.json": lambda path: checkpoints.write_facts(path.parent, {"a": LONG}),
+    "train.bin": lambda path: write_shard(path, np.zeros(50_000, np.uint16)),
+    "x.py": lambda path: sources.write_texts({path.name: LONG}, path.parent),
+}
+
+
+@contextmanager
+def full_disk():
+    """No file grows beyond 10,000 bytes; a write then fails as on a full disk."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+@pytest.mark.parametrize("name", WRITERS)
+def test_a_full_disk_leaves_what_was_there(name, tmp_path, monkeypatch):
+    path, old = tmp_path / name, f"{LONG}{leaderboard.BEGIN}{leaderboard.END}"
+    words = [] if name == "README.md" else ["records", "-o", str(path)]
+    for owner, attribute, value in (
+        (sys, "argv", ["program", *words]), (leaderboard, "ROOT", tmp_path),
+        (leaderboard, "RECORDS", tmp_path), (leaderboard, "read_records", lambda root: []),
+        (report, "record_sections", lambda *_: [LONG]),
+    ):  # fmt: skip
+        monkeypatch.setattr(owner, attribute, value)
+    path.write_text(old)
+    with full_disk(), pytest.raises(RunError, match=rf"cannot write .*{name}: File too large"):
+        WRITERS[name](path)
+    assert {file.name: file.read_text() for file in tmp_path.iterdir()} == {name: old}
+
+
+def test_a_source_is_kept_whole_or_not_at_all(tmp_path):
+    base, attempt = tmp_path / "2026-01-01_A", tmp_path / "2026-01-02_B"
+    for path in ("gone.py", "a.py"):
+        with full_disk(), pytest.raises(RunError, match="b.py"):
+            sources.write_texts({path: "a = 1\n", "b.py": LONG}, attempt / "source")
+        assert not (attempt / "source").exists()
+    sources.write_texts({"a.py": "a = 1\n"}, base / "source")
+    sources.write_texts({"a.py": f"{LONG}\n"}, attempt / "source")
+    (attempt / "B.diff").write_text("old")
+    with full_disk(), pytest.raises(RunError, match="B.diff"):
+        sources.keep_as_diff(attempt, base)
+    assert (attempt / "B.diff").read_text() == "old"
+    assert sources.kept_texts(attempt) == {"a.py": f"{LONG}\n"}
+    assert sorted(path.name for path in attempt.iterdir()) == ["B.diff", "source"]
+
+
+def test_a_device_is_written_and_a_link_stays_one(tmp_path):
+    link, page, device = tmp_path / "link", tmp_path / "page", Path("/dev/null")
+    link.symlink_to(page)
+    for path in (link, device):
+        write_text(path, "new")
+    assert link.is_symlink() and page.read_text() == "new" and not device.is_file()
