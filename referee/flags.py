@@ -5,11 +5,13 @@ import dataclasses
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Callable
 from dataclasses import field
 from typing import get_args, get_origin
 
 MOST_INT, MOST_FP32 = 2**63 - 1, 3.4e38
+BUG = 70  # the exit code of an error that nobody thought of, as in sysexits.h
 
 
 class RunError(Exception):
@@ -120,7 +122,8 @@ class Terminated(KeyboardInterrupt):
 def finish(main: Callable[[], int | None], failed: int = 1, interrupted: str = "") -> None:
     """Run a script's main and exit with its code, or 0.
 
-    Errors for people become one line and the exit code `failed`, or the error's own exit_code.
+    Errors for people become one line and the exit code `failed`, or the error's own exit_code; any
+    other is a bug: its traceback is shown, and the code is none that a tool gives a meaning.
     interrupted: what to print after ctrl-C.
     """
 
@@ -136,13 +139,15 @@ def finish(main: Callable[[], int | None], failed: int = 1, interrupted: str = "
     except BrokenPipeError:  # the reader, such as head, has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 128 + signal.SIGPIPE
-    except (RunError, OSError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "Symlink loop" not in str(error):
-            raise  # a bug; a looping link is one up to Python 3.12
-        named = isinstance(error, OSError) and error.filename
-        what = f"{error.filename}: {error.strerror}" if named else error
-        print(getattr(error, "heading", "error: ") + str(what), file=sys.stderr)
+    except Exception as error:
         code = getattr(error, "exit_code", failed)
+        if isinstance(error, RunError | OSError) or "Symlink loop" in str(error):  # up to 3.12
+            named = isinstance(error, OSError) and error.filename
+            what = f"{error.filename}: {error.strerror}" if named else error
+            print(getattr(error, "heading", "error: ") + str(what), file=sys.stderr)
+        else:
+            traceback.print_exc()
+            code = BUG
     except KeyboardInterrupt as stop:
         print(interrupted, end="\n" if interrupted else "", file=sys.stderr)
         code = 128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT)

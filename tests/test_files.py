@@ -1,6 +1,7 @@
 """Files on their way: full disks, logs that other programs wrote again, names that are none."""
 
 import resource
+import subprocess
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -8,12 +9,14 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from conftest import ROOT, clean_environment
+from test_records import REAL_LOGS, tool
 
 from referee import checkpoints
 from referee.files import write_text
-from referee.flags import RunError
+from referee.flags import BUG, RunError
 from referee.shards import write_shard
-from tools import leaderboard, plots, report, sources
+from tools import comparison, leaderboard, plots, report, sources
 
 LONG = "x" * 50_000
 ARM = SimpleNamespace(times=np.arange(5) + 1)
@@ -76,3 +79,11 @@ def test_a_device_is_written_and_a_link_stays_one(tmp_path):
     for path in (link, device):
         write_text(path, "new")
     assert link.is_symlink() and page.read_text() == "new" and not device.is_file()
+
+
+def test_a_bug_is_no_regression_and_a_notebooks_backend_no_bug(monkeypatch):
+    monkeypatch.setattr(comparison, "compare", lambda *_: 1 / 0)
+    done = tool("diff", REAL_LOGS[0], REAL_LOGS[1])
+    assert done.returncode == BUG and "Traceback" in done.stderr and "ZeroDivision" in done.stderr
+    command = [sys.executable, str(ROOT / "tools/report.py"), "--help"]
+    assert not subprocess.run(command, env=clean_environment(MPLBACKEND="inlined")).returncode

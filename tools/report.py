@@ -21,14 +21,12 @@ from string import Template
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the project's root
 
-from matplotlib.figure import Figure
-
 from referee.files import write_text
 from tools.cli import ToolError, finish, flag_parser
 from tools.comparison import Arm, Comparison, compare, environment_difference
 from tools.diff import text_report
 from tools.leaderboard import Record, gain_over, groups, mean_and_sd, read_records
-from tools.plots import draw_by_order, draw_losses, draw_target, loss_kind
+from tools.plots import Figure, draw_by_order, draw_losses, draw_target, loss_kind
 from tools.runs import config_changes, source_changes, source_diff
 from tools.sources import slug_of
 
