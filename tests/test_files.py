@@ -1,6 +1,8 @@
 """Files on their way: full disks, logs that other programs wrote again, names that are none."""
 
+import gzip
 import resource
+import shutil
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -16,7 +18,7 @@ from referee import checkpoints
 from referee.files import write_text
 from referee.flags import BUG, RunError
 from referee.shards import write_shard
-from tools import comparison, leaderboard, plots, report, sources
+from tools import comparison, leaderboard, plots, report, runs, sources
 
 LONG = "x" * 50_000
 ARM = SimpleNamespace(times=np.arange(5) + 1)
@@ -79,6 +81,31 @@ def test_a_device_is_written_and_a_link_stays_one(tmp_path):
     for path in (link, device):
         write_text(path, "new")
     assert link.is_symlink() and page.read_text() == "new" and not device.is_file()
+
+
+def test_logs_that_other_programs_wrote_again_are_named(tmp_path):
+    text = REAL_LOGS[0].read_text()
+    changed = {"UTF-16": text.encode("utf-16"), "byte order mark": text.encode("utf-8-sig"),
+               "CRLF": text.replace("\n", "\r\n").encode(),
+               "no whole gzip": gzip.compress(text.encode())[:-9]}  # fmt: skip
+    for what, data in changed.items():
+        copy = tmp_path / f"log.txt{'.gz' * ('gzip' in what)}"
+        copy.write_bytes(data)
+        done = tool("validate", copy)
+        assert done.returncode == 4 and what in done.stdout.splitlines()[0], done.stdout
+
+
+def test_packed_logs_are_read_and_hidden_files_are_not(tmp_path):
+    muon = ROOT / "records/embedded/2026-11-22_Muon"
+    attempt, whole = shutil.copytree(muon, tmp_path / "A"), comparison.Arm.read(muon)
+    packed, *_ = runs.find_logs(attempt)
+    packed.with_name(f"{packed.name}.gz").write_bytes(gzip.compress(packed.read_bytes()))
+    packed.rename(packed.with_name("kept"))
+    (packed.parent / f"._{packed.name}").write_bytes(b"\0\5\26\7")
+    for found in (comparison.Arm.read(attempt), comparison.Arm.read(packed.parent / "*.txt*")):
+        found.require_sound()
+        assert list(found.losses) == list(whole.losses)
+    assert sources.kept_texts(attempt) == sources.kept_texts(muon)
 
 
 def test_a_bug_is_no_regression_and_a_notebooks_backend_no_bug(monkeypatch):

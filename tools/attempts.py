@@ -55,7 +55,7 @@ class Attempt:
 
     @property
     def log_paths(self) -> list[Path]:
-        return sorted(self.logs.glob("*.txt"))
+        return sorted(self.logs.glob("[!.]*.txt"))
 
     def freeze(self) -> None:
         """Keep the source in source/, where its runs look for it."""

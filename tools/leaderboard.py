@@ -19,6 +19,7 @@ from tools import stats
 from tools.audit import MISSED, ineligible
 from tools.cli import ToolError, finish, flag_parser
 from tools.comparison import Arm, compare, signed
+from tools.runs import find_logs
 from tools.sources import ROOT, share
 
 RECORDS = ROOT / "records"
@@ -123,7 +124,7 @@ def picture(group: tuple) -> Path:
 
 def read_records(root: Path) -> list[Record]:
     """Every folder <track>/<date>_<Slug> below root that ranks."""
-    folders = [p.parent for p in sorted(root.glob("*/20*/logs")) if any(p.glob("*.txt"))]
+    folders = [p.parent for p in sorted(root.glob("*/20*/logs")) if find_logs(p)]
     ranked = []
     for record in map(Record, folders):
         if obstacles := record.obstacles():

@@ -5,11 +5,13 @@ contradicts itself. Nothing here imports torch, so a comparison takes a second.
 """
 
 import difflib
+import gzip
 import hashlib
 import json
 import math
 import os
 import re
+import zlib
 from dataclasses import dataclass, field
 from datetime import datetime
 from itertools import pairwise
@@ -50,7 +52,12 @@ CONFIG_TYPES = {
 }
 RESULT_FIELDS = "status val_loss target train_time steps tokens seed overrides resumed_from sha256"
 PUBLIC_RULE = "=" * 100 + "\n"  # between the source, the environment and the steps of a public log
-NO_LOGS = ("metadata.txt",)  # beside the logs of public records
+LOGS, NO_LOGS = (".txt", ".log", ".txt.gz"), "metadata.txt"  # that is beside public logs
+REWRITTEN = {  # what a log is that no longer holds the bytes that its run wrote
+    rb"\A(\xff\xfe|\xfe\xff|.?\0)": "it is in UTF-16",
+    rb"\A\xef\xbb\xbf": "it begins with a byte order mark",
+    rb"===\r\n": "its lines end in CRLF",
+}
 
 
 @dataclass
@@ -159,7 +166,14 @@ class LoggedRun:
 def read_log(path: Path) -> LoggedRun:
     """Parse one log, with its faults in LoggedRun.faults; InvalidLog if it is no log at all."""
     try:
-        text = path.read_bytes().decode()
+        data = path.read_bytes()
+        data = gzip.decompress(data) if path.suffix == ".gz" else data
+        for mark, what in REWRITTEN.items():
+            if re.search(mark, data):
+                raise InvalidLog(path, 1, f"{what}, as of Windows; copy it again, byte for byte")
+        text = data.decode()
+    except (gzip.BadGzipFile, EOFError, zlib.error):
+        raise InvalidLog(path, 0, "is no whole gzip file; copy it again") from None
     except OSError as error:
         raise ToolError(f"{path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError as error:
@@ -177,13 +191,14 @@ def read_log(path: Path) -> LoggedRun:
 def find_logs(path: Path) -> list[Path]:
     """A log itself, or the logs of a folder, or of the folder logs/ in it.
 
-    FOLDER/PATTERN, such as "records/x/baseline*", is that part of a folder.
+    FOLDER/PATTERN, such as "records/x/baseline*", is that part of a folder, without hidden files.
     """
     if not path.is_dir():
-        return [path] if path.exists() else sorted(path.parent.glob(path.name)) or [path]
+        found = [] if path.exists() else path.parent.glob(path.name)
+        return sorted(log for log in found if log.name[0] != ".") or [path]
     folder = path / "logs" if (path / "logs").is_dir() else path
-    logs = (log for log in folder.iterdir() if log.suffix in (".txt", ".log"))
-    return sorted(log for log in logs if log.name not in NO_LOGS)
+    logs = (log for log in folder.iterdir() if log.name.endswith(LOGS))
+    return sorted(log for log in logs if log.name[0] != "." and log.name != NO_LOGS)
 
 
 def read_arm(path: Path) -> list[LoggedRun]:

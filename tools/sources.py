@@ -70,7 +70,7 @@ def kept_texts(folder: Path) -> dict[str, str]:
 
 def named_sources(folder: Path) -> dict[str, str]:
     """sha256 by path of the sources that an attempt's first log names and does not contain."""
-    log = next(iter(sorted(folder.glob("logs/*.txt"))), None)
+    log = next(iter(sorted(folder.glob("logs/[!.]*.txt"))), None)
     text = log.read_text(encoding="utf-8", errors="replace") if log else ""
     return dict(re.findall(r"^=== source (\S+) .*\bsha256:(\w+) kept:", text, re.M))
 
