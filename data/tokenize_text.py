@@ -254,7 +254,7 @@ def parse() -> argparse.Namespace:
         if not least <= getattr(args, flag) <= MAX_SHARD_TOKENS:
             parser.error(f"--{flag} must be {least} to {MAX_SHARD_TOKENS}")
     args.name = args.name or args.preset or "text"
-    if not re.fullmatch(r"[\w.+-]+", args.name):
+    if not re.fullmatch(r"(?!\.+$)[\w.+-]+", args.name):
         parser.error(f"--name {args.name!r} is no part of a file's name; its place: --out FOLDER")
     args.out = args.out or FOLDER / args.name
     return args

@@ -79,7 +79,7 @@ class RunOptions:
 
     def __post_init__(self):
         check_ranges(self)
-        if not re.fullmatch(r"[\w.+-]{1,80}", self.slug):
+        if not re.fullmatch(r"(?!\.+$)[\w.+-]{1,80}", self.slug):
             raise RunError(f"--slug {self.slug!r} is no part of a file's name; give at most 80 of "
                            "letters, digits and _ . + -")  # fmt: skip
         if self.cpu_dtype not in ("", "float32", "bfloat16"):

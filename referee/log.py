@@ -38,9 +38,13 @@ class Log:
 
     def open(self) -> None:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.file = self.path.open("x", buffering=1, encoding="utf-8")
-        with suppress(OSError):  # on file systems without locks
-            fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # while this run lives
+        try:
+            self.file = self.path.open("x", buffering=1, encoding="utf-8")
+            with suppress(OSError):  # on file systems without locks
+                fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # while this run lives
+        except KeyboardInterrupt:  # or SIGTERM, before the first line
+            self.path.unlink(missing_ok=True)
+            raise
         delete_parts(self.path.parent)
         if sys.stderr.isatty():
             self.bar = tqdm(total=self.num_steps, unit="step", dynamic_ncols=True, leave=False)

@@ -14,9 +14,11 @@ import pytest
 from conftest import ROOT, clean_environment
 from test_records import REAL_LOGS, tool
 
-from referee import checkpoints
+from data import tokenize_text
+from referee import checkpoints, log
 from referee.files import write_text
 from referee.flags import BUG, RunError
+from referee.harness import RunOptions
 from referee.shards import write_shard
 from tools import comparison, leaderboard, plots, report, runs, sources
 
@@ -114,3 +116,28 @@ def test_a_bug_is_no_regression_and_a_notebooks_backend_no_bug(monkeypatch):
     assert done.returncode == BUG and "Traceback" in done.stderr and "ZeroDivision" in done.stderr
     command = [sys.executable, str(ROOT / "tools/report.py"), "--help"]
     assert not subprocess.run(command, env=clean_environment(MPLBACKEND="inlined")).returncode
+
+
+def test_a_title_stays_in_its_cell(tmp_path):
+    folder = shutil.copytree(ROOT / "records/embedded/2026-11-22_Muon", tmp_path / "embedded/1_A")
+    (folder / "README.md").write_text("# `a|b` | c\n")
+    row = leaderboard.record_row(1, leaderboard.Record(folder), None, tmp_path / "README.md")
+    assert r"| `a\|b` \| c |" in row and row.replace(r"\|", "").count("|") == 8
+
+
+def test_dots_are_no_name(monkeypatch):
+    with pytest.raises(RunError, match="--slug '..' is no part of a file's name"):
+        RunOptions(slug="..")
+    monkeypatch.setattr(sys, "argv", ["tokenize_text.py", "x.txt", "--name", ".."])
+    with pytest.raises(SystemExit, match="2"):
+        tokenize_text.parse()
+
+
+def test_a_signal_as_the_log_opens_leaves_none(monkeypatch, tmp_path):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(log.fcntl, "flock", stop)
+    with pytest.raises(KeyboardInterrupt):
+        log.Log(str(tmp_path), "run", 1).open()
+    assert not list(tmp_path.iterdir())

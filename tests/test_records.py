@@ -199,11 +199,13 @@ def test_validate_says_yes_to_a_record_and_no_with_reasons(log, tmp_path):
     good, bad = runs.find_logs(record)[0], tmp_path / "bad.txt"
     bad.write_text(log.read_text().replace("step:9/20", "step:8/20"))
     done = tool("validate", record, tmp_path / "below")
-    assert done.returncode == 0 and done.stdout.count("record-eligible: yes") == 10, done.stdout
+    assert done.returncode == 0 and done.stdout.count("sound, eligible") == 10, done.stdout
     assert "hashes show damage, not forgery" in done.stdout
     assert tool("validate", log).returncode == 1
     done = tool("validate", good, bad, log)
     assert done.returncode == 4 and re.search(rf"INVALID   {bad}:\d+: ", done.stdout)
+    last = "3 logs: 2 sound, 1 of them eligible for a record (a try need not be); 1 invalid"
+    assert done.stdout.splitlines()[-1] == last
 
 
 OLDER_PUBLIC_LOG = """import os

@@ -68,8 +68,9 @@ def record_row(number: int, record: Record, previous: Record | None, page: Path)
     loss = f"{mean_and_sd(arm.losses, 4)}, n={len(arm.runs)}, p={p:.1g}"
     link = f"[{record.date}]({record.folder.relative_to(page.parent).as_posix()}/README.md)"
     disturbed = f" †{record.disturbed}" if record.disturbed else ""
+    title = record.title.replace("|", "\\|")  # which else ends a cell, even between backquotes
     return (f"| {number} | {mean_and_sd(arm.times, 1)}{disturbed} | {gain} | {loss} "
-            f"| {arm.runs[0].steps} | {record.title} | {link} |")  # fmt: skip
+            f"| {arm.runs[0].steps} | {title} | {link} |")  # fmt: skip
 
 
 def gain_over(previous: Record, record: Record) -> str:

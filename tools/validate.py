@@ -35,7 +35,7 @@ def print_findings(path: Path) -> tuple[int, LoggedRun | None]:
     if run.faults:
         return EXIT_INVALID, None
     reasons = ineligible(run)
-    print(f"{path}    sound    record-eligible: {'no' if reasons else 'yes'}")
+    print(f"{path}    sound, {'not ' if reasons else ''}eligible for a record")
     for reason in reasons:
         print(f"    {reason}")
     return EXIT_FAILED if reasons else 0, run
@@ -43,12 +43,9 @@ def print_findings(path: Path) -> tuple[int, LoggedRun | None]:
 
 def print_findings_between(runs: list[LoggedRun]) -> int:
     """Print what runs show only together; return the exit code."""
-    folders = {run.path.parent: [] for run in runs}
-    for run in runs:
-        folders[run.path.parent].append(run)
-    found = [
-        f"{folder}    {what}" for folder, own in folders.items() for what in traces_between(own)
-    ]
+    folders = dict.fromkeys(run.path.parent for run in runs)
+    found = [f"{folder}    {what}" for folder in folders
+             for what in traces_between([r for r in runs if r.path.parent == folder])]  # fmt: skip
     found = found or overlaps(runs)  # of different folders
     print("\n".join([*found, CAVEAT]))
     return EXIT_FAILED if found else 0
@@ -68,7 +65,11 @@ def main() -> int:
     if not paths:
         parser.error("no logs (*.txt) there; name logs, or a folder such as records")
     codes, runs = zip(*map(print_findings, paths), strict=True)
-    return max(*codes, print_findings_between([run for run in runs if run]))
+    code = max(*codes, print_findings_between([run for run in runs if run]))
+    sound = sum(map(bool, runs))
+    print(f"{len(paths)} logs: {sound} sound, {codes.count(0)} of them eligible for a record (a "
+          f"try need not be); {len(paths) - sound} invalid")  # fmt: skip
+    return code
 
 
 if __name__ == "__main__":
