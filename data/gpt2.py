@@ -1,6 +1,7 @@
 """GPT-2's tokenizer, and its use on several threads."""
 
 import base64
+import hashlib
 import re
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -35,7 +36,8 @@ def gpt2_ranks(file: Path | None) -> dict[bytes, int]:
     except (OSError, ValueError) as error:
         raise RunError(
             f"cannot download the GPT-2 tokenizer ({type(error).__name__}); bring gpt2.tiktoken "
-            f"(it is in the GitHub repository openai/whisper, folder whisper/assets) to {GPT2_FILE}"
+            "(it is in the GitHub repository openai/whisper, folder whisper/assets) to "
+            f"{GPT2_FILE}, or give your own: --tokenizer_file FILE"
         ) from None
 
 
@@ -52,6 +54,11 @@ def read_ranks(file: Path) -> dict[bytes, int]:
             f"{file} is no tokenizer ({error}); give a file in the format of gpt2.tiktoken"
         ) from None
     return ranks
+
+
+def ranks_sha256(ranks: dict[bytes, int]) -> str:
+    """What a manifest says of the tokenizer."""
+    return hashlib.sha256(b" ".join(sorted(ranks, key=ranks.get))).hexdigest()
 
 
 def encoding_of(ranks: dict[bytes, int]) -> tiktoken.Encoding:

@@ -75,7 +75,7 @@ def example_of(record: dict) -> Example:
 
 
 def read_examples(path: Path) -> list[Example]:
-    """Every line of a .jsonl, or the whole set from the hub's .parquet; RunError if it is wrong."""
+    """Every line of a .jsonl or row of a .parquet; RunError if one is wrong."""
     lines, decode = path.read_bytes().rstrip().splitlines(), json.loads
     if path.suffix == ".parquet":
         lines, decode = parquet_rows(path), dict
@@ -92,12 +92,14 @@ def read_examples(path: Path) -> list[Example]:
 
 
 def parquet_rows(path: Path) -> list[dict]:
+    is_download = FOLDER in path.parents  # and so the whole set
     try:
         rows = pyarrow.parquet.read_table(path).to_pylist()
-        if len(rows) != EXAMPLES:
+        if is_download and len(rows) != EXAMPLES:
             raise ValueError(f"it has {len(rows):,} examples, not {EXAMPLES:,}")
     except (ValueError, OSError) as error:  # pyarrow's own errors are of these
-        raise RunError(f"{path} cannot be read ({error}); delete it and run this again") from None
+        advice = "delete it and run this again" if is_download else ADVICE
+        raise RunError(f"{path} cannot be read ({error}); {advice}") from None
     return rows
 
 
@@ -175,7 +177,7 @@ def evaluate(model: LanguageModel, examples: list[Example]) -> tuple[float, floa
 
 def run(args: argparse.Namespace) -> None:
     """Evaluate, and print the result."""
-    model = load_model(args.checkpoint, args.other_source)
+    model = load_model(args.checkpoint, args.other_source, args.tokenizer_file)
     path = args.data or fetch()
     examples = read_examples(path)[: args.limit]
     acc_norm, acc = evaluate(model, examples)

@@ -28,24 +28,35 @@ BYTES_START, GPT2_START = 256, 50256  # first token of a document, by tokenizer
 
 @dataclass(frozen=True)
 class Tokenizer:
-    """Text to tokens and tokens to UTF-8; document_start and the tokens above it have no text."""
+    """Text to tokens and tokens to UTF-8; a token that is none of its ranks has no text."""
 
     encode: Callable[[str], list[int]]
     decode: Callable[[list[int]], bytes]
     document_start: int
 
 
-def tokenizer_of(document_start: int) -> Tokenizer:
-    """The tokenizer of shards whose documents start with this token; RunError if none is known."""
+def tokenizer_of(document_start: int, sha256: str = "", file: Path | None = None) -> Tokenizer:
+    """The tokenizer of shards whose documents start with this token; RunError if none is known.
+
+    file: its ranks, if they are not GPT-2's; sha256: what they must be, if the shards say so.
+    """
     if document_start == BYTES_START:
         return Tokenizer(lambda text: list(text.encode(errors="surrogateescape")), bytes, 256)
     if document_start != GPT2_START:
         raise RunError(f"the checkpoint's documents start with token {document_start}; known are "
                        f"{BYTES_START} (bytes) and {GPT2_START} (GPT-2)")  # fmt: skip
-    from data.gpt2 import encoding_of, gpt2_ranks
+    from data.gpt2 import encoding_of, gpt2_ranks, ranks_sha256
 
-    encoding = encoding_of(gpt2_ranks(None))
-    return Tokenizer(encoding.encode_ordinary, encoding.decode_bytes, GPT2_START)
+    ranks = gpt2_ranks(file)
+    if sha256 not in ("", ranks_sha256(ranks)):
+        raise RunError("the checkpoint's shards were made with another tokenizer than "
+                       f"{file or 'GPT-2'}; give that: --tokenizer_file FILE")  # fmt: skip
+    text = {rank: token for token, rank in ranks.items()}
+    return Tokenizer(
+        encoding_of(ranks).encode_ordinary,
+        lambda tokens: b"".join(text.get(token, b"") for token in tokens),
+        GPT2_START,
+    )
 
 
 class LanguageModel:
@@ -80,7 +91,7 @@ class SpeedrunModel(LanguageModel):
             parameters[name].data.copy_(saved)  # matrices are bf16 in a GPU's checkpoint
         self.rt, self.step, self.context = rt, facts["step"], task.val_seq_len
         self.per_step = train_gpt.step_inputs(self.step, hp, rt.device, training=False)
-        self.tokenizer = tokenizer_of(task.document_start)
+        self.tokenizer = tokenizer_of(task.document_start, *facts["tokenizer"])
 
     @torch.no_grad()
     def logits(self, tokens_BT: Tensor) -> Tensor:
@@ -100,15 +111,17 @@ class GPT2Model(LanguageModel):
     def __init__(self, folder: Path, facts: dict, rt: Runtime):
         self.rt, self.model = rt, load_gpt2(folder, facts).to(rt.device)
         self.step, self.context = facts["step"], self.model.hp.seq_len
-        self.tokenizer = tokenizer_of(facts["config"]["document_start"])
+        self.tokenizer = tokenizer_of(facts["config"]["document_start"], *facts["tokenizer"])
 
     @torch.no_grad()
     def logits(self, tokens_BT: Tensor) -> Tensor:
         return self.model(tokens_BT.to(self.rt.device))
 
 
-def load_model(path: str | Path, other_source: bool = False) -> LanguageModel:
-    """The model of a checkpoint; RunError for anything else.
+def load_model(
+    path: str | Path, other_source: bool = False, tokenizer_file: Path | None = None
+) -> LanguageModel:
+    """The model of a checkpoint, with the tokenizer in a file or GPT-2's; RunError if it is none.
 
     RunError too if its source has changed since, unless other_source is set.
     """
@@ -121,6 +134,7 @@ def load_model(path: str | Path, other_source: bool = False) -> LanguageModel:
             if not other_source:
                 own = digests({file: read_source(ROOT / file) for file in kind.files})
                 check_source(path, facts, own, "other code then runs the model")
+            facts["tokenizer"] = facts["tokenizer_sha256"], tokenizer_file
             return kind(path, facts, rt)
     raise RunError(f"{path} is a checkpoint of {facts['trainer']}, which has no sampler here")
 
@@ -129,3 +143,5 @@ def add_checkpoint_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path, help="folder that a trainer wrote")
     parser.add_argument("--other_source", type=boolean, default=False, metavar="true|false",
                         help="load it even if its source has changed since")  # fmt: skip
+    parser.add_argument("--tokenizer_file", type=Path, metavar="FILE",
+                        help="that made its shards, if it was not GPT-2's")  # fmt: skip

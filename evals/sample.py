@@ -109,7 +109,7 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     args = parse()
     sys.stdout.reconfigure(errors="replace")  # for characters that the terminal cannot show
-    show_samples(load_model(args.checkpoint, args.other_source), args)
+    show_samples(load_model(args.checkpoint, args.other_source, args.tokenizer_file), args)
 
 
 if __name__ == "__main__":

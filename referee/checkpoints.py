@@ -9,6 +9,8 @@ must see one file system.
 import dataclasses
 import fcntl
 import json
+import math
+import os
 import shlex
 import shutil
 import warnings
@@ -25,7 +27,8 @@ from referee.shards import file_sha256
 from referee.sources import sha256_of
 
 ITS_SOURCE = "check out the source that its log holds"
-FACTS = {"trainer": str, "sources": dict, "step": int, "config": dict, "files": dict}
+FACTS = {"trainer": str, "sources": dict, "step": int, "config": dict, "files": dict,
+         "tokenizer_sha256": str}  # fmt: skip
 
 
 def write_checkpoint(folder: Path, tensors: dict[str, Tensor], facts: dict, rt) -> None:
@@ -37,7 +40,7 @@ def write_checkpoint(folder: Path, tensors: dict[str, Tensor], facts: dict, rt) 
     try:
         with no_dist_warning():
             dcp.save(tensors, checkpoint_id=part, no_dist=rt.world_size == 1)
-        files = file_digests(part, rt)
+        files = file_digests(part, os.listdir(part), rt)
         rt.on_main(lambda: write_facts(part, {**facts, "files": files}))
         rt.on_main(lambda: part.replace(folder))
     except (OSError, RuntimeError, RunError, dcp.CheckpointException) as error:
@@ -110,12 +113,12 @@ def facts_sha256(facts: dict) -> str:
     return sha256_of(json.dumps(facts, sort_keys=True))
 
 
-def file_digests(folder: Path, rt) -> dict[str, str]:
-    """sha256 of each file but config.json, by name; ranks share the work and all get the result."""
+def file_digests(folder: Path, names, rt) -> dict[str, str]:
+    """sha256 of each file that is there; ranks share the work and all get the result."""
 
     def share() -> dict[str, str]:
-        names = sorted(p.name for p in folder.iterdir() if p.name != "config.json")
-        return {n: file_sha256(folder / n) for n in names[rt.rank :: rt.world_size]}
+        paths = [folder / name for name in sorted(names)[rt.rank :: rt.world_size]]
+        return {path.name: file_sha256(path) for path in paths if path.is_file()}
 
     return {name: digest for part in rt.on_ranks(share) for name, digest in part.items()}
 
@@ -127,7 +130,7 @@ def read_checkpoint(folder: Path, rt) -> dict:
             raise FileNotFoundError
         facts = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         said = facts.pop("sha256")
-        complete = {"sources": {}, **facts}  # older ones lack the sources
+        complete = {"sources": {}, "tokenizer_sha256": "", **facts}  # older ones lack these
         if not all(isinstance(complete[name], kind) for name, kind in FACTS.items()):
             raise ValueError
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
@@ -137,8 +140,9 @@ def read_checkpoint(folder: Path, rt) -> dict:
         ) from None
     wrong = ["config.json"] if facts_sha256(facts) != said else []
     if not wrong:
-        found, written = file_digests(folder, rt), facts["files"]
-        wrong = [n for n in sorted(found | written) if found.get(n) != written.get(n)]
+        written = facts["files"]  # others beside them were put there by file managers
+        found = file_digests(folder, written, rt)
+        wrong = [name for name in sorted(written) if found.get(name) != written[name]]
     if wrong:
         raise RunError(
             f"{folder / wrong[0]} is missing, truncated or was changed after it was written; "
@@ -175,9 +179,12 @@ def check_same_run(folder: Path, saved: dict, own: dict, other_source: bool) -> 
                            f"this run has {value}; add or leave out --fp32 true, or take such a "
                            "device")  # fmt: skip
     check_same_config(folder, saved["config"], own["config"], other_source)
-    if not 0 <= saved["step"] <= own["config"]["num_steps"] or saved["train_ms"] < 0:
-        raise RunError(f"{folder} says step {saved['step']} after {saved['train_ms']} ms, which no "
-                       "run can; start from another checkpoint, or without one")  # fmt: skip
+    numbers = [saved["tokens"], saved["train_ms"], *(x for point in saved["curve"] for x in point)]
+    if not (0 <= saved["step"] <= own["config"]["num_steps"]
+            and all(0 <= x < math.inf for x in numbers)):  # fmt: skip
+        raise RunError(f"{folder} says step {saved['step']} after {saved['tokens']} tokens and "
+                       f"{saved['train_ms']} ms, or a loss, which no run can; start from another "
+                       "checkpoint, or without one")  # fmt: skip
 
 
 def has_types_of(saved: dict, own: dict) -> bool:

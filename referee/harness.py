@@ -45,7 +45,7 @@ from referee.log import Log, write_header
 from referee.ranks import RANK, Runtime, compile_errors, is_first_to_say, rank_store
 from referee.shards import absolute_glob
 from referee.sources import source_texts
-from referee.task import DATA_FIELDS, TASKS, Task, Validation, check_shards
+from referee.task import DATA_FIELDS, TASKS, Task, Validation, check_shards, tokenizer_sha256
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 SAME_REQUEST_S = 1.0  # keys bounce, and launchers pass on what their children got too
@@ -214,6 +214,7 @@ class Run:
             "curve": self.curve,
             "train_ms": self.clock.train_ms(),
             "data_sha256": self.data_sha256,
+            "tokenizer_sha256": tokenizer_sha256(self.task),
             "arithmetic": {"matmul_dtype": str(rt.matmul_dtype),
                            "stream_dtype": str(rt.stream_dtype)},
             "config": self.config(),
@@ -455,7 +456,7 @@ def tell(text: str) -> None:
 def resume_command(checkpoint: Path) -> str:
     """The command that resumes this process's run from a checkpoint."""
     launcher = []
-    if (ranks := int(os.environ.get("LOCAL_WORLD_SIZE", 1))) > 1:
+    if (ranks := int(os.environ.get("LOCAL_WORLD_SIZE") or 1)) > 1:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
     return shlex.join([sys.executable, *launcher, *sys.argv, "--resume", str(checkpoint)])
 

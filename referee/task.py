@@ -3,8 +3,9 @@
 import dataclasses
 import glob
 import hashlib
+import json
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -42,6 +43,9 @@ class Task:
         if not (self.train_files and self.val_files):
             raise RunError("--train_files and --val_files must name shards; leave them out for the "
                            "track's own")  # fmt: skip
+        if self.document_start >= self.vocab_size:
+            raise RunError(f"--document_start {self.document_start} is not below --vocab_size "
+                           f"{self.vocab_size}")  # fmt: skip
         if self.val_tokens % self.val_seq_len:
             raise RunError(f"--val_tokens {self.val_tokens} is not a multiple of --val_seq_len "
                            f"{self.val_seq_len}")  # fmt: skip
@@ -121,6 +125,14 @@ def check_shards(task: Task) -> tuple[str, list[str]]:
     verdict = "as expected" if found == task.data_sha256 else "DIFFERENT: losses are not comparable"
     verdict = verdict if task.data_sha256 else "none expected"
     return found, [*lines, f"data_sha256: {found} ({verdict})"]
+
+
+def tokenizer_sha256(task: Task) -> str:
+    """The tokenizer that made the training shards, as the manifest beside them says; or empty."""
+    with suppress(OSError, ValueError, LookupError, TypeError, RecursionError):
+        manifest = task_shards(task.train_files)[0].with_name("manifest.json")
+        return str(json.loads(manifest.read_text(encoding="utf-8"))["options"]["tokenizer_sha256"])
+    return ""
 
 
 class Validation:

@@ -44,8 +44,11 @@ def write_speedrun(
     return write_small(folder, "train_gpt.py", task, hp, model)
 
 
-def write_gpt2(folder: Path, val_seq_len: int = 64, **changes) -> Path:
-    """A checkpoint of baselines/train_gpt2.py over bytes, its every parameter drawn."""
+def write_gpt2(folder: Path, val_seq_len: int = 64, task: dict | None = None, **changes) -> Path:
+    """A checkpoint of baselines/train_gpt2.py over bytes, its every parameter drawn.
+
+    task: changes of its task.
+    """
     shape = dict(num_layers=3, model_dim=32, num_heads=4, mlp_dim=64, seq_len=64, embed_rows=257)
     hp = dataclasses.replace(GPT2_TRACKS["embedded"], **{**shape, **changes})
     torch.manual_seed(0)
@@ -53,7 +56,7 @@ def write_gpt2(folder: Path, val_seq_len: int = 64, **changes) -> Path:
     for p in model.parameters():
         p.data.normal_(0, 0.3)
     model.positions.data.normal_(0, 2)  # else a tied head repeats one token
-    task = bytes_task(val_seq_len)
+    task = dataclasses.replace(bytes_task(val_seq_len), **task or {})
     return write_small(folder, "baselines/train_gpt2.py", task, hp, model)
 
 

@@ -111,10 +111,6 @@ def remove(folder, rng):
     rng.choice(files_of(folder)).unlink()
 
 
-def add(folder, rng):
-    (folder / "more").write_bytes(b"more")
-
-
 def replace_by(make):
     def alter(folder, rng):
         path = rng.choice(files_of(folder))
@@ -129,7 +125,7 @@ def nest(folder, rng):
 
 
 ACCIDENTS = [flip] * 30 + [cut] * 10 + [lengthen] * 3 + [remove] * 3
-ACCIDENTS += [add, nest, *[replace_by(os.mkfifo)] * 3, *[replace_by(os.mkdir)] * 2]
+ACCIDENTS += [nest, *[replace_by(os.mkfifo)] * 3, *[replace_by(os.mkdir)] * 2]
 
 
 @pytest.mark.parametrize("number, alter", list(enumerate(ACCIDENTS)))
@@ -138,7 +134,11 @@ def test_an_altered_checkpoint_is_refused(saved, copy, number, alter):
     refused(saved[0], copy)
 
 
-def test_an_unaltered_checkpoint_is_loaded(saved, copy):
+def test_what_file_managers_add_harms_no_checkpoint(saved, copy):
+    saved[0].load(copy)
+    for name in (".DS_Store", "._config.json"):
+        (copy / name).write_bytes(b"\0\5\26\7")
+    (copy / ".ipynb_checkpoints").mkdir()
     saved[0].load(copy)
 
 
@@ -170,7 +170,9 @@ def test_a_fact_of_another_type_is_refused(saved, copy, name):
     refused(saved[0], copy)
 
 
-@pytest.mark.parametrize("fact", [{"step": 99}, {"step": -1}, {"train_ms": -1e9}])
+@pytest.mark.parametrize("fact", [{"step": 99}, {"step": -1}, {"train_ms": -1e9}, {"tokens": -5},
+                                  {"train_ms": float("nan")}, {"curve": [[0.0, -2.0]]},
+                                  {"curve": [[float("nan"), 4.2]]}])  # fmt: skip
 def test_a_state_that_no_run_reaches_is_refused(saved, copy, fact):
     signed(copy, lambda facts: facts.update(fact))
     refused(saved[0], copy, "which no run can")

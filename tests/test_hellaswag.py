@@ -260,9 +260,11 @@ def test_the_set_comes_from_the_hub_once_and_whole(tmp_path, monkeypatch):
         assert len(hub.transfers(name)) == 1
 
 
-def test_another_file_of_the_hub_is_refused(tmp_path):
+def test_another_file_of_the_hub_is_refused_and_one_s_own_may_be_a_part(tmp_path, monkeypatch):
     path = tmp_path / "0000.parquet"
     path.write_bytes(parquet(made_up(41)))
+    assert len(hellaswag.read_examples(path)) == 41
+    monkeypatch.setattr(hellaswag, "FOLDER", tmp_path)
     with pytest.raises(RunError, match="has 41 examples, not 10,042.; delete it"):
         hellaswag.read_examples(path)
     path.write_bytes(b"PAR1 something else")

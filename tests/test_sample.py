@@ -25,7 +25,7 @@ from evals.models import load_model, tokenizer_of
 from evals.sample import generate, text_pieces, token_probabilities
 from referee.checkpoints import facts_sha256
 from referee.flags import RunError, finish
-from referee.shards import open_shard
+from referee.shards import open_shard, write_shard
 
 
 @pytest.fixture(scope="module")
@@ -151,10 +151,16 @@ def test_bytes_are_their_own_tokens():
         tokenizer_of(63)
 
 
+def write_ranks(path: Path, *longer: bytes) -> Path:
+    """A tokenizer of all bytes and these longer tokens."""
+    tokens = [*(bytes([i]) for i in range(256)), *longer]
+    lines = (base64.b64encode(token) + b" %d\n" % rank for rank, token in enumerate(tokens))
+    path.write_bytes(b"".join(lines))
+    return path
+
+
 def test_gpt2_tokens_come_from_the_local_ranks(tmp_path, monkeypatch):
-    pairs = [bytes([i]) for i in range(256)] + [b"th", b" th", b" the"]
-    lines = (base64.b64encode(pair) + b" %d\n" % rank for rank, pair in enumerate(pairs))
-    (tmp_path / "ranks").write_bytes(b"".join(lines))
+    write_ranks(tmp_path / "ranks", b"th", b" th", b" the")
     monkeypatch.setattr(data.gpt2, "GPT2_FILE", tmp_path / "ranks")
     tokenizer = tokenizer_of(50256)
     assert tokenizer.encode("a the") == [97, 258] and tokenizer.decode([97, 258]) == b"a the"
@@ -267,6 +273,26 @@ def main(monkeypatch, capsys):
         return end.value.code or 0, *capsys.readouterr()
 
     return call
+
+
+def test_a_model_is_read_with_the_tokenizer_of_its_shards_alone(tmp_path, monkeypatch, main):
+    own = write_ranks(tmp_path / "own", b"he", b" the")
+    monkeypatch.setattr(data.gpt2, "GPT2_FILE", write_ranks(tmp_path / "gpt2", b" t", b" th"))
+    write_shard(tmp_path / "train.bin", np.array([50256, 257]))
+    made_with = {"tokenizer_sha256": data.gpt2.ranks_sha256(data.gpt2.read_ranks(own))}
+    (tmp_path / "manifest.json").write_text(json.dumps({"options": made_with}))
+    task = {"vocab_size": 50257, "document_start": 50256, "train_files": f"{tmp_path}/train.bin"}
+    checkpoint = write_gpt2(tmp_path / "checkpoint", task=task, embed_rows=50257)
+    code, out, err = main(checkpoint, "--prompt= the")
+    assert (code, out) == (1, "") and "another tokenizer than GPT-2" in err
+    assert err.endswith("--tokenizer_file FILE\n") and err.count("\n") == 1
+    code, out, err = main(checkpoint, "--prompt= the", f"--tokenizer_file={own}")
+    assert code == 0 and out.startswith(" the"), err  # tokens above its ranks have no text
+    code, out, err = main(checkpoint, f"--tokenizer_file={tmp_path / 'gpt2'}")
+    assert code == 1 and f"another tokenizer than {tmp_path / 'gpt2'}" in err
+    (tmp_path / "manifest.json").unlink()  # as beside FineWeb, whose shards are GPT-2's
+    checkpoint = write_gpt2(tmp_path / "unknown", task=task, embed_rows=50257)
+    assert main(checkpoint)[0] == 0
 
 
 def test_the_same_seed_gives_the_same_text_in_another_process(checkpoint):
