@@ -101,6 +101,9 @@ def main() -> int:
         if manifest.exists():
             check_manifest(manifest, facts, problems)
     tokens, documents = (sum(f[k] for f in facts.values()) for k in ("tokens", "documents"))
+    if facts and not documents:
+        problems.append(f"no shard holds token {args.document_start}, which opens a document; give "
+                        "the one of these shards: --document_start")  # fmt: skip
     print(f"{len(facts)} shards, {tokens:,} tokens, {documents:,} documents", flush=True)
     for problem in problems:
         print(f"error: {problem}", file=sys.stderr)

@@ -1,16 +1,19 @@
 """Read documents from text files, JSON lines and parquet as a stream, however large they are.
 
-A .txt or .md file is one document, and so is a line of .jsonl and a row of .parquet. Each comes as
-an iterable of its text in chunks.
+A .txt or .md file is one document, unless a separator cuts it; a line of JSON lines and a row of
+.parquet are one each. Each comes as an iterable of its text in chunks.
 """
 
 import glob
 import io
 import json
+import os
 import re
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 
 import pyarrow as pa
@@ -20,7 +23,9 @@ from tqdm.utils import CallbackIOWrapper
 
 from referee.flags import RunError
 
-KINDS = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
+KINDS = (".txt", ".md", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst", ".parquet")
+HELD_OUT = re.compile("(?<![a-z])(validation|valid|val|dev|test)(?![a-z])", re.I)
+LFS_POINTER = b"version https://git-lfs"
 CHUNK_BYTES = 1 << 20
 PARQUET_ROWS = 256
 MAX_LINE_BYTES = 128 << 20  # of JSON: all that a run holds at once is a few times this
@@ -29,24 +34,50 @@ HEADING = re.compile(r" = (?!= ).*(?<! =) = \n?")  # of an article of WikiText, 
 Document = Iterable[str]
 
 
-def find_files(inputs: list[str]) -> list[Path]:
-    """The files that the arguments name, in their order; those of a folder or glob sorted."""
-    found = []
+def find_files(inputs: list[str]) -> tuple[list[Path], Counter]:
+    """The files that the arguments name, in their order; those of a folder or glob sorted.
+
+    Also how many others folders and globs name, by the reason why they are left out.
+    """
+    found, left_out = {}, Counter()
     for given in inputs:
-        path = Path(given)
-        if path.is_dir():
-            matches = sorted(p for p in path.rglob("*") if kind_of(p) and p.is_file())
-        elif path.exists():
-            matches = [path]
-        else:
-            matches = sorted(Path(p) for p in glob.glob(given))
-        if not matches:
-            raise RunError(f"{given} names no file of the kinds {', '.join(KINDS)}")
-        found += matches
-    for path in found:
-        if not kind_of(path):
-            raise RunError(f"{path} is of no known kind; rename it to end in {', '.join(KINDS)}")
-    return list(dict.fromkeys(found))
+        before = len(found)
+        for name in [given] if os.path.lexists(given) else sorted(glob.glob(given)):
+            top = Path(name) if name == given or Path(name).is_dir() else Path(name).parent
+            for path in [Path(name), *sorted(Path(name).rglob("*"))]:
+                if reason := reason_against(path, top):
+                    left_out[reason] += 1
+                elif not path.is_dir():
+                    found[path] = None
+        if len(found) == before:
+            raise RunError(f"{given} names no file of the kinds {', '.join(KINDS)}; left out: "
+                           f"{counts(left_out)}")  # fmt: skip
+    return list(found), left_out
+
+
+def reason_against(path: Path, top: Path) -> str:
+    """Why a file that is below top, or is top, is left out; empty for one that is read."""
+    inside = str(path.relative_to(top))
+    if path.is_dir():
+        return ""
+    if re.search(r"(^|/)\.[^/]", inside):
+        return "hidden"
+    if not path.is_file():
+        return "a pipe, a device or a broken link"
+    if not kind_of(path):
+        return f"of no known kind: {path.suffix or path.name}"
+    with path.open("rb") as file:
+        if file.read(len(LFS_POINTER)) == LFS_POINTER:
+            raise RunError(f"{path} only stands for a file of Git LFS; run git lfs pull there")
+    if word := HELD_OUT.search(inside):
+        beside = glob.escape(inside[: word.start()]) + "train"
+        if any(top.glob(beside)) or any(top.glob(f"{beside}[!a-z]*")):
+            return "of validation or test, beside train"
+    return ""
+
+
+def counts(found: Counter) -> str:
+    return ", ".join(f"{n:,} {what}" for what, n in sorted(found.items())) or "none"
 
 
 def kind_of(path: Path) -> str | None:
@@ -55,20 +86,25 @@ def kind_of(path: Path) -> str | None:
 
 
 def read_documents(
-    files: list[Path], column: str, skipped: Counter, bar: tqdm
+    files: list[Path], column: str, separator: str, skipped: Counter, bar: tqdm
 ) -> Iterator[Document]:
     """The documents of all files. Raises RunError.
 
-    skipped: counts the others by the reason; bar: counts the bytes of the files.
+    separator: what stands between those of a .txt or .md file, or empty; skipped: counts the others
+    by the reason; bar: counts the bytes of the files.
     """
     for path in files:
         with errors_named(path):
             if kind_of(path) not in (".txt", ".md"):
                 yield from rows_of(path, column, skipped, bar)
-            elif is_utf8(path):
-                yield text_chunks(path, bar)
-            else:
+            elif encoding := other_encoding(path):
                 skipped["not UTF-8"] += 1
+                tqdm.write(f"skipped {path}: no UTF-8, but perhaps {encoding}; convert it with "
+                           f"iconv -f {encoding} -t UTF-8", file=sys.stderr)  # fmt: skip
+            elif separator:
+                yield from split_at(text_chunks(path, bar), separator)
+            else:
+                yield text_chunks(path, bar)
 
 
 @contextmanager
@@ -77,9 +113,10 @@ def errors_named(path: Path) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, pa.ArrowException) as error:
-        raise RunError(
-            f"{path} cannot be read ({error}); get it again or leave it out, then run this again"
-        ) from None
+        advice = "get it again or leave it out, then run this again"
+        if "too much memory" in str(error):  # of a window that the writer chose
+            advice = "unpack it first: zstd -d --long=31"
+        raise RunError(f"{path} cannot be read ({error}); {advice}") from None
 
 
 def opened(path: Path, bar: tqdm) -> io.BufferedReader:
@@ -97,15 +134,29 @@ def text_chunks(path: Path, bar: tqdm) -> Iterator[str]:
             yield chunk
 
 
-def is_utf8(path: Path) -> bool:
-    """Reads all of it: if its end is wrong, its beginning must not be in a shard."""
+def split_at(chunks: Iterable[str], separator: str) -> Iterator[Document]:
+    """The documents between separators, without blank lines around them."""
+    rest = ""
+    for chunk in chain(chunks, [separator]):
+        *whole, rest = (rest + chunk).split(separator)
+        yield from ([text.strip("\r\n")] for text in whole if text.strip())
+        if len(rest) > MAX_LINE_BYTES:
+            raise ValueError(f"{len(rest):,} letters without --separator {separator!r}")
+
+
+def other_encoding(path: Path) -> str:
+    """A guess at what a text is in that is no UTF-8, or empty.
+
+    Reads all of it: if its end is wrong, its beginning must not be in a shard.
+    """
     with path.open(encoding="utf-8") as file:
         try:
             while file.read(CHUNK_BYTES):
                 pass
         except UnicodeDecodeError:
-            return False
-    return True
+            file.buffer.seek(0)
+            return "UTF-16" if file.buffer.read(2) in (b"\xff\xfe", b"\xfe\xff") else "ISO-8859-1"
+    return ""
 
 
 def rows_of(path: Path, column: str, skipped: Counter, bar: tqdm) -> Iterator[Document]:
@@ -131,7 +182,8 @@ def json_lines(path: Path, bar: tqdm) -> Iterator[bytes]:
 def parquet_values(path: Path, column: str, bar: tqdm) -> Iterator[bytes]:
     """The column's values, an empty one for null."""
     size = path.stat().st_size
-    with pa.parquet.ParquetFile(path, buffer_size=CHUNK_BYTES, pre_buffer=False) as file:
+    source = path.open("rb")  # for pyarrow takes no path that is no UTF-8
+    with source, pa.parquet.ParquetFile(source, buffer_size=CHUNK_BYTES, pre_buffer=False) as file:
         names = file.schema_arrow.names
         if column not in names:
             raise RunError(

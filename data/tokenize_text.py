@@ -4,7 +4,8 @@
 Documents keep the order of the input, in which `fineweb` trains. One in 20 goes to validation,
 chosen by the hash of its text, until --val_tokens are reached; later copies of such a document are
 left out. So no document is in both, and where it goes depends neither on the number of threads nor
-on what follows it in the input.
+on what follows it in the input. The first 20 documents train; if validation then gets none, it is
+the last twentieth of the text.
 
 Shards are named .part until all are written, then get their names; manifest.json is written last.
 An interrupted run begins again when it is started again.
@@ -27,8 +28,8 @@ if __name__ == "__main__":
 import numpy as np
 from tqdm import tqdm
 
-from data.documents import KINDS, Document, articles, find_files, read_documents
-from data.gpt2 import START, encode_all, encoding_of, gpt2_ranks, pieces
+from data.documents import KINDS, Document, articles, counts, find_files, kind_of, read_documents
+from data.gpt2 import START, encode_all, encoding_of, gpt2_ranks, pieces, ranks_sha256
 from data.hub import download, list_files, locked
 from referee.files import write_text
 from referee.flags import RunError, finish
@@ -76,7 +77,7 @@ class Shards:
         self.token_bytes = np.zeros(1 << 16, np.uint16)  # of text in each token
         self.token_bytes[list(ranks.values())] = [len(token) for token in ranks]
         self.train, self.filled = np.empty(options["shard_tokens"], np.uint16), 0
-        self.val, self.val_tokens, self.val_digests = [], 0, set()
+        self.val, self.val_tokens, self.val_digests, self.first_digests = [], 0, set(), set()
         self.split, self.skipped = "", Counter()
         self.written = []  # what the manifest says of each whole shard
         for part in out.glob(f"{options['name']}_*.part"):  # of a run that was killed
@@ -107,8 +108,10 @@ class Shards:
         if piece.digest in self.val_digests:
             self.skipped["in validation already"] += 1
             return ""
+        if len(self.first_digests) < VAL_SHARE:  # else the only one could go to validation
+            self.first_digests.add(piece.digest)
         is_full = self.val_tokens == self.options["val_tokens"]
-        if is_full or int(piece.digest, 16) % VAL_SHARE:
+        if is_full or piece.digest in self.first_digests or int(piece.digest, 16) % VAL_SHARE:
             return "train"
         self.val_digests.add(piece.digest)
         return "val"
@@ -122,6 +125,17 @@ class Shards:
             if self.filled == len(self.train):
                 self.written.append(self.write("train", self.train))
                 self.filled = 0
+
+    def hold_out_the_end(self) -> None:
+        """Move the end of training to validation, which got no document."""
+        tokens = self.filled + sum(shard["tokens"] for shard in self.written)
+        count = min(self.options["val_tokens"], tokens // VAL_SHARE, self.filled // 2)
+        self.filled -= count
+        self.val, self.val_tokens = [self.train[self.filled : self.filled + count].copy()], count
+        self.val[0][:1] = START
+        print(f"validation is the end of the text, {count:,} tokens, for documents are too few; if "
+              "a file holds many, give what stands between them: --separator TEXT",
+              file=sys.stderr)  # fmt: skip
 
     def write(self, split: str, tokens: np.ndarray) -> dict:
         """Write one shard, as yet named .part; return what the manifest says of it."""
@@ -140,13 +154,13 @@ class Shards:
     def finish(self) -> dict:
         """Write the last shards and the manifest; return that. RunError if nothing can train."""
         shards = self.written
+        if self.options["val_tokens"] and not self.val_tokens:
+            self.hold_out_the_end()
         if self.filled:
             shards.append(self.write("train", self.train[: self.filled]))
         if not shards:
-            raise RunError(
-                f"no text is left to train on ({self.val_tokens:,} tokens are in validation, "
-                f"skipped: {dict(self.skipped) or 'nothing'}); give more, or --val_tokens 0"
-            )
+            skipped = dict(self.skipped) or "nothing"
+            raise RunError(f"no text is left to train on (skipped: {skipped}); give more")
         if self.val_tokens:
             shards.insert(0, self.write("val", np.concatenate(self.val)))
         manifest = {"created_by": "data/tokenize_text.py", "options": self.options}
@@ -156,7 +170,7 @@ class Shards:
         manifest |= {"skipped": dict(sorted(self.skipped.items())), "shards": shards}
         for shard in shards:
             (self.out / f"{shard['name']}.part").replace(self.out / shard["name"])
-        text = json.dumps(manifest, indent=1, ensure_ascii=False) + "\n"
+        text = json.dumps(manifest, indent=1) + "\n"  # a path that is no UTF-8 is escaped
         write_text(self.out / "manifest.json", text)
         return manifest
 
@@ -169,6 +183,7 @@ def read_manifest(path: Path, options: dict) -> dict:
         found, shards = manifest["options"], manifest["shards"]
     except (ValueError, TypeError, KeyError):
         raise RunError(f"{path} is damaged; {anew}") from None
+    found = {"separator": "", **found}  # older ones lack it
     changed = [f"{k}: {found.get(k)}, now {v}" for k, v in options.items() if found.get(k) != v]
     if changed:
         raise RunError(
@@ -203,12 +218,15 @@ def tokenize(args: argparse.Namespace) -> dict:
         "name": args.name,
         "inputs": args.inputs or [args.preset],
         "text_column": args.text_column,
+        "separator": args.separator,
         "shard_tokens": args.shard_tokens,
         "val_tokens": args.val_tokens,
-        "tokenizer_sha256": hashlib.sha256(b" ".join(sorted(ranks, key=ranks.get))).hexdigest(),
+        "tokenizer_sha256": ranks_sha256(ranks),
     }
     if not args.preset:
-        files = {"both": find_files(args.inputs)}
+        files["both"], left_out = find_files(args.inputs)
+        print(f"files: {counts(Counter(map(kind_of, files['both'])))}; left out: "
+              f"{counts(left_out)}", file=sys.stderr)  # fmt: skip
         options |= {"input_files": len(files["both"]), "input_bytes": size_of(files)}
     with locked(args.out):
         if (path := args.out / "manifest.json").exists():
@@ -217,7 +235,7 @@ def tokenize(args: argparse.Namespace) -> dict:
         files = files or wikitext103(args.out)
         with tqdm(total=size_of(files), unit="B", unit_scale=True, disable=None) as bar:
             splits = {
-                split: read_documents(paths, args.text_column, shards.skipped, bar)
+                split: read_documents(paths, args.text_column, args.separator, shards.skipped, bar)
                 for split, paths in files.items()
             }
             if args.preset:
@@ -241,6 +259,8 @@ def parse() -> argparse.Namespace:
     add("--name", help="of the shards (default: the preset's, or text)")
     add("--out", type=Path, help="folder (default: data/NAME)")
     add("--text_column", default="text", help="of JSON lines and parquet (default: %(default)s)")
+    add("--separator", default="", metavar="TEXT", help="between the documents of a .txt or .md "
+        "file, as in --separator '<|endoftext|>' (default: each file is one)")  # fmt: skip
     add("--shard_tokens", type=int, default=100_000_000, help="of training (default: %(default)s)")
     add("--val_tokens", type=int, default=1 << 20, help="of inputs, at most (default: %(default)s)")
     add("--tokenizer_file", type=Path, help="default: data/gpt2.tiktoken, or a download")

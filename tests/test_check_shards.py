@@ -73,6 +73,9 @@ def test_a_cut_document_at_the_beginning_is_no_document(folder):
     stream = documents(4, 9)
     write_shard(folder / "my_train_000001.bin", stream[2:])
     assert "  8 documents  " in check(folder / "my_train_000001.bin").stdout
+    write_shard(folder / "my_train_000001.bin", stream[stream != START])
+    done = check(folder / "my_train_000001.bin")
+    assert done.returncode == 1 and "no shard holds token 63, which opens" in done.stderr
 
 
 def test_every_damage_is_reported_and_the_other_shards_are_still_read(folder):

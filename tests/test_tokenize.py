@@ -3,9 +3,12 @@ import gzip
 import json
 import os
 import random
+import re
+import shlex
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +19,12 @@ from conftest import ROOT
 
 from data import check_shards, documents, gpt2, tokenize_text
 from referee.flags import finish
+from referee.harness import parse_flags
+from referee.ranks import Runtime
 from referee.shards import open_shard, write_shard
+from referee.task import Validation
+from referee.task import check_shards as check_shards_of
+from train_gpt import TRACKS, check_supply
 
 START = 50256
 MERGES = [b" t", b"he", b" a", b"in", b" the", b"er", b"on", b"\n\n", b"  ", b" w", b"or", b" wor"]
@@ -118,16 +126,27 @@ def corpus(tmp_path) -> Path:
 def test_every_kind_of_file_comes_back_letter_for_letter(run, tmp_path):
     folder, expected = tmp_path / "in", []
     packers = ("a.jsonl", json_lines), ("b.jsonl.gz", gzipped), ("c.jsonl.zst", zstd)
-    for name, pack in (*packers, ("d.parquet", parquet)):
+    for name, pack in (*packers, ("d.parquet", parquet), ("e.json.gz", gzipped)):
         texts = [f"{name}: {text}" for text in ODD_TEXTS]
         (folder / name[0]).mkdir(parents=True)
         (folder / name[0] / name).write_bytes(pack(texts))
         expected += texts
     for number, text in enumerate(ODD_TEXTS):
         (folder / f"e{number}.{'md' if number % 2 else 'TXT'}").write_bytes(text.encode())
-    (folder / "photo.png").write_bytes(b"not text")
+    for number in range(len(ODD_TEXTS)):
+        (folder / f"photo{number}.png").write_bytes(b"not text")
+    (folder / "a/.ipynb_checkpoints").mkdir()
+    for name in ("a/.ipynb_checkpoints/e-checkpoint.md", "._e0.txt"):
+        (folder / name).write_bytes(b"not the author's")
+    (folder / "gone.txt").symlink_to("nowhere")
+    os.mkfifo(folder / "pipe.jsonl")
+    (folder / "folder.txt").mkdir()
     code, printed, errors = run(folder, "--val_tokens=0", "--shard_tokens=400")
-    assert (code, errors) == (0, "") and len(printed.splitlines()) == 5
+    assert code == 0 and len(printed.splitlines()) == 6
+    assert errors == (
+        "files: 1 .json.gz, 1 .jsonl, 1 .jsonl.gz, 1 .jsonl.zst, 4 .md, 1 .parquet, 5 .txt; left "
+        "out: 2 a pipe, a device or a broken link, 2 hidden, 9 of no known kind: .png\n"
+    )
     assert texts_of(train_shards(tmp_path / "out")) == expected + ODD_TEXTS
 
 
@@ -158,6 +177,7 @@ def test_what_is_no_text_is_skipped_and_counted(run, tmp_path):
     (tmp_path / "a.txt").write_bytes(b"bad \xff")
     (tmp_path / "b.txt").write_bytes(b"cut \xe2\x82")
     (tmp_path / "c.md").write_bytes(b"")
+    (tmp_path / "c.txt").write_text("in 16 bits", encoding="utf-16")
     odd_lines = [b"{", b'{"x": 1}', b'{"text": 7}', b"[1]", b'{"text": "\\ud800"}', b'{"text": ""}']
     odd_lines += [b'{"text": "\xff"}', b"", b'{"text": "good"}']
     (tmp_path / "d.jsonl").write_bytes(b"\n".join(odd_lines))
@@ -168,8 +188,31 @@ def test_what_is_no_text_is_skipped_and_counted(run, tmp_path):
     assert texts_of(train_shards(tmp_path / "out")) == ["good", "fine"]
     skipped = json.loads((tmp_path / "out/manifest.json").read_text())["skipped"]
     no_text = "no JSON object with a text text (--text_column)"
-    assert skipped == {"not UTF-8": 5, "empty": 4, no_text: 4}
-    assert "skipped 5 documents: not UTF-8" in errors
+    assert skipped == {"not UTF-8": 6, "empty": 4, no_text: 4}
+    assert "skipped 6 documents: not UTF-8" in errors
+    for name, encoding in (("a.txt", "ISO-8859-1"), ("c.txt", "UTF-16")):
+        assert f"skipped {tmp_path / name}: no UTF-8, but perhaps {encoding}; convert" in errors
+
+
+def test_splits_of_a_hub_stay_apart_and_a_path_need_be_no_utf8(run, tmp_path):
+    names = [b"train-0-of-2.parquet", b"Validation-0-of-1.parquet", b"test/0.jsonl", b"caf\xe9.txt",
+             b"train/0.jsonl", b"a_dev.txt", b"a_train.txt", b"latest.txt"]  # fmt: skip
+    for name in map(os.fsdecode, names):
+        path = tmp_path / "in" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pack = {".parquet": parquet, ".jsonl": json_lines}.get(path.suffix, lambda t: t[0].encode())
+        path.write_bytes(pack([name.encode(errors="replace").decode()]))
+    code, _, errors = run(tmp_path / "in", "--val_tokens=0")
+    assert code == 0 and "left out: 3 of validation or test, beside train" in errors
+    found = texts_of(train_shards(tmp_path / "out"))
+    assert found == [
+        "a_train.txt",
+        "caf?.txt",
+        "latest.txt",
+        "train/0.jsonl",
+        "train-0-of-2.parquet",
+    ]
+    assert run(tmp_path / "in" / os.fsdecode(names[3]), "--val_tokens=0", out="named")[0] == 0
 
 
 def test_a_line_that_would_fill_the_memory_ends_the_run(run, tmp_path, monkeypatch):
@@ -183,6 +226,7 @@ def test_a_line_that_would_fill_the_memory_ends_the_run(run, tmp_path, monkeypat
 
 
 GZIP, ZSTD, PARQUET = (f(english(0, 999)) for f in (gzipped, zstd, parquet))
+LONG_WINDOW = bytes.fromhex("28b52ffd 00 a8 190000") + b"abc"  # a frame that needs 2 GiB to be read
 DAMAGED = "cannot be read"
 
 
@@ -196,14 +240,21 @@ DAMAGED = "cannot be read"
         ("a.parquet", parquet([1, 2, 3]), DAMAGED),
         ("a.parquet", parquet(english(0, 9), "body"), "--text_column: body"),
         ("a.csv", b"a,b", "no known kind"),
+        ("a.jsonl.zst", LONG_WINDOW, "unpack it first: zstd -d --long=31"),
+        ("a.parquet", b"version https://git-lfs.github.com/spec/v1\noid ", "run git lfs pull"),
+        ("a.txt", None, "a pipe, a device or a broken link"),
     ],
 )
 def test_damaged_input_is_named_and_nothing_is_written(run, tmp_path, name, data, message):
     (tmp_path / "b.txt").write_text("sound")
-    (tmp_path / name).write_bytes(data)
+    if data is None:
+        os.mkfifo(tmp_path / name)  # would be waited for
+    else:
+        (tmp_path / name).write_bytes(data)
     code, printed, errors = run(tmp_path / "b.txt", tmp_path / name, "--val_tokens=0")
     assert code == 1 and not printed and message in errors
-    assert errors.startswith("error: ") and errors.count("\n") == 1 and name in errors
+    *before, error = errors.splitlines()
+    assert error.startswith("error: ") and name in error and len(before) < 2
     assert not list(tmp_path.rglob("*.bin*")) and not list(tmp_path.rglob("manifest.json"))
 
 
@@ -218,7 +269,7 @@ def test_no_text_is_an_error_that_leaves_nothing_in_the_way(run, tmp_path):
         (tmp_path / "other.jsonl", "--text_column"),
     ):
         code, _, errors = run(given, "--val_tokens=0")
-        assert code == 1 and message in errors and errors.count("\n") == 1
+        assert code == 1 and message in errors.splitlines()[-1] and errors.count("\n") <= 2
     assert run(given, "--val_tokens=0", "--text_column=body")[0] == 0
 
 
@@ -287,6 +338,48 @@ def test_validation_comes_from_everywhere_and_does_not_depend_on_what_follows(ru
     assert min(np.histogram(found, 4, (0, 1000))[0]) > 0
 
 
+STORIES = "".join(f"\n{text}\n<|endoftext|>" for text in english(5, 300))
+
+
+def test_few_documents_are_validated_by_the_end_of_the_text(run, tmp_path):
+    for number in range(40):  # of which the hash would choose two
+        (tmp_path / "one.txt").write_text(f"{number} {STORIES}")
+        code, _, errors = run(tmp_path / "one.txt", out=f"{number}")
+        assert code == 0 and "validation is the end of the text, " in errors
+        (train,), val = (
+            train_shards(tmp_path / f"{number}"),
+            tmp_path / f"{number}/text_val_000000.bin",
+        )
+        tokens = [len(open_shard(path)) for path in (train, val)]
+        assert tokens[1] == sum(tokens) // 20 and STORIES.endswith(texts_of([val])[0])
+    (tmp_path / "one.txt").write_text("a")
+    assert run(tmp_path / "one.txt", out="tiny")[0] == 0 and train_shards(tmp_path / "tiny")
+
+
+def test_the_documented_command_trains_on_one_s_own_text(run, tmp_path, monkeypatch):
+    (tmp_path / "one.txt").write_text(STORIES * 3)
+    assert run(tmp_path / "one.txt", "--name=mine", out="data/mine")[0] == 0
+    text = (ROOT / "docs/data.md").read_text().replace("\\\n", "")
+    (command,) = re.findall(r"^./run.sh (--train_files.*?)#", text, re.M)
+    monkeypatch.chdir(tmp_path)
+    settings = parse_flags(shlex.split(command), TRACKS, "embedded", "")
+    check_shards_of(settings.task)
+    check_supply(settings.hp, settings.task, 0)
+    assert len(Validation(settings.task, Runtime()).rows) == 8
+
+
+def test_a_separator_makes_documents_of_one_file(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(documents, "CHUNK_BYTES", 77)  # separators lie across the ends
+    (tmp_path / "stories.txt").write_text(STORIES)
+    code, _, errors = run(tmp_path / "stories.txt", "--separator=<|endoftext|>")
+    assert code == 0 and "end of the text" not in errors
+    train, val = train_shards(tmp_path / "out"), [tmp_path / "out/text_val_000000.bin"]
+    assert sorted(texts_of(train) + texts_of(val)) == sorted(english(5, 300))
+    assert 3 < len(texts_of(val)) < 40 and set(english(5, 20)) <= set(texts_of(train))
+    code, _, errors = run(tmp_path / "stories.txt")
+    assert code == 1 and "separator: <|endoftext|>, now " in errors
+
+
 def test_the_manifest_adds_up(run, corpus, tmp_path, monkeypatch):
     assert run(corpus, "--shard_tokens=3000")[0] == 0
     manifest = json.loads((tmp_path / "out/manifest.json").read_text())
@@ -306,20 +399,19 @@ def test_the_manifest_adds_up(run, corpus, tmp_path, monkeypatch):
 
 
 def test_ctrl_c_ends_it_and_the_same_command_begins_again(run, rank_file, corpus, tmp_path):
-    pipe, out, flags = tmp_path / "in.jsonl", tmp_path / "out", ["--val_tokens=500"]
-    os.mkfifo(pipe)
-    command = [sys.executable, ROOT / "data/tokenize_text.py", pipe, *flags, f"--out={out}"]
+    long, out, flags = tmp_path / "in.jsonl", tmp_path / "out", ["--val_tokens=500"]
+    long.write_bytes(corpus.read_bytes() * 1000)
+    command = [sys.executable, ROOT / "data/tokenize_text.py", long, *flags, f"--out={out}"]
     command += ["--shard_tokens=3000", f"--tokenizer_file={rank_file}", "--workers=2"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    with pipe.open("wb", buffering=0) as file:
-        for _ in range(1000):  # more than is read ahead
-            if not list(out.glob("*.part")):
-                file.write(corpus.read_bytes())
-        code, _, errors = run(corpus, "--val_tokens=0")
-        assert code == 1 and "another process" in errors and str(out) in errors
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=20)
-    assert process.returncode == 130 and errors.count("\n") == 1 and "begins again" in errors
+    while not list(out.glob("*.part")):
+        assert process.poll() is None
+        time.sleep(0.01)
+    code, _, errors = run(corpus, "--val_tokens=0")
+    assert code == 1 and "another process" in errors and str(out) in errors
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=20)
+    assert process.returncode == 130 and errors.count("\n") == 2 and "begins again" in errors
     assert list(out.glob("*.part")) and not list(out.glob("*.bin")) + list(out.glob("*.json"))
     flags += [corpus, "--shard_tokens=20000"]
     assert run(*flags)[0] == run(*flags, out="undisturbed")[0] == 0

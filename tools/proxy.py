@@ -64,6 +64,9 @@ def prepare(args, folder: Path) -> None:
     stride = (len(val) - ROW - 2) // VAL_ROWS
     write_shard(folder / "val.bin", val[: (VAL_ROWS - 1) * stride + ROW + 1])
     starts = np.flatnonzero(train[:-1] == START)
+    if not len(starts):
+        raise ToolError(f"{args.train_files} holds no token {args.document_start}, which opens a "
+                        "document; give the one of these shards: --document_start")  # fmt: skip
     lengths = np.diff(starts, append=len(train) - 1).clip(max=ROW + 1)  # no run reads further
     for seed in range(args.n):
         order = np.random.default_rng(seed).permutation(len(starts))
