@@ -4,12 +4,15 @@
 # ./run.sh test [...]      run the linter and the tests (--slow: all); further words go to pytest
 # ./run.sh FILE.py [...]   run any script of the project
 # ./run.sh torchrun [...]  run torchrun
+# Of `sh run.sh` and `bash < run.sh` bash makes this; dash cannot read the rest.
+[ -n "${BASH_SOURCE:-}" ] || exec bash "$([ -f "$0" ] && echo "$0" || echo ./run.sh)" "$@"
 set -euo pipefail
-root=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
-venv="$root/.venv"
+root=$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")
+venv="$root/.venv" own=$venv
 # torch.compile cannot link against a torch that lies below a path with blanks.
 if [[ $root == *[[:space:]]* || ! -w $root ]]; then
     venv="${XDG_CACHE_HOME:-${HOME:-/tmp}/.cache}/photofinish/venv_$(cksum <<<"$root" | cut -d' ' -f1)"
+    [[ $root != *[[:space:]]* ]] || own=$venv
 fi
 
 fail() {
@@ -30,7 +33,7 @@ find_python() { # a Python of at least 3.11, the active environment's first
 }
 
 satisfies() { # satisfies PYTHON FILE...: do the installed packages meet every pin?
-    "$1" - "${@:2}" 2>/dev/null <<'PYTHON'
+    "$1" -P - "${@:2}" 2>/dev/null <<'PYTHON'
 import sys
 from importlib.metadata import version
 for path in sys.argv[1:]:
@@ -41,12 +44,15 @@ for path in sys.argv[1:]:
 PYTHON
 }
 
+# Python gets -P, for its modules must not be those of the caller's folder, such as random.py.
 set_up() { # set_up FILE...: make $python an interpreter with these requirements
     local found flags=() file
-    python="$venv/bin/python"
-    if satisfies "$python" "$@"; then
-        return
-    fi
+    unset PIP_USER PIP_TARGET PIP_PREFIX PIP_CONSTRAINT # they lead pip away from the environment
+    for python in "$own/bin/python" "$venv/bin/python"; do
+        if satisfies "$python" "$@"; then
+            return
+        fi
+    done
     found=$(find_python)
     if satisfies "$found" "$@"; then
         python=$found
@@ -55,27 +61,28 @@ set_up() { # set_up FILE...: make $python an interpreter with these requirements
     echo "setting up $venv, once: pip downloads the packages (a GPU machine some 3 GB), then it" \
         "unpacks them for a minute or more and says nothing meanwhile" >&2
     if ! "$python" -c '' 2>/dev/null; then # there is none yet, or its Python is gone
-        "$found" -m venv --clear "$venv" ||
+        "$found" -P -m venv --clear "$venv" ||
             fail "cannot make $venv (see above); if ensurepip is missing: apt install python3-venv"
     fi
-    if ! "$python" -m pip --version >/dev/null 2>&1; then
-        "$python" -m ensurepip >&2 ||
+    if ! "$python" -P -m pip --version >/dev/null 2>&1; then
+        "$python" -P -m ensurepip >&2 ||
             fail "$venv has no pip (see above); delete it, and run this again"
     fi
     for file in "$@"; do flags+=(-r "$file"); done
-    "$python" -m pip install --disable-pip-version-check "${flags[@]}" >&2 ||
-        fail "pip could not install the requirements (see above); check network and disk, then run this again"
+    { "$python" -P -m pip install --disable-pip-version-check "${flags[@]}" 2>&1 >&3 3>&- |
+        tee "$venv/pip_errors" >&2; } 3>&2 ||
+        fail "pip could not install the requirements: $(grep -i '^error' "$venv/pip_errors" | tail -n 1)"
     echo "set up in $SECONDS s" >&2
 }
 
 count_gpus() { # the largest of 1, 2, 4, 8 GPUs that are visible and that torch can use
-    local listed found=0 usable=0 n
-    listed=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
-    if [ "$listed" -gt 0 ]; then
-        found=$("$python" -c 'import torch as t; print(t.cuda.is_available() * t.cuda.device_count())')
+    local said found=0 usable=0 n
+    if command -v nvidia-smi >/dev/null || [ -e /dev/nvidiactl ]; then
+        said=$(nvidia-smi -L 2>&1) || true
+        found=$("$python" -P -c 'import torch as t; print(t.cuda.is_available() * t.cuda.device_count())')
         if [ "$found" = 0 ] && [ -z "${CUDA_VISIBLE_DEVICES+set}" ]; then
-            echo "nvidia-smi lists $listed GPUs, but torch can use none (is the driver older than" \
-                "torch's CUDA?): training on the CPU" >&2
+            echo "torch can use none of the GPUs (is the driver older than its CUDA?): training on" \
+                "the CPU; nvidia-smi says: ${said//$'\n'/; }" >&2
         fi
     fi
     for n in 1 2 4 8; do [ "$n" -le "$found" ] && usable=$n; done
@@ -104,7 +111,7 @@ get_data() { # get_data TASK: its shards, unless they are there; its scripts say
 }
 
 launch() { # run torchrun; its traceback would bury what a rank has said of its end
-    exec "$python" -c '
+    exec "$python" -P -c '
 import signal, sys
 signal.signal(signal.SIGINT, signal.SIG_DFL)
 from torch.distributed.elastic.multiprocessing.api import SignalException
@@ -128,6 +135,10 @@ if [ "${1:-}" = test ]; then
     exec "$python" -m pytest -n 2 --dist worksteal "${@:2}"
 fi
 
+case ${1:-} in
+*.py | torchrun | -* | "") ;;
+*) fail "there is no command $1; there are test, torchrun, FILE.py, and flags of the trainer: ./run.sh --help" ;;
+esac
 set_up "$root/requirements.txt"
 # What torchrun passes on to its processes, and how long it lets them save a checkpoint.
 export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
@@ -149,7 +160,11 @@ for flag in "$@"; do
     case $flag in
     --track=*) track=${flag#--track=} ;;
     --task=*) task=${flag#--task=} ;;
-    --train_files* | -h | --help) wants_data=no ;;
+    --train_files*) wants_data=no ;;
+    -h | --help)
+        wants_data=no
+        sed -n 's|^# \(./run.sh\)|\1|p' "$root/run.sh"
+        ;;
     esac
     previous=$flag
 done

@@ -105,6 +105,9 @@ class Hyperparameters:
         if any(tokens % self.seq_len for tokens in self.batch_tokens):
             raise RunError(f"--batch_tokens {as_flag(self.batch_tokens)} is not a multiple of "
                            f"--seq_len {self.seq_len}")  # fmt: skip
+        if self.shift_taps >= self.seq_len:
+            raise RunError(f"--shift_taps {self.shift_taps} reach further back than --seq_len "
+                           f"{self.seq_len}")  # fmt: skip
         if 0 in self.document_cap and any(self.document_cap):
             raise RunError(f"--document_cap {as_flag(self.document_cap)} mixes 0 with caps; give "
                            f"{self.seq_len} for no cap in some steps")  # fmt: skip

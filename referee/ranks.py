@@ -21,9 +21,14 @@ from torch import Tensor
 from referee.environment import BF16_GAIN, bf16_gain, cpu_model
 from referee.flags import RunError
 
-RANK, WORLD_SIZE = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+try:  # they may be empty, or left over from another program
+    WORLD_SIZE = int(os.environ.get("WORLD_SIZE") or 1)
+    RANK, LOCAL_RANK = (int(WORLD_SIZE > 1 and os.environ.get(name) or 0)
+                        for name in ("RANK", "LOCAL_RANK"))  # fmt: skip
+except ValueError as error:
+    sys.exit(f"error: RANK, WORLD_SIZE or LOCAL_RANK: {error}; unset all, or start with torchrun")
 ANSWER_S = 3  # a rank that works tells the others so within this time
-STORE_S = 300  # seconds that ranks wait for each other to start
+STORE_S, SILENT_S = 300, 10  # seconds that ranks wait for each other to start; the first in silence
 
 
 def compile_errors() -> tuple[type[Exception], ...]:
@@ -41,11 +46,17 @@ def rank_store() -> dist.Store | None:
     """The store that ranks share beside their collectives; None for a single process."""
     if WORLD_SIZE == 1:
         return None
+    told = (f"rank {RANK} waits for the other {WORLD_SIZE - 1} of WORLD_SIZE={WORLD_SIZE}, at most "
+            f"{STORE_S} s; for a run of one process: unset RANK WORLD_SIZE")  # fmt: skip
+    telling = threading.Timer(SILENT_S, print, [told], {"file": sys.stderr, "flush": True})
+    telling.start()
     try:
         return next(dist.rendezvous("env://", timeout=timedelta(seconds=STORE_S)))[0]
     except (RuntimeError, ValueError) as error:
         raise RunError(f"rank {RANK} cannot reach the others ({str(error).splitlines()[0]}); start "
                        "them all at once, with torchrun") from None  # fmt: skip
+    finally:
+        telling.cancel()
 
 
 def is_first_to_say(message: str) -> bool:
@@ -67,11 +78,11 @@ class Runtime:
     def __init__(self, fp32: bool = False, runs_per_device: int = 1, rank_timeout_s: int = 600):
         self.rank, self.world_size, self.is_alone = RANK, WORLD_SIZE, WORLD_SIZE == 1
         self.is_main, self.is_gpu = RANK == 0, torch.cuda.is_available()
-        self.is_first_of_machine = int(os.environ.get("LOCAL_RANK", 0)) == 0
+        self.is_first_of_machine = LOCAL_RANK == 0
         self.device, self.device_name, self.memory_bytes = torch.device("cpu"), cpu_model(), 8e9
         self.shared_memory_bytes = 0  # per thread block of a GPU
         if self.is_gpu:
-            self.use_gpu(int(os.environ.get("LOCAL_RANK", 0)))
+            self.use_gpu(LOCAL_RANK)
             self.memory_bytes /= runs_per_device
         else:
             torch.set_flush_denormal(True)

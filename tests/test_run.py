@@ -372,7 +372,7 @@ def refused(done, *messages):
     [
         ("--train_files=/nowhere/*.bin", r"no shards match /nowhere/\*\.bin; name those"),
         ("--train_files=/dev/null", r"/dev/null\b.*; "),
-        ("--vocab_size=40", r"holds token \d+, but the vocabulary ends at 39"),
+        ("--vocab_size=40 --document_start=39", r"holds token \d+, but the vocabulary ends at 39"),
         ("--num_steps=99999", r"steps need"),
         ("--val_tokens=640000", r"validation"),
         ("--micro_batch_seqs=3", r"--micro_batch_seqs"),
@@ -382,7 +382,7 @@ def refused(done, *messages):
     ],
 )
 def test_bad_flags_and_files_get_one_clear_error(flags, flag, message):
-    done = train([*flags, flag])
+    done = train([*flags, *flag.split()])
     refused(done, "error: ", message)
     assert "result status" not in done.stdout  # which would hide the reason
 
@@ -398,6 +398,8 @@ BAD_FLAGS = [
     ("--num_steps=many", r"invalid int value: 'many'"),
     ("--compile=maybe", r"invalid boolean value"),
     ("--no_such_flag=1", r"unrecognized arguments: --no_such_flag"),
+    ("--document_start=64", r"--document_start 64 is not below --vocab_size 64"),
+    ("--shift_taps=64", r"--shift_taps 64 reach further back than --seq_len 64"),
     ("--document_cap=64,0", r"--document_cap 64,0 mixes 0 with caps"),
     ("--layers=SXL", r"--layers must be of S, L, s, l and -"),
     ("--layers=--", r"--layers must be of S, L, s, l and -, and not of - alone"),
@@ -668,6 +670,35 @@ class TwoRanks(Runtime):
         return [value, self.other]
 
 
+ASK = """
+from referee import ranks
+ranks.SILENT_S, ranks.STORE_S = 0.1, 1
+print(ranks.RANK, ranks.WORLD_SIZE, ranks.LOCAL_RANK)
+try:
+    ranks.rank_store()
+except ranks.RunError as error:
+    print(error)
+"""
+
+
+@pytest.mark.parametrize("found, code, out, error", [
+    (("", "", ""), 0, "0 1 0\n", ""),
+    (("3", "", "3"), 0, "0 1 0\n", ""),
+    (("abc", "2", "0"), 1, "", "error: RANK, .*'abc'; unset all, or .*\n"),
+    (("0", "2", "0"), 0, "0 2 0\nrank 0 cannot reach the others .*\n",
+     "rank 0 waits for the other 1 of WORLD_SIZE=2, at most 1 s; .*: unset RANK WORLD_SIZE\n"),
+])  # fmt: skip
+def test_ranks_of_the_environment_are_understood_or_named(tmp_path, found, code, out, error):
+    (tmp_path / "ask.py").write_text(ASK)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    names = dict(zip(("RANK", "WORLD_SIZE", "LOCAL_RANK"), found, strict=True))
+    done = run_forked([f"{tmp_path}/ask.py"], MASTER_ADDR="127.0.0.1", MASTER_PORT=port, **names)
+    assert done.returncode == code and re.fullmatch(out, done.stdout), done
+    assert re.fullmatch(error, done.stderr), done.stderr
+
+
 def test_all_ranks_compile_or_none_does(run):
     asked = []
     for other, compiles in (("", True), ("no compiler g++", False)):
@@ -764,6 +795,8 @@ def bash(script: str, **environment) -> subprocess.CompletedProcess:
         ("python is gone", "venv --clear pip install"),
         ("pip is gone", "ensurepip pip install"),
         ("none", "venv --clear pip install"),
+        ("read-only", ""),
+        ("no network", "pip install"),
     ],
 )
 def test_run_sh_heals_its_environment(tmp_path, state, installs):
@@ -771,13 +804,17 @@ def test_run_sh_heals_its_environment(tmp_path, state, installs):
     (tmp_path / ".venv/bin").mkdir(parents=True)
     fake = tmp_path / "fake"
     missing = {"pip is gone": "pip"}.get(state, "nothing")
-    has_packages = "0" if state == "whole" else "1"
+    has_packages = "0" if state in ("whole", "read-only") else "1"
     fake.write_text(
         "#!/bin/bash\n"
+        "${PIP_TARGET+exit 5}\n"
+        "[ $1 != -P ] || shift\n"
         f"case $1 in -) exit {has_packages} ;; -c) exit 0 ;; esac\n"
         f"[ $2 != {missing} ] || [ $3 != --version ] || exit 1\n"
         f"[ $3 = --version ] || echo $2 ${{3/--default-pip/}} >>{tmp_path}/ran\n"
         f"[ $2 != venv ] || ln -sf {fake} {tmp_path}/.venv/bin/python\n"
+        + "[ $3 != install ] || { echo 'ERROR: no wheel' >&2; exit 1; }\n"
+        * (state == "no network")
     )
     fake.chmod(0o755)
     target = "/nowhere" if state == "python is gone" else fake
@@ -786,9 +823,15 @@ def test_run_sh_heals_its_environment(tmp_path, state, installs):
     functions = "\n".join(map(run_sh_function, ("fail", "satisfies", "set_up")))
     (tmp_path / "requirements.txt").write_text("torch==1\n")
     done = bash(
-        f"venv={tmp_path}/.venv\nfind_python() {{ echo {fake}; }}\n{functions}\n"
-        f"set_up {tmp_path}/requirements.txt\necho $python"
-    )
+        f"own={tmp_path}/.venv\nvenv={'/no' if state == 'read-only' else '$own'}\n"
+        f"find_python() {{ echo {fake}; }}\n{functions}\n"
+        f"set_up {tmp_path}/requirements.txt\necho $python",
+        PIP_TARGET="elsewhere",
+    )  # fmt: skip
+    if state == "no network":
+        assert done.returncode == 1 and done.stdout == ""
+        assert done.stderr.endswith("not install the requirements: ERROR: no wheel\n")
+        return
     assert done.stdout == f"{tmp_path}/.venv/bin/python\n", done.stderr
     assert bool(re.search(r"^set up in \d+ s$", done.stderr, re.M)) == bool(installs)
     ran = (tmp_path / "ran").read_text().split() if (tmp_path / "ran").exists() else []
@@ -827,12 +870,49 @@ def test_run_sh_needs_no_home_and_no_writable_checkout(tmp_path):
         assert done.returncode == 0 and " " not in done.stdout
 
 
-NVIDIA_SMI = "#!/bin/sh\necho 'GPU 0: NVIDIA H100'\necho 'GPU 1: NVIDIA H100'\n"
+@pytest.fixture
+def checkout(tmp_path) -> Path:
+    """run.sh, which requires nothing here, and two scripts; beside it a folder to call it from."""
+    folder, caller = tmp_path / "checkout", tmp_path / "caller"
+    for path in (folder, caller, tmp_path / "elsewhere/checkout"):
+        path.mkdir(parents=True)
+    shutil.copy(ROOT / "run.sh", folder)
+    (folder / "requirements.txt").write_text("numpy==" + np.__version__)
+    (folder / "where.py").write_text("print(__file__)")
+    (folder / "train_gpt.py").write_text("print('its flags')")
+    for name in ("email", "random", "torch", "pip"):
+        (caller / f"{name}.py").write_text("raise SystemExit(3)")
+    (caller / "link").symlink_to(folder / "run.sh")
+    return folder
+
+
+PYTHON_FIRST = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+
+
+CALLS = "bash link", "sh ../checkout/run.sh", "cd ..; bash checkout/run.sh"
+
+
+@pytest.mark.parametrize("way", [*CALLS, "cd ../checkout; bash -s <run.sh"])
+def test_run_sh_works_however_it_is_called(checkout, way):
+    done = bash(f"cd {checkout.parent}/caller; {way} where.py", PATH=PYTHON_FIRST,
+                CDPATH=f"{checkout.parent}/elsewhere")  # fmt: skip
+    assert (done.stdout, done.stderr) == (f"{checkout}/where.py\n", "")
+
+
+def test_run_sh_says_what_it_does(checkout):
+    done = bash(f"{checkout}/run.sh tset")
+    assert done.returncode == 1 and list(checkout.glob("data*")) == []
+    assert re.fullmatch("error: there is no command tset; .*\n", done.stderr)
+    said = bash(f"{checkout}/run.sh --help", PATH=PYTHON_FIRST).stdout
+    assert "its flags" in said
+    for word in ("test", "FILE.py", "torchrun"):
+        assert f"./run.sh {word} [...]" in said and word in done.stderr
 
 
 @pytest.mark.parametrize("usable, chosen", [(0, 0), (1, 1), (2, 2), (3, 2), (8, 8)])
 def test_run_sh_counts_the_gpus_that_torch_can_use(tmp_path, usable, chosen):
-    for name, text in (("nvidia-smi", NVIDIA_SMI), ("python", f"#!/bin/sh\necho {usable}\n")):
+    broken = "#!/bin/sh\necho 'Driver/library version mismatch' >&2\nexit 18\n"
+    for name, text in (("nvidia-smi", broken), ("python", f"#!/bin/sh\necho {usable}\n")):
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
     done = bash(
@@ -841,5 +921,5 @@ def test_run_sh_counts_the_gpus_that_torch_can_use(tmp_path, usable, chosen):
         PATH=f"{tmp_path}:{os.environ['PATH']}",
     )
     assert done.stdout == f"{chosen}\n" and done.returncode == 0
-    assert ("torch can use none" in done.stderr) == (usable == 0)
+    assert ("nvidia-smi says: Driver/library version" in done.stderr) == (usable == 0)
     assert (f"{chosen} of {usable} GPUs are used" in done.stderr) == (chosen != usable)
