@@ -487,12 +487,14 @@ def carry_out(run: Run, make_trainer) -> None:
         log.line(calibration(rt.device, rt.matmul_dtype, rt.synchronize))
         if warning := contention(rt.is_gpu, run.clock.cpu_share()):
             log.line(f"warning: {warning}", show=True)
-    except torch.OutOfMemoryError:
+    except RuntimeError as error:  # that of a CPU is of no class of its own
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate" not in str(error):
+            raise
         rows = run.micro_batch_seqs
         fewer = f"add --micro_batch_seqs {rows // 2}, or " if rows > 1 else ""
         raise RunError(
             f"out of memory on {rt.device_name} with {rows} rows per forward pass; {fewer}lower "
-            "--seq_len"
+            "--seq_len or the model's size"
         ) from None
     finally:
         gc.unfreeze()

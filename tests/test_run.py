@@ -761,6 +761,11 @@ def test_a_broken_device_leaves_the_result_line(fresh_run, tmp_path):
     assert only_log(tmp_path).read_text().splitlines()[-1].startswith("result status:aborted")
 
 
+def test_a_model_beyond_a_cpu_s_memory_is_one_line(fresh_run):
+    with pytest.raises(RunError, match="out of memory on .*; lower --seq_len or the model's size"):
+        carry_out(fresh_run, lambda run: torch.empty(1 << 50))
+
+
 @pytest.mark.parametrize("vocab_size, in_fp8", [(64, True), (257, False)])
 def test_sizes_that_fp8_cannot_multiply_are_not_multiplied_in_fp8(monkeypatch, vocab_size, in_fp8):
     asked = []
