@@ -98,8 +98,7 @@ def check_untimed(run: LoggedRun) -> Iterator[str]:
         if (seconds := run.ledger.get(account, 0)) > most:
             yield f"{seconds:.0f} s of {account}: no work of that kind takes over {most} s"
     tokens = len(run.val_curve) * float(run.config.get("val_tokens", "nan"))
-    in_training = tokens / run.number("tokens_per_s")
-    times = run.ledger.get("validation", 0) / in_training if in_training > 0 else 0
+    times = run.ledger.get("validation", 0) * run.number("tokens_per_s") / tokens if tokens else 0
     if not run.number("resumed_from") > 0 and times > VALIDATION_TIMES:
         yield f"validation took {times:.1f} times as long as training on its tokens"
 
