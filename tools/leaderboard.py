@@ -78,8 +78,8 @@ def gain_over(previous: Record, record: Record) -> str:
     c = compare(previous.arm, record.arm)
     if not c.times_comparable:
         return "-"
-    text = signed(c.time, 1)
-    return text if c.exit_code == 0 else f"{text}, {c.verdict.lower()}"
+    verdict = "" if c.exit_code == 0 else f", {c.verdict.lower()}"
+    return signed(c.time, 1) + verdict + ("" if c.interleaved else " (not interleaved)")
 
 
 def groups(records: list[Record]) -> dict[tuple, list[Record]]:
