@@ -299,7 +299,7 @@ class Run:
     def validate(self, predict, batch_rows: int) -> None:
         """Take and log the validation loss; predict and batch_rows as in Validation.loss."""
         with self.clock.charged_to("validation"):
-            loss = self.validation.loss(predict, batch_rows)
+            loss = self.validation.loss(plain(predict), batch_rows)
         train_ms = self.clock.train_ms()
         self.curve.append((train_ms, loss))
         if not math.isfinite(loss):
@@ -501,6 +501,19 @@ def carry_out(run: Run, make_trainer) -> None:
         with suppress(RuntimeError):  # after an error of the GPU no clock can wait for it
             log.line(run.clock.ledger(), show=run.step > 0)
         log.close(run.result(), show=run.step > 0)  # without a step, show the reason alone
+
+
+def plain(predict: Callable) -> Callable:
+    """predict, if it yields plain tensors: another class could answer for itself in the loss."""
+
+    def checked(inputs_BT: Tensor):
+        for logits_NV in predict(inputs_BT):
+            if type(logits_NV) is not Tensor:
+                raise RunError(f"logits are of {type(logits_NV).__name__}, not of Tensor itself; "
+                               "mend what the trainer yields in validation")  # fmt: skip
+            yield logits_NV
+
+    return checked
 
 
 def warm_up(run: Run, trainer) -> None:

@@ -605,6 +605,21 @@ def test_a_validation_loss_that_is_no_number_is_a_divergence_with_a_sound_log(ru
     assert run.status == "diverged" and not read_log(only_log(tmp_path)).faults
 
 
+def test_logits_that_could_answer_for_themselves_are_refused(run):
+    class Kind(torch.Tensor):
+        """A tensor whose loss is 0."""
+
+        @classmethod
+        def __torch_function__(cls, func, types, args=(), kwargs=None):
+            return torch.zeros(len(args[0]) if args[0].ndim else 1)
+
+    def predict(inputs_BT):
+        yield torch.zeros(inputs_BT.numel(), run.task.vocab_size).as_subclass(Kind)
+
+    with pytest.raises(RunError, match="logits are of Kind, not of Tensor itself"):
+        run.validate(predict, 1)
+
+
 def test_a_contended_machine_is_told_at_the_first_validation(run, capsys):
     run.start()
     for share, said in ((0.99, 0), (0.5, 1), (0.4, 1)):  # once
