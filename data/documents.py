@@ -44,10 +44,11 @@ def find_files(inputs: list[str]) -> tuple[list[Path], Counter]:
         before = len(found)
         for name in [given] if os.path.lexists(given) else sorted(glob.glob(given)):
             top = Path(name) if name == given or Path(name).is_dir() else Path(name).parent
-            for path in [Path(name), *sorted(Path(name).rglob("*"))]:
+            paths = [Path(name), *sorted(Path(name).rglob("*"))]
+            for path in [path for path in paths if not path.is_dir()]:
                 if reason := reason_against(path, top):
                     left_out[reason] += 1
-                elif not path.is_dir():
+                else:
                     found[path] = None
         if len(found) == before:
             raise RunError(f"{given} names no file of the kinds {', '.join(KINDS)}; left out: "
@@ -58,8 +59,6 @@ def find_files(inputs: list[str]) -> tuple[list[Path], Counter]:
 def reason_against(path: Path, top: Path) -> str:
     """Why a file that is below top, or is top, is left out; empty for one that is read."""
     inside = str(path.relative_to(top))
-    if path.is_dir():
-        return ""
     if re.search(r"(^|/)\.[^/]", inside):
         return "hidden"
     if not path.is_file():

@@ -27,8 +27,7 @@ from referee.shards import file_sha256
 from referee.sources import sha256_of
 
 ITS_SOURCE = "check out the source that its log holds"
-FACTS = {"trainer": str, "sources": dict, "step": int, "config": dict, "files": dict,
-         "tokenizer_sha256": str}  # fmt: skip
+FACTS = {"trainer": str, "sources": dict, "step": int, "config": dict, "files": dict}
 
 
 def write_checkpoint(folder: Path, tensors: dict[str, Tensor], facts: dict, rt) -> None:

@@ -5,11 +5,13 @@ import json
 from types import SimpleNamespace
 
 import numpy as np
+import pytest
 from conftest import documents
 
 from referee.shards import open_shard, write_shard
 from referee.task import TASKS, Validation
 from tools import proxy
+from tools.cli import ToolError
 from train_gpt import TRACKS, micro_batches
 
 ONE_RANK = SimpleNamespace(rank=0, world_size=1)
@@ -76,6 +78,9 @@ def test_validation_rows_lie_evenly_in_the_shard(tmp_path):
     folded = proxy.fold(val, np.bincount(val, minlength=1 << 16), 63)
     assert all((row == folded[i * stride :][:257]).all() for i, row in enumerate(rows))
     assert open_shard(tmp_path / "val.bin").max() == 2047
+    args.document_start = 999
+    with pytest.raises(ToolError, match="holds no token 999, which opens a document"):
+        proxy.prepare(args, tmp_path)
 
 
 def test_settings_are_those_of_fineweb_at_an_eighth():
