@@ -18,6 +18,7 @@ import pytest
 from conftest import ROOT
 
 from data import check_shards, documents, gpt2, tokenize_text
+from referee.files import whole
 from referee.flags import finish
 from referee.harness import parse_flags
 from referee.ranks import Runtime
@@ -420,9 +421,10 @@ def test_ctrl_c_ends_it_and_the_same_command_begins_again(run, rank_file, corpus
 
 def test_a_full_disk_is_named_and_the_next_run_begins_again(run, corpus, tmp_path, monkeypatch):
     def failing(path, tokens):
-        if "000004" in path.name:
-            raise OSError(28, "No space left on device")
-        write_shard(path, tokens)
+        with whole(path) as part:
+            write_shard(part, tokens)
+            if "000004" in path.name:
+                raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(gpt2, "PIECE_CHARS", 100)  # shards end inside documents
     flags = [corpus, "--val_tokens=500", "--shard_tokens=3000"]
