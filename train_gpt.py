@@ -11,15 +11,13 @@ its GPU kernel. referee/ is what an idea must not change: task, device, clock, l
 loss. Losses are nats per token.
 """
 
-import signal
 import time
 
 PROCESS_START = time.perf_counter()  # before the slow imports, so that the clock counts them
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # so that ctrl-C shows no traceback of them
+    from referee.start import finish
 
 import math
-import sys
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -1095,4 +1093,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    finish(main)

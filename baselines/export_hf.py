@@ -7,14 +7,16 @@
 An imported checkpoint has weights and no optimizer state: sample or evaluate it.
 """
 
-import argparse
-import json
 import sys
-from dataclasses import asdict, replace
 from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the project's root
+    from referee.start import finish
+
+import argparse
+import json
+from dataclasses import asdict, replace
 
 import torch
 from safetensors import SafetensorError
@@ -25,7 +27,7 @@ from baselines.train_gpt2 import GPT2, TRACKS, Hyperparameters, load_gpt2, weigh
 from referee.checkpoints import check_source, read_checkpoint, write_checkpoint
 from referee.environment import ROOT
 from referee.files import whole
-from referee.flags import RunError, boolean, finish
+from referee.flags import RunError, boolean
 from referee.ranks import Runtime
 from referee.sources import read_source, sha256_of
 from referee.task import TASKS

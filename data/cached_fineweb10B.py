@@ -7,17 +7,19 @@ gets its name when it has been checked in full; a download that was stopped goes
 The hub's sha256 of each stands in manifest.json, with which data/check_shards.py compares them.
 """
 
-import argparse
-import json
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the project's root
+    from referee.start import finish
+
+import argparse
+import json
 
 from data.hub import download, few, list_files
 from referee.files import write_text
-from referee.flags import RunError, finish
+from referee.flags import RunError
 from referee.shards import ShardError, check_tokens, open_shard
 
 REPO = "kjj0/fineweb10B-gpt2"

@@ -6,19 +6,20 @@ from one document start to the next, within a shard. Shards are compared with a 
 them. Exit code 0: sound; 1: not sound, each reason on stderr; 2: misuse.
 """
 
-import argparse
-import hashlib
-import json
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the project's root
+    from referee.start import finish
+
+import argparse
+import hashlib
+import json
 
 import numpy as np
 from tqdm import tqdm
 
-from referee.flags import finish
 from referee.shards import ShardError, file_sha256, find_shards, open_shard
 
 DIGEST_BYTES = 8  # a document's hash; chance makes 2 of 10 million alike once in 400,000 times

@@ -7,19 +7,20 @@ exact duplicates are left out. A file belongs to validation when the sha256 of i
 the split does not move when files are added. Documents are shuffled with a fixed seed.
 """
 
-import argparse
-import hashlib
-import importlib.util
-import random
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the project's root
+    from referee.start import finish
+
+import argparse
+import hashlib
+import importlib.util
+import random
 
 import numpy as np
 
-from referee.flags import finish
 from referee.shards import ShardError, write_shard
 
 FOLDER = Path(__file__).resolve().parent / "embedded"

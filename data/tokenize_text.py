@@ -11,19 +11,21 @@ Shards are named .part until all are written, then get their names; manifest.jso
 An interrupted run begins again when it is started again.
 """
 
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the project's root
+    from referee.start import finish
+
 import argparse
 import hashlib
 import json
 import os
 import re
-import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 from typing import NamedTuple
-
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the project's root
 
 import numpy as np
 from tqdm import tqdm
@@ -32,7 +34,7 @@ from data.documents import KINDS, Document, articles, counts, find_files, kind_o
 from data.gpt2 import START, encode_all, encoding_of, gpt2_ranks, pieces, ranks_sha256
 from data.hub import download, list_files, locked
 from referee.files import write_text
-from referee.flags import RunError, finish
+from referee.flags import RunError
 from referee.shards import HEADER_BYTES, file_sha256, write_shard
 
 FOLDER = Path(__file__).resolve().parent

@@ -16,15 +16,17 @@ The last line of the output is the result. Others report that the sha256 of the 
 hellaswag_val.jsonl begins with 0aa3b888.
 """
 
-import argparse
-import json
-import math
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the project's root
+    from referee.start import finish
+
+import argparse
+import json
+import math
+from typing import NamedTuple
 
 import pyarrow.parquet
 import torch
@@ -36,7 +38,7 @@ from tqdm import tqdm
 from data.hub import download, list_files
 from evals.models import LanguageModel, add_checkpoint_flags, load_model
 from referee.environment import ROOT
-from referee.flags import RunError, finish
+from referee.flags import RunError
 from referee.shards import file_sha256
 
 # The hub keeps a parquet copy of each dataset on this branch.

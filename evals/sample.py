@@ -9,22 +9,24 @@ the tokenizer's, which pad a vocabulary, are never drawn. Each new token costs a
 before it, for every experiment with the network would have to keep a cache right.
 """
 
-import argparse
-import codecs
-import math
 import sys
-from collections.abc import Iterable, Iterator
-from itertools import chain
 from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the project's root
+    from referee.start import finish
+
+import argparse
+import codecs
+import math
+from collections.abc import Iterable, Iterator
+from itertools import chain
 
 import torch
 from torch import Tensor
 
 from evals.models import LanguageModel, add_checkpoint_flags, load_model
-from referee.flags import RunError, finish
+from referee.flags import RunError
 
 
 def token_probabilities(logits_V: Tensor, temperature: float, top_k: int, top_p: float) -> Tensor:

@@ -116,7 +116,24 @@ def add_flags(group, part, choices: dict) -> None:
 
 
 class Terminated(KeyboardInterrupt):
-    """SIGTERM, which unlike ctrl-C reaches this process alone and not those that it started."""
+    """SIGTERM or SIGHUP, its number: unlike ctrl-C it reaches this process and none it started."""
+
+
+def on_signals(handler, *numbers: int) -> None:
+    """Handle signals, but those that the caller ignores: behind nohup SIGHUP, behind & SIGINT."""
+    for number in numbers:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, handler)
+
+
+def open_streams() -> None:
+    """Open what is closed of the standard streams, or the next files would take their numbers."""
+    while (spare := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(spare)
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")
+    sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does anyway
 
 
 def finish(main: Callable[[], int | None], failed: int = 1, interrupted: str = "") -> None:
@@ -128,11 +145,11 @@ def finish(main: Callable[[], int | None], failed: int = 1, interrupted: str = "
     """
 
     def terminate(number, frame):
-        raise Terminated
+        raise Terminated(number)
 
-    signal.signal(signal.SIGTERM, terminate)
-    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # if it is closed
-    sys.stdout.reconfigure(errors="backslashreplace")  # as stderr does anyway
+    on_signals(terminate, signal.SIGTERM, signal.SIGHUP)
+    on_signals(signal.default_int_handler, signal.SIGINT)
+    open_streams()
     try:
         code = main()
         sys.stdout.flush()
@@ -150,5 +167,6 @@ def finish(main: Callable[[], int | None], failed: int = 1, interrupted: str = "
             code = BUG
     except KeyboardInterrupt as stop:
         print(interrupted, end="\n" if interrupted else "", file=sys.stderr)
-        code = 128 + (signal.SIGTERM if isinstance(stop, Terminated) else signal.SIGINT)
+        code = 128 + (stop.args[0] if isinstance(stop, Terminated) else signal.SIGINT)
+    on_signals(signal.SIG_DFL, signal.SIGINT, signal.SIGTERM, signal.SIGHUP)  # Python ends silently
     sys.exit(code)

@@ -40,7 +40,7 @@ from referee.checkpoints import (
 )
 from referee.clock import OTHER_ENDED, Stopwatch, Turns
 from referee.environment import ROOT, calibration, contention, mfu
-from referee.flags import RunError, add_flags, check_ranges, join_values, option
+from referee.flags import RunError, add_flags, check_ranges, join_values, open_streams, option
 from referee.log import Log, write_header
 from referee.ranks import RANK, Runtime, compile_errors, is_first_to_say, rank_store
 from referee.shards import absolute_glob
@@ -415,8 +415,7 @@ def execute(
     training changes, by name; train() is the loop. tracks, gpu_track: as in parse_flags. started:
     perf_counter at first import.
     """
-    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # where it is closed
-    sys.stdout.reconfigure(errors="backslashreplace")  # a path that it cannot show ends no run
+    open_streams()
     stop = StopRequest()
     rt = run = None
     try:

@@ -6,11 +6,13 @@ of its gradient. All but Adam with the backward pass.
 """
 
 import sys
-from functools import partial
 from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the project's root
+    from referee.start import finish
+
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -18,7 +20,7 @@ from torch.utils.benchmark import Timer
 
 import kernels
 from referee.ranks import Runtime
-from tools.cli import finish, flag_parser
+from tools.cli import flag_parser
 from train_gpt import TRACKS, Adam, Group
 
 HP, CAP, WINDOWS = TRACKS["fineweb"], kernels.Softcap(23.0, 5.0, 7.5), (128, 384, 640, 2560)

@@ -4,7 +4,6 @@ import argparse
 import os
 
 from referee.flags import RunError
-from referee.flags import finish as finish  # for the tools
 
 os.environ["MPLBACKEND"] = "agg"  # a notebook's, which its programs inherit, may be unknown here
 EXIT_FAILED, EXIT_MISUSE, EXIT_INVALID = 1, 2, 4

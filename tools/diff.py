@@ -5,17 +5,19 @@ A and B are logs, or folders of logs. Exit code: 0 faster or equivalent, 1 regre
 3 not comparable, 4 invalid record, 5 inconclusive.
 """
 
-import dataclasses
-import json
-import math
 import sys
 from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the project's root
+    from referee.start import finish
+
+import dataclasses
+import json
+import math
 
 from tools import stats
-from tools.cli import EXIT_MISUSE, finish, flag_parser
+from tools.cli import EXIT_MISUSE, flag_parser
 from tools.comparison import Arm, Comparison, code_difference, compare, environment_difference
 from tools.runs import config_changes, source_diff
 

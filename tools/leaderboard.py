@@ -13,11 +13,12 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the project's root
+    from referee.start import finish
 
 from referee.files import write_text
 from tools import stats
 from tools.audit import MISSED, ineligible
-from tools.cli import ToolError, finish, flag_parser
+from tools.cli import ToolError, flag_parser
 from tools.comparison import Arm, compare, signed
 from tools.runs import find_logs
 from tools.sources import ROOT, share

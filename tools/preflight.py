@@ -13,19 +13,21 @@ lower bound: real steps take longer. Attention counts as if each row were one do
 flag of the trainer. Exit code: 0, or 1 on a failure.
 """
 
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the project's root
+    from referee.start import finish
+
 import dataclasses
 import importlib
 import json
-import sys
 import tempfile
 import time
 import warnings
 from collections import Counter
 from itertools import chain
-from pathlib import Path
-
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the project's root
 
 import numpy as np
 from tqdm import tqdm
@@ -33,7 +35,7 @@ from tqdm import tqdm
 from referee.cards import CARDS, Card
 from referee.flags import RunError, numbers
 from referee.shards import ShardError, write_shard
-from tools.cli import ToolError, finish, flag_parser
+from tools.cli import ToolError, flag_parser
 from tools.fake_gpu import COMPILED_FOR, TESTED, check_machine, install, load_guard, torch_release
 
 ROOT, GIB = Path(__file__).resolve().parent.parent, 2**30

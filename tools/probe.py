@@ -15,26 +15,28 @@ the record's README.md. Sources older than the records of 26 November 2026 are r
 Exit code: 0 if every probe passed, 1 if one failed, 2 if the source cannot be probed.
 """
 
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the project's root
+    from referee.start import finish
+
 import glob
 import json
 import math
 import subprocess
-import sys
 from collections import Counter
 from datetime import UTC, datetime
-from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
-
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the project's root
 
 import numpy as np
 
 from referee.shards import open_shard, write_shard
 from tools.attempts import Attempt, copy_of, require_own_flags, staged, variables
 from tools.audit import FIRST_LOSS
-from tools.cli import EXIT_FAILED, EXIT_MISUSE, ToolError, finish, flag_parser
+from tools.cli import EXIT_FAILED, EXIT_MISUSE, ToolError, flag_parser
 from tools.runs import LoggedRun, find_logs, read_log
 from tools.sources import ENTRIES, require_whole, sha256_of
 

@@ -7,13 +7,15 @@ loss count as GEMMs and element-wise work.
 """
 
 import sys
-import time
-from collections import Counter
-from operator import sub
 from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the project's root
+    from referee.start import finish
+
+import time
+from collections import Counter
+from operator import sub
 
 from torch.profiler import profile, record_function
 
@@ -22,7 +24,7 @@ from referee.environment import mfu
 from referee.flags import RunError
 from referee.harness import Run, StopRequest, parse_flags, warm_up
 from referee.ranks import Runtime
-from tools.cli import ToolError, finish, flag_parser
+from tools.cli import ToolError, flag_parser
 from train_gpt import ADAM_EVERY, TRACKS, Trainer
 
 PARTS = (  # of operations outside SPANS, by words in their names; the first match counts

@@ -9,16 +9,18 @@ are documents of the training shards, in random order by seed, with tokens mappe
 docs/public_record.md says what its losses can tell, and how noisy they are.
 """
 
-import argparse
-import json
-import subprocess
 import sys
-from itertools import product
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the project's root
+    from referee.start import finish
+
+import argparse
+import json
+import subprocess
+from itertools import product
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
@@ -26,7 +28,7 @@ from referee.flags import as_flag
 from referee.shards import absolute_glob, find_shards, open_shard, write_shard
 from tools import stats
 from tools.attempts import Attempt, copy_of, require_own_flags, run_group, staged
-from tools.cli import ToolError, finish, flag_parser
+from tools.cli import ToolError, flag_parser
 from tools.sources import ROOT
 
 FRACTION = 8  # windows are so much shorter

@@ -14,13 +14,15 @@ whose speed wanders, use --turns: the two runs of a pair then advance side by si
 Exit code: 0, or of two attempts that of diff.py; 2 if the runs could not be made.
 """
 
-import argparse
 import sys
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the project's root
+    from referee.start import finish
+
+import argparse
+from tempfile import TemporaryDirectory
 
 from tqdm import tqdm
 
@@ -38,7 +40,7 @@ from tools.attempts import (
     settle_flags,
     takes_runs,
 )
-from tools.cli import EXIT_MISUSE, ToolError, finish, flag_parser
+from tools.cli import EXIT_MISUSE, ToolError, flag_parser
 from tools.comparison import Arm, arm_warnings, compare, summed_up
 from tools.diff import target_text, text_report
 from tools.sources import (

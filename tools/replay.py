@@ -8,13 +8,15 @@ Exit code: 0 if they are, 1 if they are not, 2 if it cannot be run again.
 
 import sys
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the project's root
+    from referee.start import finish
+
+from tempfile import TemporaryDirectory
 
 from tools.attempts import copy_of, require_own_flags, run_group
-from tools.cli import EXIT_MISUSE, ToolError, finish, flag_parser
+from tools.cli import EXIT_MISUSE, ToolError, flag_parser
 from tools.runs import LoggedRun, read_log
 
 CAUSES = ("torch", "cpu", "device", "matmul_dtype", "threads")  # of losses that differ

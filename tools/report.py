@@ -8,21 +8,23 @@ The page shows losses by time and step, the report of diff.py, and what differs 
 environments, configurations and sources. It needs neither network nor server.
 """
 
+import sys
+from pathlib import Path
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the project's root
+    from referee.start import finish
+
 import base64
 import io
 import math
 import os
-import sys
 from html import escape
 from itertools import pairwise
-from pathlib import Path
 from string import Template
 
-if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the project's root
-
 from referee.files import write_text
-from tools.cli import ToolError, finish, flag_parser
+from tools.cli import ToolError, flag_parser
 from tools.comparison import Arm, Comparison, compare, environment_difference
 from tools.diff import text_report
 from tools.leaderboard import Record, gain_over, groups, mean_and_sd, read_records

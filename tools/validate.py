@@ -13,9 +13,10 @@ from pathlib import Path
 
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the project's root
+    from referee.start import finish
 
 from tools.audit import ineligible, overlaps, traces_between
-from tools.cli import EXIT_FAILED, EXIT_INVALID, EXIT_MISUSE, InvalidLog, finish, flag_parser
+from tools.cli import EXIT_FAILED, EXIT_INVALID, EXIT_MISUSE, InvalidLog, flag_parser
 from tools.runs import LoggedRun, find_logs, read_log
 
 CAVEAT = (
