@@ -1,6 +1,5 @@
 """What machine this is: its software and hardware, and how fast it multiplies."""
 
-import hashlib
 import json
 import math
 import os
@@ -8,13 +7,13 @@ import platform
 import subprocess
 import sys
 import time
-import uuid
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from referee.cards import card_of
+from referee.host import host_id
 
 ROOT = Path(__file__).resolve().parent.parent
 GEMMS = ((2048, 128, 512), (512, 768, 3072))  # (rows, in, out): the smallest track's, a large one
@@ -48,8 +47,6 @@ def cpu_model() -> str:
 
 def environment(on_gpu: bool) -> dict:
     """Software and hardware of this machine; the machine itself only as a salted hash."""
-    machine = f"photofinish {platform.node()} {uuid.getnode()} {cpu_model()}"
-    host = hashlib.sha256(machine.encode()).hexdigest()
     entries = {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -59,7 +56,7 @@ def environment(on_gpu: bool) -> dict:
         "cudnn": torch.backends.cudnn.version() if on_gpu else "none",
         "nccl": ".".join(map(str, torch.cuda.nccl.version())) if on_gpu else "none",
         "os": platform.platform(),
-        "host": host[:16],
+        "host": host_id(),
         "cpu": f"{cpu_model()}, {os.cpu_count()} cores, {torch.backends.cpu.get_cpu_capability()}",
         "threads": torch.get_num_threads(),
         "ram_gib": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") >> 30,
