@@ -461,10 +461,13 @@ def resume_command(checkpoint: Path) -> str:
 
 
 def carry_out(run: Run, make_trainer) -> None:
-    """Open the run's log, build the trainer and train. The log always gets its last line."""
+    """Open the run's log, build the trainer and train.
+
+    The log always gets its last line; that of a run without a step is deleted.
+    """
     rt, log = run.rt, run.log
-    rt.on_main(log.open)
     try:
+        rt.on_main(log.open)
         run.choose_arithmetic()
         rt.on_main(run.header)
         checkpoint = run.checkpoint_to_resume()
@@ -500,6 +503,8 @@ def carry_out(run: Run, make_trainer) -> None:
         with suppress(RuntimeError):  # after an error of the GPU no clock can wait for it
             log.line(run.clock.ledger(), show=run.step > 0)
         log.close(run.result(), show=run.step > 0)  # without a step, show the reason alone
+        if log.file and "\nstep:" not in log.path.read_text(encoding="utf-8"):
+            log.path.unlink()
 
 
 def plain(predict: Callable) -> Callable:

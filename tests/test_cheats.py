@@ -293,9 +293,19 @@ def test_the_referee_of_this_checkout_is_known():
 
 
 @pytest.mark.parametrize(
-    "logged, wall, doubt", [(70, 71.5, 0), (35, 70, 1), (70, 60, 1), (68, 71.5, 1)]
+    "logged, startup, wall, doubt",
+    [
+        (70, 4, 71.5, False),
+        (35, 2, 70, True),
+        (70, 4, 60, True),
+        (42.75, 4, 45, True),  # 5% slow
+        (120, 20, 125, False),  # a loaded host
+    ],
 )
-def test_the_wall_time_of_a_run_bears_witness_against_its_clock(logged, wall, doubt, tmp_path):
-    run = runs.LoggedRun(tmp_path, ledger={"total": logged}, result={"status": "success"})
+def test_the_wall_time_of_a_run_bears_witness_against_its_clock(
+    logged, startup, wall, doubt, tmp_path
+):
+    ledger = {"total": logged, "startup": startup}
+    run = runs.LoggedRun(tmp_path, ledger=ledger, result={"status": "success"})
     attempt = Attempt("A", tmp_path, {"train_gpt.py": ""}, [])
-    assert bool(FinishedRun(attempt, 0, run, 0, [], "", wall).clock_doubt) == bool(doubt)
+    assert bool(FinishedRun(attempt, 0, run, 0, [], "", wall).clock_doubt) == doubt

@@ -941,8 +941,7 @@ def test_a_run_that_fails_in_its_set_up_ends_its_pair(attempt_flags, tmp_path, b
     done = tool("race", "-n", 3, "--turns", 2, *folders, *attempt_flags)
     assert done.returncode == 2 and folders[broken].name in done.stderr.splitlines()[-1]
     assert "it is broken" in done.stderr and "Traceback" not in done.stderr
-    left = [runs.read_log(path) for path in tmp_path.glob("*/logs/*.txt")]
-    assert left and all(run.result["status"] == "aborted" and not run.train_curve for run in left)
+    assert not list(tmp_path.glob("*/logs/*"))
 
 
 @contextmanager
@@ -1013,13 +1012,8 @@ def test_runs_that_cannot_begin_stop_the_attempt(tmp_path):
     assert done.returncode == 2 and "no_such_flag" in done.stderr
     assert "Traceback" not in done.stderr and not attempt.exists()
     done = tool("race", "-n", 3, attempt, "--track=embedded", "--train_files=/nowhere/*.bin")
-    assert done.returncode == 2 and "before its first validation" in done.stderr
+    assert done.returncode == 2 and not attempt.exists()
     assert "no shards match /nowhere/*.bin" in done.stderr and "Traceback" not in done.stderr
-    logs = runs.find_logs(attempt)
-    assert len(logs) == 1
-    for words in (["validate", *logs], ["diff", attempt, attempt]):
-        done = tool(*words)
-        assert done.returncode in (1, 3) and not done.stderr, done.stderr
 
 
 def test_replay_repeats_every_digit_and_sees_a_change(log):

@@ -471,7 +471,7 @@ def test_a_checkpoint_that_is_not_of_this_run_is_refused(flags, shards, tmp_path
     raw[len(raw) // 2] ^= 0x40
     (saved / "__0_0.distcp").write_bytes(raw)
     refused(train([*flags, f"--log_dir={tmp_path}/last"]), "was changed after it was written")
-    assert "=== data ===" not in only_log(tmp_path / "last").read_text()  # nothing was computed
+    assert not list((tmp_path / "last").iterdir())  # for nothing was computed
 
 
 def test_a_full_disk_ends_the_run_with_one_error(flags, tmp_path, finished):
@@ -763,6 +763,7 @@ def test_a_broken_device_leaves_the_result_line(fresh_run, tmp_path):
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
         run.clock.synchronize = synchronize
+        run.log.line("step:1/20")
         raise RuntimeError("the first error")
 
     with pytest.raises(RuntimeError):

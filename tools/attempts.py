@@ -4,10 +4,14 @@ Every run starts from a scratch copy of its source, so edits of the checkout cha
 """
 
 import ast
+import ctypes
+import fcntl
 import json
 import os
 import random
+import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -18,8 +22,9 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from itertools import chain, groupby
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import mkdtemp
 
+from referee.host import host_id
 from referee.sources import sha256_of, source_texts
 from tools import sources
 from tools.cli import ToolError
@@ -28,8 +33,7 @@ from tools.sources import ENTRIES, ROOT, entry_of, kept_texts
 
 SINGLE_RUN_FLAGS = {"--seed", "--slug", "--log_dir", "--source_dir", "--declared_runs", "--resume",
                     "--turn_steps", "--cpu_dtype"}  # fmt: skip
-UNLOGGED_S = 1.0  # that a process takes before its first import
-LAUNCHER_S = 10.0  # the same of torchrun and its ranks
+PRCTL, PR_SET_PDEATHSIG = getattr(ctypes.CDLL(None), "prctl", None), 1  # of Linux alone
 
 
 @dataclass
@@ -44,6 +48,7 @@ class Attempt:
     base: Path | None = None  # an attempt; after the runs, the source becomes a diff against its
     cpu_dtype: str = ""  # of all matmuls on a CPU; empty: each run measures which is faster
     is_new: bool = False  # frozen by this process
+    lock: int | None = None  # the descriptor that holds it
 
     def __post_init__(self):
         self.source, self.logs = self.folder / "source", self.folder / "logs"
@@ -57,8 +62,25 @@ class Attempt:
     def log_paths(self) -> list[Path]:
         return sorted(self.logs.glob("[!.]*.txt"))
 
+    def claim(self) -> None:
+        """Keep other races out while this process lives; drop what runs without a step left."""
+        if self.lock is None:
+            self.lock = os.open(self.folder, os.O_RDONLY)
+            try:
+                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise ToolError(f"another race runs {self.folder}; wait for its end") from None
+            except OSError:  # some file servers have no locks
+                pass
+        for log in self.log_paths:
+            text = log.read_bytes()
+            if not text or text.startswith(b"=== source ") and b"\nstep:" not in text:
+                log.unlink()
+
     def freeze(self) -> None:
         """Keep the source in source/, where its runs look for it."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self.claim()
         kept = kept_texts(self.folder)
         if self.texts != (kept or self.texts):
             raise ToolError(f"{self.folder} has runs of another source; name a new folder")
@@ -196,13 +218,19 @@ class FinishedRun:
     code: int
     output: list[str]  # lines
     last_words: str  # the last line of its errors, or else of its output
-    wall_s: float  # from its start, on this process's clock, to its log's end, on the disk's
+    wall_s: float  # of its process, by this process's clock
 
     @property
     def clock_doubt(self) -> str:
-        """How its ledger contradicts the wall time, which its source cannot read; or empty."""
-        logged, slack = self.run.ledger.get("total", 0.0), UNLOGGED_S + 0.01 * self.wall_s
-        slack += LAUNCHER_S if self.attempt.processes > 1 else 0
+        """How its ledger contradicts the wall time, which its source cannot read; or empty.
+
+        No ledger holds what Python does before the first import and after the result line: up to
+        1.6 s where startup takes 4. A loaded host draws out both, so the slack grows by what
+        startup takes beyond. That helps no cheat: a false startup contradicts no wall time anyway.
+        """
+        logged, startup_s = (self.run.ledger.get(name, 0.0) for name in ("total", "startup"))
+        slack = 1.6 + max(startup_s - 4, 0) + 0.01 * self.wall_s
+        slack += 10 if self.attempt.processes > 1 else 0  # torchrun's own start and end
         if not self.run.finished or -0.05 < self.wall_s - logged < slack:
             return ""
         return f"its ledger adds up to {logged:.1f} s, its process took {self.wall_s:.1f} s"
@@ -221,7 +249,7 @@ def run_jobs(jobs: list[Job], declared: int, turn_steps: int) -> Iterator[Finish
 def run_group(jobs: list[Job], declared: int, turn_steps: int = 0) -> list[FinishedRun]:
     """Run one job, or two that take turns; return them in the order in which they ended.
 
-    On ctrl-C the runs get the signal too; SIGTERM is passed on. Both end their logs by themselves.
+    On ctrl-C the runs get the signal too; SIGTERM is passed on. They end their logs by themselves.
     """
     before = {path for attempt, _ in jobs for path in attempt.log_paths}
     with ExitStack() as stack:
@@ -233,8 +261,9 @@ def run_group(jobs: list[Job], declared: int, turn_steps: int = 0) -> list[Finis
             ends[1].send(b"1")  # the first turn is the first job's
         try:
             for job, scratch, end in zip(jobs, scratches, ends, strict=True):
+                began = time.monotonic()
                 process = start_process(*job, scratch, declared, turn_steps, end)
-                running[pool.submit(process.communicate)] = process, *job, time.time()
+                running[pool.submit(wait_for, process)] = process, *job, began
             for end in ends if turn_steps else ():
                 end.close()
             ended = [(*running[future], *future.result()) for future in as_completed(running)]
@@ -243,20 +272,29 @@ def run_group(jobs: list[Job], declared: int, turn_steps: int = 0) -> list[Finis
                 for process, *_ in running.values():
                     process.terminate()
             raise
-    # If the first run of a pair broke before the second had its turn, the first has the reason.
-    began = [one for one in ended if new_log(one[1], before)]
-    return [finished_run(*one, before) for one in began or ended]
+    # If one run of a pair broke, the other one ends because of it, and later.
+    return [finished_run(*one, before) for one in sorted(ended, key=lambda one: one[-1])]
 
 
-def new_log(attempt: Attempt, before: set[Path]) -> Path | None:
-    return next((path for path in attempt.log_paths if path not in before), None)
+def wait_for(process: subprocess.Popen) -> tuple[str, str, float]:
+    """A process's output, its errors, and when it ended."""
+    return *process.communicate(), time.monotonic()
+
+
+@contextmanager
+def scratch_folder():
+    """A temporary folder; a process of its own deletes it when this one ends, or is killed."""
+    delete = 'read _; rm -rf "$1" 2>/dev/null || sleep 3; rm -rf "$1"'  # a run may still write
+    name = mkdtemp(prefix="photofinish_")
+    command = ["sh", "-c", delete, "sh", name]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True):
+        yield Path(name)
 
 
 @contextmanager
 def staged(texts: dict[str, str]):
     """A temporary folder to run a source from: its files, and links to the data."""
-    with TemporaryDirectory(prefix="photofinish_") as name:
-        scratch = Path(name)
+    with scratch_folder() as scratch:
         sources.write_texts(texts, scratch)
         (scratch / "data").mkdir(exist_ok=True)
         for folder in (ROOT / "data").iterdir():
@@ -274,12 +312,20 @@ def start_process(
         command += ["-m", "torch.distributed.run", "--standalone"]
         command += [f"--nproc_per_node={attempt.processes}"]
     command += [str(scratch / attempt.entry), *attempt.flags, f"--seed={seed}"]
-    command += [f"--slug={sources.slug_of(attempt.name)}", f"--log_dir={attempt.logs}"]
+    slug = re.sub(r"[^A-Za-z0-9_.+-]+", "-", sources.slug_of(attempt.name))[:60]
+    command += [f"--slug={slug or 'run'}", f"--log_dir={attempt.logs}"]
     newer = {"source_dir": attempt.source, "declared_runs": declared, "turn_steps": turn_steps,
              "cpu_dtype": attempt.cpu_dtype}  # fmt: skip
     command += [f"--{flag}={value}" for flag, value in newer.items() if flag in attempt.settings]
     return subprocess.Popen(command, env=variables(scratch), text=True, stdin=stdin,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+                            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                            preexec_fn=end_with_parent)  # fmt: skip
+
+
+def end_with_parent() -> None:
+    """Let this process get SIGTERM when its parent is killed, and so end its log."""
+    if PRCTL:
+        PRCTL(PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def variables(scratch: Path) -> dict[str, str]:
@@ -296,17 +342,23 @@ def variables(scratch: Path) -> dict[str, str]:
 
 
 def finished_run(
-    process, attempt: Attempt, seed: int, began: float, output: str, errors: str, before
+    process, attempt: Attempt, seed: int, began: float, output: str, errors: str, end: float, before
 ) -> FinishedRun:
-    """ToolError if the process left no log."""
+    """ToolError if the process made no step. Beside its log stands what only this process knows."""
     said = errors.strip() or output.strip() or f"it exited with {process.returncode}"
     words, lines = said.splitlines()[-1], output.splitlines()
-    if not (log := new_log(attempt, before)):
+    attempt.claim()
+    if not (log := next((path for path in attempt.log_paths if path not in before), None)):
         raise ToolError(f"no run of {attempt.name} began: {words}")
-    run, wall_s = read_log(log), log.stat().st_mtime - began
+    run = read_log(log)
     others = [path for path, source in run.sources.items()
               if source.sha256 != sha256_of(attempt.texts.get(path, ""))]  # fmt: skip
     if others or attempt.entry not in run.sources:
         raise ToolError(f"{log} names another {', '.join(others) or attempt.entry} than the one "
                         "that ran: its source writes to its own files")  # fmt: skip
-    return FinishedRun(attempt, seed, run, process.returncode, lines, words, wall_s)
+    ended = FinishedRun(attempt, seed, run, process.returncode, lines, words, end - began)
+    if run.host != host_id():  # an older source makes another hash, some a new one in every run
+        log.with_suffix(".host").write_text(host_id(), encoding="utf-8")
+    if ended.clock_doubt:
+        log.with_suffix(".doubt").write_text(ended.clock_doubt, encoding="utf-8")
+    return ended

@@ -20,14 +20,13 @@ import argparse
 import json
 import subprocess
 from itertools import product
-from tempfile import TemporaryDirectory
 
 import numpy as np
 
 from referee.flags import as_flag
 from referee.shards import absolute_glob, find_shards, open_shard, write_shard
 from tools import stats
-from tools.attempts import Attempt, copy_of, require_own_flags, run_group, staged
+from tools.attempts import Attempt, copy_of, require_own_flags, run_group, scratch_folder, staged
 from tools.cli import ToolError, flag_parser
 from tools.sources import ROOT
 
@@ -149,8 +148,8 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
 def main() -> int:
     args, flags = parse()
     require_own_flags(flags)
-    with TemporaryDirectory(prefix="photofinish_proxy_") as scratch:
-        data, arms = Path(scratch), []
+    with scratch_folder() as data:
+        arms = []
         prepare(args, data)
         for i, origin in enumerate(args.sources):
             attempt = copy_of(origin, (args.out or data) / chr(ord("A") + i), [])

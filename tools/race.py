@@ -22,7 +22,6 @@ if __name__ == "__main__":
     from referee.start import finish
 
 import argparse
-from tempfile import TemporaryDirectory
 
 from tqdm import tqdm
 
@@ -36,21 +35,15 @@ from tools.attempts import (
     order_seed,
     require_own_flags,
     run_jobs,
+    scratch_folder,
     settle_dtype,
     settle_flags,
     takes_runs,
 )
 from tools.cli import EXIT_MISUSE, ToolError, flag_parser
-from tools.comparison import Arm, arm_warnings, compare, summed_up
+from tools.comparison import Arm, arm_warnings, compare
 from tools.diff import target_text, text_report
-from tools.sources import (
-    ENTRIES,
-    ROOT,
-    base_of,
-    diff_of,
-    keep_as_diff,
-    kept_texts,
-)
+from tools.sources import ENTRIES, ROOT, base_of, diff_of, keep_as_diff, kept_texts
 
 
 def attempt_at(folder: Path, args, flags: list[str]) -> Attempt:
@@ -82,24 +75,27 @@ def line_up(args, flags: list[str], out: Path) -> list[Attempt]:
             attempt = copy_of(origin, out / chr(ord("A") + i), flags, args.entry)
         attempt.processes = args.nproc_per_node or attempt.processes
         attempts.append(attempt)
+        if attempt.folder.exists():
+            attempt.claim()
     if args.out and len(paths) == len(args.origins):
         raise ToolError("--out: every attempt here keeps its own runs; leave it out")
+    if args.base and not paths:
+        raise ToolError("--base: no attempt here keeps its own runs; leave it out")
     check_turns(attempts, args.turns)
     settle_flags(attempts)
     if args.n:
         settle_dtype(attempts)
-    for attempt in attempts:
+    for origin, attempt in zip(args.origins, attempts, strict=True):
         attempt.freeze()
+        if attempt.is_new and attempt.folder == origin:
+            print(f"{origin} is a new attempt: it gets the {attempt.entry} of {ROOT}",
+                  file=sys.stderr)  # fmt: skip
     return attempts
 
 
-def run_all(attempts: list[Attempt], count: int, turn_steps: int) -> dict[Path, list[str]]:
-    """Run every attempt until it has count logs, interleaved; print how each run ended.
-
-    Return how this process's clock contradicts those of the runs, by folder of the attempt.
-    """
+def run_all(attempts: list[Attempt], count: int, turn_steps: int) -> None:
+    """Run every attempt until it has count logs, interleaved; print how each run ended."""
     have = [len(attempt.log_paths) for attempt in attempts]
-    doubts = {attempt.folder: [] for attempt in attempts}
     seed = order_seed(attempts)
     order = list(draw_order(len(attempts), count, seed))
     todo = [(attempts[i], turn) for i, turn in order if turn >= have[i]]
@@ -113,13 +109,8 @@ def run_all(attempts: list[Attempt], count: int, turn_steps: int) -> dict[Path, 
             tqdm.write(f"{ended.attempt.name} seed {ended.seed}: {result}")
             if doubt := ended.clock_doubt:
                 tqdm.write(f"  {doubt}")
-                doubts[ended.attempt.folder].append(f"{ended.run.name}: {doubt}")
             if ended.code:
                 tqdm.write(f"  exit code {ended.code}: {ended.last_words}")
-            if not ended.run.val_curve:
-                raise ToolError(f"{ended.run.path} ended before its first validation, so no more "
-                                f"runs start: {ended.last_words}")  # fmt: skip
-    return doubts
 
 
 def print_verdict(arms: list[Arm]) -> int:
@@ -156,7 +147,7 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     add("--entry", choices=ENTRIES, help=f"trainer to freeze (default: {ENTRIES[0]})")
     add("--nproc_per_node", type=int, help="GPUs per run (default: 1, or the lender's)")
     args, flags = parser.parse_known_args()
-    processes = args.nproc_per_node or 1
+    processes = 1 if args.nproc_per_node is None else args.nproc_per_node
     if min(args.n, args.turns, processes - 1) < 0:
         parser.error("-n and --turns must be at least 0, --nproc_per_node at least 1")
     if args.turns and (len(args.origins) != 2 or processes > 1):
@@ -166,16 +157,11 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
 
 def main() -> int:
     args, flags = parse()
-    with TemporaryDirectory(prefix="photofinish_race_") as scratch:
+    with scratch_folder() as scratch:
         require_own_flags(flags)
-        attempts = line_up(args, flags, args.out or Path(scratch))
+        attempts = line_up(args, flags, args.out or scratch)
         try:
-            doubts = run_all(attempts, args.n, args.turns)
-        except KeyboardInterrupt:
-            print(
-                "interrupted; logs that were kept count, the same command resumes", file=sys.stderr
-            )
-            raise
+            run_all(attempts, args.n, args.turns)
         finally:
             for attempt in attempts:
                 if args.n:
@@ -184,11 +170,9 @@ def main() -> int:
                     keep_as_diff(attempt.folder, attempt.base)
         if not args.n:
             return 0
-        arms = [Arm.read(attempt.logs, name=attempt.name) for attempt in attempts]
-        for arm, attempt in zip(arms, attempts, strict=True):
-            arm.traces += summed_up(doubts[attempt.folder])
-        return print_verdict(arms)
+        return print_verdict([Arm.read(attempt.logs, name=attempt.name) for attempt in attempts])
 
 
 if __name__ == "__main__":
-    finish(main, failed=EXIT_MISUSE)  # 1 is a regression
+    again = "interrupted; logs that were kept count, the same command resumes"
+    finish(main, failed=EXIT_MISUSE, interrupted=again)  # 1 is a regression

@@ -180,7 +180,10 @@ def read_log(path: Path) -> LoggedRun:
         line = error.object[: error.start].count(b"\n") + 1
         raise InvalidLog(path, line, "cannot be read: this is no UTF-8 text") from None
     if text.startswith("=== source "):
-        return OwnLog(path, text).run
+        run, noted = OwnLog(path, text).run, path.with_suffix(".host")
+        if noted.exists():  # by race.py, which knows better where it ran
+            run.environment["host"] = noted.read_text(encoding="utf-8")
+        return run
     if PUBLIC_RULE in text:
         return read_public_log(path, text)
     if re.match(r"s:0 t[er]l:", text):
