@@ -13,46 +13,59 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the project's root
     from referee.start import finish
 
-from tempfile import TemporaryDirectory
-
-from tools.attempts import copy_of, require_own_flags, run_group
+from tools.attempts import copy_of, require_own_flags, run_group, scratch_folder
 from tools.cli import EXIT_MISUSE, ToolError, flag_parser
 from tools.runs import LoggedRun, read_log
 
 CAUSES = ("torch", "cpu", "device", "matmul_dtype", "threads")  # of losses that differ
 
 
+def losses_of(run: LoggedRun) -> dict[tuple[str, int], str]:
+    """Every loss of a run as text, so that nan equals nan, by kind and step."""
+    curves = ("train", run.train_curve), ("val", run.val_curve)
+    return {(kind, step): str(loss) for kind, curve in curves for step, _, loss in curve}
+
+
 def run_again(log: Path, folder: Path, flags: list[str]) -> tuple[LoggedRun, LoggedRun]:
     """(the run of a log, the new run of its source)."""
     old, attempt = read_log(log), copy_of(log, folder, flags)
+    if not losses_of(old):
+        raise ToolError(f"{log} has no losses, for its run ended before its first step")
     if "cpu_dtype" in attempt.settings:
         attempt.cpu_dtype = old.environment["matmul_dtype"].removeprefix("torch.")
     attempt.freeze()
     (ended,) = run_group([(attempt, int(old.seed))], declared=0)
-    if not ended.run.finished:
+    if ended.run.result.get("status", "aborted") == "aborted":
         raise ToolError(f"the run {ended.run.path} did not finish: {ended.last_words}")
     return old, ended.run
 
 
 def same_losses(old: LoggedRun, new: LoggedRun) -> int:
-    """Print whether every loss of two runs agrees digit for digit; return the exit code."""
-    curves = ("train", old.train_curve, new.train_curve), ("val", old.val_curve, new.val_curve)
-    pairs = [(kind, step, x, y) for kind, before, after in curves
-             for (step, _, x), (_, _, y) in zip(before, after, strict=False)]  # fmt: skip
-    apart = [(kind, step, x, y) for kind, step, x, y in pairs if x != y]
+    """Print whether all losses of a log come again, digit for digit; return the exit code."""
+    before, after = losses_of(old), losses_of(new)
+    end, new_end = old.result["status"], new.result["status"]
+    missing = before.keys() - after.keys()
+    apart = [(kind, step) for kind, step in before.keys() & after.keys()
+             if before[kind, step] != after[kind, step]]  # fmt: skip
     print(f"seed {old.seed}, {old.steps} steps: val_loss {old.val_loss:.6f} -> {new.val_loss:.6f}, "
           f"train_time {old.train_s:.2f} -> {new.train_s:.2f} s")  # fmt: skip
-    if not apart and old.steps == new.steps:
-        print(f"REPRODUCED  all {len(pairs)} losses are the same, digit for digit")
+    ends_alike = end == "aborted" or (old.steps, old.finished) == (new.steps, new.finished)
+    if not apart and not missing and ends_alike:
+        how = "" if old.finished else f"; the log's run {end}"
+        print(f"REPRODUCED  all {len(before)} losses are the same, digit for digit{how}")
         return 0
     if apart:
-        kind, step, x, y = apart[0]
-        print(f"DIFFERENT   {len(apart)} of {len(pairs)} losses, first {kind} at step {step}: "
-              f"{x} -> {y}, largest {max(abs(x - y) for *_, x, y in apart):.6f}")  # fmt: skip
+        kind, step = min(apart, key=lambda loss: loss[::-1])
+        largest = max(abs(float(before[loss]) - float(after[loss])) for loss in apart)
+        print(f"DIFFERENT   {len(apart)} of {len(before)} losses, first {kind} at step {step}: "
+              f"{before[kind, step]} -> {after[kind, step]}, largest {largest:.6f}")  # fmt: skip
+    else:
+        print(f"DIFFERENT   {len(missing)} of {len(before)} losses are missing: {old.steps} steps, "
+              f"{end} -> {new.steps} steps, {new_end}")  # fmt: skip
     for key in CAUSES:
-        before, now = old.environment.get(key), new.environment.get(key)
-        if before != now:
-            print(f"  {key}: {before} -> {now}, which may be why")
+        now = new.environment.get(key)
+        if old.environment.get(key) != now:
+            print(f"  {key}: {old.environment.get(key)} -> {now}, which may be why")
     return 1
 
 
@@ -66,8 +79,8 @@ def main() -> int:
         parser.error(f"{args.log} is no log; name one, or run a folder's source: tools/race.py")
     if args.out and args.out.exists() and (args.out.is_file() or any(args.out.iterdir())):
         parser.error(f"--out {args.out} is a file, or not empty")
-    with TemporaryDirectory(prefix="photofinish_replay_") as scratch:
-        return same_losses(*run_again(args.log, args.out or Path(scratch, "replay"), flags))
+    with scratch_folder() as scratch:
+        return same_losses(*run_again(args.log, args.out or scratch / "replay", flags))
 
 
 if __name__ == "__main__":
