@@ -1,6 +1,4 @@
-"""What a GPT-2 of some size needs on some number of GPUs: memory, FLOPs, time. It uses no GPU.
-
-    ./run.sh baselines/train_gpt2.py --track 13B --plan --gpus 64 --gpu H100 --mfu 0.4
+"""What a GPT-2 of some size needs, from 124M to 175B: memory and FLOPs, and so how many rows fit.
 
 hp is a Hyperparameters of train_gpt2.py. Sizes are in bytes. Activations are those that eager mode
 keeps; compiled graphs keep fewer.
@@ -8,11 +6,9 @@ keeps; compiled graphs keep fewer.
 
 import math
 import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from referee.cards import CARDS
-from referee.flags import RunError, option
-from referee.harness import parse_flags
+from referee.flags import RunError
 from referee.ranks import Runtime
 
 USABLE = 0.9  # of a GPU's memory; the rest is for CUDA, NCCL and fragmentation
@@ -104,11 +100,6 @@ def memory(hp, hardware: Hardware, micro_seqs: int) -> dict[str, float]:
     }
 
 
-def host_bytes(hp, ranks: int) -> float:
-    """Weights, gradients and optimizer state of one rank that lie in host memory."""
-    return 16 * parameters(hp) / ranks if hp.cpu_offload else 0
-
-
 def micro_batch_rows(hp, hardware: Hardware, asked: int) -> int:
     """Rows per forward pass: what was asked for, or the most that divides a step's rows and fits.
 
@@ -145,61 +136,5 @@ def shortage(hp, hardware: Hardware, micro_seqs: int) -> str:
     return (
         f"{parameters(hp):,} parameters do not fit: {hardware.ranks} x {total:.1f} GiB are needed "
         f"with {micro_seqs} rows per forward pass ({sizes}), and each has {USABLE * available:.1f} "
-        f"usable of {available:.1f} GiB; take {', '.join(ways)}; to compare: --plan"
+        f"usable of {available:.1f} GiB; take {', '.join(ways)}"
     )
-
-
-# ------------------------------------------------------------------------------ Command
-
-
-@dataclass(frozen=True)
-class PlanOptions:
-    """What to plan for."""
-
-    gpus: int = option(8, "number of GPUs")
-    gpu: str = option("H100", f"their kind: {', '.join(CARDS)}")
-    mfu: float = option(0.4, "share of the GPUs' dense bf16 peak that is used")
-    micro_batch_seqs: int = option(0, "rows per forward pass of one GPU; 0: what fits")
-
-
-def report(track: str, hp, options: PlanOptions) -> list[str]:
-    """The plan's lines; it need not fit."""
-    card, asked = CARDS[options.gpu], options.micro_batch_seqs
-    hardware, verdict, note = Hardware(options.gpus, card.memory_bytes), "fits: yes", []
-    if (dealable := dealable_tokens(hp, hardware, asked)) != hp.batch_tokens:
-        note = [f"planned with --batch_tokens {dealable}: {options.gpus} GPUs cannot share "
-                f"{hp.batch_tokens} tokens equally"]  # fmt: skip
-        hp = replace(hp, batch_tokens=dealable)
-    try:
-        micro_seqs = micro_batch_rows(hp, hardware, asked)
-    except RunError as error:
-        verdict, micro_seqs = f"fits: no: {error}", asked or 1
-    needed = memory(hp, hardware, micro_seqs)
-    total, available = sum(needed.values()) / GIB, card.memory_bytes / GIB
-    rate = options.gpus * 1e12 * card.bf16_tflops * options.mfu / flops_per_token(hp)
-    budget = hp.num_steps * hp.batch_tokens
-    return [
-        f"track: {track}    parameters: {parameters(hp):,}",
-        f"on {options.gpus} x {options.gpu}, {micro_seqs} rows of {hp.seq_len} per forward pass, "
-        "GiB per GPU:",
-        *(f"  {name:<12}{size / GIB:10.2f}" for name, size in needed.items()),
-        f"  {'total':<12}{total:10.2f}  of {available:.2f}, {USABLE:.0%} usable",
-        f"  {'host memory':<12}{host_bytes(hp, options.gpus) / GIB:10.2f}",
-        f"flops_per_token: {flops_per_token(hp):.4g}    at an MFU of {options.mfu:g}:",
-        f"  {rate:,.0f} tokens per second, {86400 * rate:.4g} per day; "
-        f"the run's {budget:.4g} take {budget / rate / 86400:,.2f} days",
-        *note,
-        verdict,
-    ]
-
-
-def print_plan(argv: list[str], tracks: dict, gpu_track: str) -> None:
-    """Carry out --plan."""
-    description = __doc__.splitlines()[0]
-    track, _, hp, options, _ = parse_flags(argv, tracks, gpu_track, description, PlanOptions())
-    if options.gpu not in CARDS:
-        raise RunError(f"--gpu {options.gpu} is not known; known are {', '.join(CARDS)}")
-    if options.gpus < 1 or not 0 < options.mfu <= 1 or options.micro_batch_seqs < 0:
-        raise RunError("--gpus must be at least 1, --mfu above 0 and at most 1, "
-                       "--micro_batch_seqs at least 0")  # fmt: skip
-    print("\n".join(report(track, hp, options)))

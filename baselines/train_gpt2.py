@@ -2,7 +2,6 @@
 
     ./run.sh baselines/train_gpt2.py --track embedded            a small one, on a CPU
     torchrun --nproc_per_node=8 baselines/train_gpt2.py --track 124M
-    ./run.sh baselines/train_gpt2.py --track 13B --plan --gpus 64 --gpu H100    what it would need
 
 The same command serves any number of GPUs and, with --nnodes, machines; on more than one GPU the
 model is sharded. The referee is that of train_gpt.py. There is no dropout, and AdamW's betas are
@@ -397,9 +396,6 @@ class Trainer:
 
 
 def main() -> int:
-    if "--plan" in sys.argv[1:]:
-        argv = [word for word in sys.argv[1:] if word != "--plan"]
-        finish(partial(plan.print_plan, argv, TRACKS, "124M"))
     return execute(Trainer, TRACKS, "124M", PROCESS_START)
 
 

@@ -96,19 +96,17 @@ class Settings(NamedTuple):
     overrides: list[str]  # names of changed fields of task and hp
 
 
-def parse_flags(
-    argv: list[str], tracks: dict, gpu_track: str, description: str, options=None
-) -> Settings:
+def parse_flags(argv: list[str], tracks: dict, gpu_track: str, description: str) -> Settings:
     """Every field of task, hyperparameters and options is a flag, whose default the track sets.
 
     tracks: hyperparameters by name; their field `task` names one of TASKS. gpu_track: the track
-    without --track on a GPU. options: RunOptions(), or what a tool has in their place.
+    without --track on a GPU.
     """
     # --track and --task come first: they set the defaults of all other flags.
     first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     first.add_argument("--track", default=gpu_track if torch.cuda.is_available() else "embedded")
     first.add_argument("--task")
-    options, any_hp = options or RunOptions(), next(iter(tracks.values()))
+    options, any_hp = RunOptions(), next(iter(tracks.values()))
     names = {f.name for part in (Task(), any_hp, options) for f in dataclasses.fields(part)}
     argv = join_values(argv, names | {"track"})
     chosen = first.parse_known_args(argv)[0]
@@ -299,7 +297,7 @@ class Run:
     def validate(self, predict, batch_rows: int) -> None:
         """Take and log the validation loss; predict and batch_rows as in Validation.loss."""
         with self.clock.charged_to("validation"):
-            loss = self.validation.loss(plain(predict), batch_rows)
+            loss = self.validation.loss(predict, batch_rows)
         train_ms = self.clock.train_ms()
         self.curve.append((train_ms, loss))
         if not math.isfinite(loss):
@@ -505,19 +503,6 @@ def carry_out(run: Run, make_trainer) -> None:
         log.close(run.result(), show=run.step > 0)  # without a step, show the reason alone
         if log.file and "\nstep:" not in log.path.read_text(encoding="utf-8"):
             log.path.unlink()
-
-
-def plain(predict: Callable) -> Callable:
-    """predict, if it yields plain tensors: another class could answer for itself in the loss."""
-
-    def checked(inputs_BT: Tensor):
-        for logits_NV in predict(inputs_BT):
-            if type(logits_NV) is not Tensor:
-                raise RunError(f"logits are of {type(logits_NV).__name__}, not of Tensor itself; "
-                               "mend what the trainer yields in validation")  # fmt: skip
-            yield logits_NV
-
-    return checked
 
 
 def warm_up(run: Run, trainer) -> None:

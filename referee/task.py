@@ -138,6 +138,8 @@ def tokenizer_sha256(task: Task) -> str:
 class Validation:
     """This rank's share of a task's validation rows, and the mean loss over all of them."""
 
+    logits_type = torch.Tensor  # itself, for another class could answer for its own loss
+
     def __init__(self, task: Task, rt: Runtime):
         """ShardError where the shards do not hold the rows, or ranks cannot share them equally."""
         self.task, self.rt = task, rt
@@ -174,6 +176,9 @@ class Validation:
             inputs_BT, targets_BT = kept(batch[:, :-1]), kept(batch[:, 1:])
             targets_N, done = targets_BT.flatten().to(self.rt.device), 0
             for logits_NV in predict(inputs_BT.to(self.rt.device)):
+                if type(logits_NV) is not self.logits_type:
+                    raise RunError(f"logits are of {type(logits_NV).__name__}, not of Tensor "
+                                   "itself; mend what the trainer yields")  # fmt: skip
                 end = done + len(logits_NV)
                 if end > len(targets_N) or logits_NV.size(1) < self.task.vocab_size:
                     raise RunError(f"logits {tuple(logits_NV.shape)} at position {done} do not fit "

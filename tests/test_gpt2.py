@@ -1,4 +1,4 @@
-"""The GPT-2 baseline in one process: model, export, plan, checkpoints and bad input."""
+"""The GPT-2 baseline in one process: model, export, memory, checkpoints and bad input."""
 
 import dataclasses
 import io
@@ -23,7 +23,6 @@ from baselines import export_hf, train_gpt2
 from baselines.plan import (
     Hardware,
     flops_per_token,
-    host_bytes,
     memory,
     micro_batch_rows,
     parameters,
@@ -333,8 +332,7 @@ def test_more_ranks_and_offload_need_less_memory():
     assert one["weights"] == 8 * many["weights"] == 4 * parameters(hp) / 8
     away = dataclasses.replace(hp, cpu_offload=True)
     left = memory(away, Hardware(8), 1)
-    assert left["weights"] + left["gradients"] + left["optimizer"] == 0 == host_bytes(hp, 8)
-    assert host_bytes(away, 8) == 16 * parameters(hp) / 8
+    assert left["weights"] + left["gradients"] + left["optimizer"] == 0
     small, large = (micro_batch_rows(TRACKS["124M"], Hardware(1, size), 0) for size in (24e9, 80e9))
     planned = memory(TRACKS["124M"], Hardware(), large)
     assert 1 <= small < large and sum(planned.values()) < 80e9
@@ -349,21 +347,6 @@ def test_a_batch_that_cannot_be_dealt_brings_the_next_larger_one():
         assert named == rows * hp.seq_len
         proposed = dataclasses.replace(hp, batch_tokens=named)
         assert rows // ranks % micro_batch_rows(proposed, hardware, asked) == 0
-
-
-def test_plan_prints_what_is_needed_and_whether_it_fits(capsys):
-    words = ["--track=13B", "--plan", "--gpus=64", "--gpu=H100", "--mfu=0.4"]
-    assert outcome(train_gpt2, *words) == (0, "")
-    printed = capsys.readouterr().out
-    assert "parameters: 12,853,386,240" in printed and "--batch_tokens 2228224" in printed
-    rate = 64 * 989e12 * 0.4 / flops_per_token(TRACKS["13B"])
-    assert f"{rate:,.0f} tokens per second, {86400 * rate:.4g} per day" in printed
-    assert printed.rstrip().endswith("fits: yes")
-    assert outcome(train_gpt2, "--track=175B", "--plan") == (0, "")
-    assert re.search(r"^fits: no: 17\d,\S+ parameters do not fit", capsys.readouterr().out, re.M)
-    for word, message in (("--gpu=Z80", "--gpu Z80 is not known"), ("--gpus=0", "--gpus must be"),
-                          ("--mfu=2", "--mfu above 0 and at most 1")):  # fmt: skip
-        refused(*outcome(train_gpt2, "--track=13B", "--plan", word), message)
 
 
 # ------------------------------------------------------------------------------ Runs, bad input

@@ -1155,8 +1155,8 @@ def test_reports_for_programs_and_the_diff_of_sources(log, tmp_path):
     heading = (r"^(=== source train_gpt.py lines:\d+) sha256:\w+", rf"\1 sha256:{digest}")
     new_name = (r"^run: .*", "run: other")
     other = forge(log, tmp_path / "other.txt", (old, "# mine"), heading, new_name)
-    done = tool("diff", log, other, "--source")
-    assert "+# mine" in done.stdout.splitlines() and "train_gpt.py +1 -1" in done.stdout
+    assert "train_gpt.py +1 -1" in tool("diff", log, other).stdout
+    assert "+# mine" in runs.source_diff(*map(runs.read_log, (log, other)), "train_gpt.py")
     report = json.loads(tool("diff", log, other, "--json").stdout)
     assert report["verdict"] == "INCONCLUSIVE" and report["exit_code"] == 5
     assert report["A"]["val_loss"] == [runs.read_log(log).val_loss]

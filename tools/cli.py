@@ -7,10 +7,7 @@ from referee.flags import RunError
 
 os.environ["MPLBACKEND"] = "agg"  # a notebook's, which its programs inherit, may be unknown here
 EXIT_FAILED, EXIT_MISUSE, EXIT_INVALID = 1, 2, 4
-
-
-class ToolError(RunError):
-    """An error message for a person: what failed, where, and what to do."""
+ToolError = RunError  # what failed, where, and what to do
 
 
 class InvalidLog(RunError):

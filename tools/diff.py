@@ -19,7 +19,7 @@ import math
 from tools import stats
 from tools.cli import EXIT_MISUSE, flag_parser
 from tools.comparison import Arm, Comparison, code_difference, compare, environment_difference
-from tools.runs import config_changes, source_diff
+from tools.runs import config_changes
 
 COLUMNS = ("", "A", "B", "B vs A", "95% CI", "p")
 NAMED_CHANGES = 6  # differences that a line of the report spells out
@@ -136,18 +136,11 @@ def json_report(c: Comparison) -> str:
     return json.dumps(report, indent=2)
 
 
-def source_report(c: Comparison) -> str:
-    a, b = c.a.runs[0], c.b.runs[0]
-    paths = sorted(a.sources.keys() | b.sources.keys())
-    return "\n".join(line for path in paths for line in source_diff(a, b, path))
-
-
 def main() -> int:
     parser = flag_parser(__doc__)
     parser.add_argument("a", type=Path, metavar="A", help="baseline: a log or a folder of logs")
     parser.add_argument("b", type=Path, metavar="B", help="candidate: a log or a folder of logs")
     parser.add_argument("--json", action="store_true", help="print everything for programs")
-    parser.add_argument("--source", action="store_true", help="add the diff of the sources")
     parser.add_argument("--target", type=float, default=math.nan, help="of logs that name none")
     trust = "both ran on one host, interleaved, though the logs do not say so"
     parser.add_argument("--same_host", action="store_true", help=trust)
@@ -155,8 +148,6 @@ def main() -> int:
     a, b = (Arm.read(path, args.target) for path in (args.a, args.b))
     c = compare(a, b, args.same_host)
     print(json_report(c) if args.json else text_report(c))
-    if args.source:
-        print(source_report(c))
     return c.exit_code
 
 

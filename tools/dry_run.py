@@ -27,7 +27,7 @@ import torch.distributed as dist
 import triton
 from torch._dynamo import convert_frame
 from torch._library.custom_ops import OPDEFS
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -92,6 +92,7 @@ class DryRun(Run):
     def validate(self, predict, batch_rows: int) -> None:
         self.recorder.begin("validation")
         self.validation.rows = self.validation.rows[:batch_rows]
+        self.validation.logits_type = FakeTensor
         self.validation.loss(predict, batch_rows)
 
     def end_step(self, loss, tokens: int) -> None:

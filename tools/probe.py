@@ -238,13 +238,10 @@ def seen(probed: Probed) -> list[str]:
     ]
 
 
-def source_hash(attempt: Attempt) -> str:
-    return sha256_of(json.dumps(sorted(attempt.texts.items())))[:12]
-
-
 def passed_line(attempt: Attempt, count: int, across_documents: bool) -> str:
     """What a record's README.md says of a source that passed every probe."""
-    return (f"Probed {datetime.now(UTC):%Y-%m-%d}, source {source_hash(attempt)}: {count} probes "
+    digest = sha256_of(json.dumps(sorted(attempt.texts.items())))[:12]
+    return (f"Probed {datetime.now(UTC):%Y-%m-%d}, source {digest}: {count} probes "
             f"passed{', and it sees earlier documents of its row' * across_documents} "
             "(`tools/probe.py`).")  # fmt: skip
 

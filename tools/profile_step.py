@@ -21,7 +21,6 @@ from torch.profiler import profile, record_function
 
 from data.prefetch import Prefetcher
 from referee.environment import mfu
-from referee.flags import RunError
 from referee.harness import Run, StopRequest, parse_flags, warm_up
 from referee.ranks import Runtime
 from tools.cli import ToolError, flag_parser
@@ -127,18 +126,15 @@ def main() -> int:
     parser = flag_parser(__doc__)
     parser.add_argument("--steps", type=int, default=4, help="steps to profile per stage")
     own, flags = parser.parse_known_args()
-    try:
-        settings = parse_flags(flags, TRACKS, "fineweb", __doc__)
-        hp, starts = settings.hp, first_steps(settings.hp)
-        shortest = min(map(sub, [*starts[1:], hp.num_steps], starts))
-        if own.steps < 1 or own.steps % ADAM_EVERY or 2 * own.steps > shortest:
-            raise ToolError(f"--steps {own.steps} must be a multiple of {ADAM_EVERY}, as Adam "
-                            f"updates so often, and at most half of {shortest} steps")  # fmt: skip
-        trainer = make_trainer(settings)
-        for first in starts:
-            report(trainer, first, own.steps, *profiled_steps(trainer, first, own.steps))
-    except RunError as error:
-        raise ToolError(str(error)) from error
+    settings = parse_flags(flags, TRACKS, "fineweb", __doc__)
+    hp, starts = settings.hp, first_steps(settings.hp)
+    shortest = min(map(sub, [*starts[1:], hp.num_steps], starts))
+    if own.steps < 1 or own.steps % ADAM_EVERY or 2 * own.steps > shortest:
+        raise ToolError(f"--steps {own.steps} must be a multiple of {ADAM_EVERY}, as Adam updates "
+                        f"so often, and at most half of {shortest} steps")  # fmt: skip
+    trainer = make_trainer(settings)
+    for first in starts:
+        report(trainer, first, own.steps, *profiled_steps(trainer, first, own.steps))
     return 0
 
 
