@@ -1177,7 +1177,7 @@ def test_reports_for_programs_and_the_diff_of_sources(log, tmp_path):
 )
 def test_misuse_and_missing_files_have_their_exit_codes(words, code, problem, tmp_path):
     places = tmp_path, REAL_LOGS[0]
-    done = tool(*words.format(*places).split())
+    done = tool(*(word.format(*places) for word in words.split()))
     assert done.returncode == code and "Traceback" not in done.stderr, done.stderr
     assert done.stderr.splitlines()[-1].count(problem.format(*places)) == 1, done.stderr
     assert not list(tmp_path.iterdir())
