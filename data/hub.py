@@ -25,7 +25,6 @@ WAITS_S = (1, 4)  # between the tries; the client itself tries again only after 
 
 # Downloads over Xet's protocol outlast ctrl-C and have errors of their own. HTTP serves as well.
 constants.HF_HUB_DISABLE_XET = True
-
 STOPS = (signal.SIGINT, signal.SIGTERM)
 
 

@@ -91,7 +91,6 @@ class SpeedrunModel(LanguageModel):
             parameters[name].data.copy_(saved)  # matrices are bf16 in a GPU's checkpoint
         self.rt, self.step, self.context = rt, facts["step"], task.val_seq_len
         self.per_step = train_gpt.step_inputs(self.step, hp, rt.device, training=False)
-        self.tokenizer = tokenizer_of(task.document_start, *facts["tokenizer"])
 
     @torch.no_grad()
     def logits(self, tokens_BT: Tensor) -> Tensor:
@@ -111,7 +110,6 @@ class GPT2Model(LanguageModel):
     def __init__(self, folder: Path, facts: dict, rt: Runtime):
         self.rt, self.model = rt, load_gpt2(folder, facts).to(rt.device)
         self.step, self.context = facts["step"], self.model.hp.seq_len
-        self.tokenizer = tokenizer_of(facts["config"]["document_start"], *facts["tokenizer"])
 
     @torch.no_grad()
     def logits(self, tokens_BT: Tensor) -> Tensor:
@@ -134,8 +132,9 @@ def load_model(
             if not other_source:
                 own = digests({file: read_source(ROOT / file) for file in kind.files})
                 check_source(path, facts, own, "other code then runs the model")
-            facts["tokenizer"] = facts["tokenizer_sha256"], tokenizer_file
-            return kind(path, facts, rt)
+            model, start = kind(path, facts, rt), facts["config"]["document_start"]
+            model.tokenizer = tokenizer_of(start, facts["tokenizer_sha256"], tokenizer_file)
+            return model
     raise RunError(f"{path} is a checkpoint of {facts['trainer']}, which has no sampler here")
 
 

@@ -63,7 +63,7 @@ class Attempt:
         return sorted(self.logs.glob("[!.]*.txt"))
 
     def claim(self) -> None:
-        """Keep other races out while this process lives; drop what runs without a step left."""
+        """Keep other races out while this process lives."""
         if self.lock is None:
             self.lock = os.open(self.folder, os.O_RDONLY)
             try:
@@ -72,6 +72,10 @@ class Attempt:
                 raise ToolError(f"another race runs {self.folder}; wait for its end") from None
             except OSError:  # some file servers have no locks
                 pass
+        self.drop_empty_logs()
+
+    def drop_empty_logs(self) -> None:
+        """Delete what killed runs without a step left: they count for nothing."""
         for log in self.log_paths:
             text = log.read_bytes()
             if not text or text.startswith(b"=== source ") and b"\nstep:" not in text:
@@ -347,7 +351,7 @@ def finished_run(
     """ToolError if the process made no step. Beside its log stands what only this process knows."""
     said = errors.strip() or output.strip() or f"it exited with {process.returncode}"
     words, lines = said.splitlines()[-1], output.splitlines()
-    attempt.claim()
+    attempt.drop_empty_logs()
     if not (log := next((path for path in attempt.log_paths if path not in before), None)):
         raise ToolError(f"no run of {attempt.name} began: {words}")
     run = read_log(log)
