@@ -1,6 +1,6 @@
 # docker build -t photofinish . && mkdir -p data logs
-# docker run --rm --gpus all --shm-size=2g -v "$PWD/data:/photofinish/data" \
-#     -v "$PWD/logs:/photofinish/logs" photofinish ./run.sh
+# docker run --rm --gpus all --shm-size=2g --user "$(id -u):$(id -g)" \
+#     -v "$PWD/data:/photofinish/data" -v "$PWD/logs:/photofinish/logs" photofinish ./run.sh
 FROM python:3.12.11-slim-bookworm
 
 # torch.compile needs a C++ compiler on the CPU, and triton one on the GPU; git names the commit.
@@ -12,8 +12,8 @@ RUN apt-get update \
 COPY requirements.txt /tmp/requirements.txt
 RUN pip install --no-cache-dir -r /tmp/requirements.txt
 
-RUN useradd --create-home --uid 1000 runner && mkdir /photofinish && chown runner /photofinish
-USER runner
+# Any user may run it, without a name or a home, so that data and logs belong to who started it.
+ENV HOME=/tmp USER=runner
 WORKDIR /photofinish
-COPY --chown=runner . .
+COPY . .
 CMD ["./run.sh"]

@@ -62,7 +62,8 @@ set_up() { # set_up FILE...: make $python an interpreter with these requirements
         "unpacks them for a minute or more and says nothing meanwhile" >&2
     if ! "$python" -c '' 2>/dev/null; then # there is none yet, or its Python is gone
         "$found" -P -m venv --clear "$venv" ||
-            fail "cannot make $venv (see above); if ensurepip is missing: apt install python3-venv"
+            fail "cannot make $venv (see above); if ensurepip is missing: apt install python3-venv;" \
+                "if the folder cannot be written: set XDG_CACHE_HOME to one that can"
     fi
     if ! "$python" -P -m pip --version >/dev/null 2>&1; then
         "$python" -P -m ensurepip >&2 ||

@@ -23,7 +23,7 @@ from tqdm import tqdm
 from referee.checkpoints import delete_parts
 from referee.environment import ROOT, environment, shell
 from referee.flags import RunError, as_flag
-from referee.sources import read_source, sha256_of
+from referee.sources import GIT, read_source, sha256_of
 
 SCHEMA = 2  # in 1 the hash left out the result line itself
 
@@ -131,10 +131,10 @@ def write_header(log, sources: dict[str, str], source_dir: str, config: dict, de
     entries = {**device, **environment(on_gpu=torch.cuda.is_available())}
     log.section("environment", [f"{key}: {value}" for key, value in entries.items()])
     # A copy of the project inside another repository has no commit of its own.
-    commit = (shell("git", "ls-files", *sources) and shell("git", "rev-parse", "HEAD")) or "none"
-    changed = shell("git", "diff", "--relative", "--name-only", "HEAD", "--", *sources).split()
+    commit = (shell(*GIT, "ls-files", *sources) and shell(*GIT, "rev-parse", "HEAD")) or "none"
+    changed = shell(*GIT, "diff", "--relative", "--name-only", "HEAD", "--", *sources).split()
     diff = []
     if changed and not source_dir:
-        diff = shell("git", "diff", "--relative", "HEAD", "--", *changed).splitlines()
+        diff = shell(*GIT, "diff", "--relative", "HEAD", "--", *changed).splitlines()
     changed = ",".join(changed) or "none"
     log.section(f"git commit:{commit} changed:{changed} lines:{len(diff)}", diff)

@@ -66,6 +66,7 @@ def test_the_commit_is_that_of_the_sources_or_none(monkeypatch, tmp_path, tracke
     git("commit", "--allow-empty", "-m", "x")
     (project / "train_gpt.py").write_text("after\n")
     monkeypatch.setattr(environment, "ROOT", project)
+    monkeypatch.setenv("GIT_TEST_ASSUME_DIFFERENT_OWNER", "1")  # of the checkout
     sections = {}
     log = SimpleNamespace(section=lambda name, lines=(): sections.update({name: list(lines)}))
     write_header(log, {"train_gpt.py": "after\n"}, "", {}, {})

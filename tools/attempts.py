@@ -25,7 +25,7 @@ from pathlib import Path
 from tempfile import mkdtemp
 
 from referee.host import host_id
-from referee.sources import sha256_of, source_texts
+from referee.sources import GIT, sha256_of, source_texts
 from tools import sources
 from tools.cli import ToolError
 from tools.runs import LoggedRun, find_logs, flag_pairs, read_log
@@ -339,7 +339,7 @@ def variables(scratch: Path) -> dict[str, str]:
     if others := [folder for folder in folders if not entry_of(Path(folder))]:
         found["PYTHONPATH"] = os.pathsep.join(others)
     with suppress(OSError, subprocess.CalledProcessError):  # without git, or no clone
-        command = ["git", "rev-parse", "--absolute-git-dir"]
+        command = [*GIT, "rev-parse", "--absolute-git-dir"]
         git = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True)
         found |= {"GIT_DIR": git.stdout.strip(), "GIT_WORK_TREE": str(scratch)}
     return found

@@ -17,6 +17,7 @@ from datetime import datetime
 from functools import cache
 from itertools import combinations
 
+from referee.sources import GIT
 from tools.cli import ToolError
 from tools.runs import LoggedRun
 from tools.sources import ROOT, imported_modules, sha256_of, top_name
@@ -168,7 +169,7 @@ def known_referees() -> set[str]:
     """
     published = (ROOT / "records/sources").glob("*.py")
     known = {git_blob(path.read_text(encoding="utf-8")) for path in published}
-    command = ["git", "log", "--format=", "--raw", "--no-abbrev", "--no-renames", "-m"]
+    command = [*GIT, "log", "--format=", "--raw", "--no-abbrev", "--no-renames", "-m"]
     with suppress(FileNotFoundError):
         history = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8").stdout
         changes = re.findall(r"^:\S+ \S+ \S+ (\w+) [AM]\t(.+)$", history, re.M)
