@@ -1,6 +1,7 @@
 """Files on their way: full disks, logs that other programs wrote again, names that are none."""
 
 import gzip
+import os
 import resource
 import shutil
 import subprocess
@@ -78,11 +79,11 @@ def test_a_source_is_kept_whole_or_not_at_all(tmp_path):
 
 
 def test_a_device_is_written_and_a_link_stays_one(tmp_path):
-    link, page, device = tmp_path / "link", tmp_path / "page", Path("/dev/null")
+    link, page, (terminal, device) = tmp_path / "link", tmp_path / "page", os.openpty()
     link.symlink_to(page)
-    for path in (link, device):
+    for path in (link, Path(os.ttyname(device))):
         write_text(path, "new")
-    assert link.is_symlink() and page.read_text() == "new" and not device.is_file()
+    assert link.is_symlink() and page.read_text() == "new" and os.read(terminal, 9) == b"new"
 
 
 def test_logs_that_other_programs_wrote_again_are_named(tmp_path):
