@@ -41,22 +41,22 @@ def is_there(path: Path) -> bool:
     return True
 
 
-def fetch(train_shards: int, folder: Path, revision: str) -> None:
+def fetch(train_shards: int, folder: Path) -> None:
     """Download the shards that are missing. RunError if that is not possible."""
     numbers = range(1, train_shards + 1)
     names = ["fineweb_val_000000.bin", *(f"fineweb_train_{n:06d}.bin" for n in numbers)]
     if not (missing := [name for name in names if not is_there(folder / name)]):
         return
     bring = f"on a machine with network get {few(missing)}, and put them into {folder}"
-    listed = list_files(REPO, revision, "fineweb_", bring)
+    listed = list_files(REPO, "main", "fineweb_", bring)
     files = [file for file in listed if file.rfilename in missing]
     if absent := set(missing) - {file.rfilename for file in files}:
-        raise RunError(f"{REPO} at revision {revision} has no {min(absent)}; {bring}")
+        raise RunError(f"{REPO} has no {min(absent)}; {bring}")
     for file in files:
         (folder / file.rfilename).unlink(missing_ok=True)  # if it is damaged
-    download(REPO, files, folder, revision, lambda path: check_tokens(path, VOCAB_SIZE))
-    found = [file for file in listed if (folder / file.rfilename).exists()]
-    shards = [{"name": file.rfilename, "sha256": file.lfs.sha256} for file in found]
+    download(REPO, "main", files, folder, lambda path: check_tokens(path, VOCAB_SIZE))
+    shards = [{"name": file.rfilename, "sha256": file.lfs.sha256}
+              for file in listed if (folder / file.rfilename).exists()]  # fmt: skip
     write_text(folder / "manifest.json", json.dumps({"shards": shards}, indent=1) + "\n")
 
 
@@ -66,11 +66,10 @@ def main() -> None:
     of_shards = "training shards, 100M tokens each (default: %(default)s, for the fineweb track)"
     add("shards", nargs="?", type=int, default=FINEWEB_TRACK, help=of_shards)
     add("--out", type=Path, default=FOLDER, help="folder (default: %(default)s)")
-    add("--revision", default="main", help="branch, tag or commit of the hub")
     args = parser.parse_args()
     if not 0 <= args.shards <= TRAIN_SHARDS:
         parser.error(f"there are {TRAIN_SHARDS} training shards")
-    fetch(args.shards, args.out, args.revision)
+    fetch(args.shards, args.out)
 
 
 if __name__ == "__main__":

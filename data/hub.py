@@ -28,30 +28,18 @@ constants.HF_HUB_DISABLE_XET = True
 STOPS = (signal.SIGINT, signal.SIGTERM)
 
 
-def list_files(
-    repo: str,
-    revision: str = "main",
-    prefix: str = "",
-    advice: str = "check the network, then run this again",
-) -> list[RepoSibling]:
-    """The files of a dataset repository whose names begin with prefix.
-
-    Raises RunError, which ends with the advice.
-    """
+def list_files(repo: str, revision: str, prefix: str, advice: str) -> list[RepoSibling]:
+    """The files of a dataset repository whose names begin with prefix; RunError with the advice."""
     ask = partial(HfApi().dataset_info, repo, revision=revision, files_metadata=True)
     try:
-        found = with_retries(partial(ask, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT)).siblings
+        found = with_retries(ask, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT).siblings
     except Exception as error:  # the client lets the errors of its HTTP library through
         raise RunError(f"cannot list {repo} at {revision}: {reason(error)}; {advice}") from None
     return [file for file in found if file.rfilename.startswith(prefix)]
 
 
 def download(
-    repo: str,
-    files: list[RepoSibling],
-    folder: Path,
-    revision: str = "main",
-    check: Callable[[Path], object] = lambda path: None,
+    repo: str, revision: str, files: list[RepoSibling], folder: Path, check: Callable | None = None
 ) -> list[Path]:
     """Have every file in folder, under its name in the repository; return their paths.
 
@@ -61,9 +49,9 @@ def download(
     missing = [file for file in files if not (folder / file.rfilename).exists()]
     if missing:
         names, staging = [file.rfilename for file in missing], folder / "part"
-        ask = partial(snapshot_download, repo, repo_type="dataset", revision=revision)
         # Its cache is not the user's: a damaged copy there would be taken again and again.
-        ask = partial(ask, local_dir=staging, cache_dir=staging, allow_patterns=names)
+        places = {"local_dir": staging, "cache_dir": staging, "allow_patterns": names}
+        ask = partial(snapshot_download, repo, repo_type="dataset", revision=revision, **places)
         with locked(folder):
             for left in staging.rglob("*.incomplete"):  # by a run that was killed
                 left.unlink()
@@ -84,13 +72,14 @@ def download(
     return [folder / file.rfilename for file in files]
 
 
-def accept(file: RepoSibling, staging: Path, folder: Path, check: Callable[[Path], object]) -> None:
+def accept(file: RepoSibling, staging: Path, folder: Path, check: Callable) -> None:
     """Give a file its name if it is sound. Otherwise delete it and raise OSError."""
     staged, path = staging / file.rfilename, folder / file.rfilename
     try:
         if file.lfs and (found := file_sha256(staged)) != file.lfs.sha256:
             raise OSError(f"the sha256 of {path.name} is {found}, the hub says {file.lfs.sha256}")
-        check(staged)
+        if check:
+            check(staged)
     except OSError:
         staged.unlink(missing_ok=True)  # the client would take it for complete
         raise
@@ -98,14 +87,14 @@ def accept(file: RepoSibling, staging: Path, folder: Path, check: Callable[[Path
     staged.replace(path)
 
 
-def with_retries(call: Callable):
-    """call(), tried again after any error. Raises what the last try raised."""
+def with_retries(call: Callable, **options):
+    """call(**options), tried again after any error. Raises what the last try raised."""
     for wait_s in WAITS_S:
         try:
-            return call()
+            return call(**options)
         except Exception:
             time.sleep(wait_s)
-    return call()
+    return call(**options)
 
 
 def reason(error: Exception) -> str:

@@ -44,15 +44,10 @@ FIRST = np.array([START], np.uint16)  # token of each document
 
 
 class Piece(NamedTuple):
-    """A document, or a part of it if it is long.
+    """A document, or a part of it if it is long."""
 
-    split: train, val, or both if its hash decides; starts: is it the document's first piece?
-    digest: hash of that first piece.
-    """
-
-    split: str
-    starts: bool
-    digest: str
+    split: str  # train, val, or both if its hash decides
+    starts: bool  # is it the document's first piece?
     text: str
 
 
@@ -60,10 +55,8 @@ def read_pieces(splits: dict[str, Iterable[Document]], skipped: Counter) -> Iter
     for split, documents in splits.items():
         for document in documents:
             for number, text in enumerate(pieces(document)):
-                if number == 0:
-                    digest = hashlib.blake2b(text.encode(), digest_size=8).hexdigest()
                 if text:
-                    yield Piece(split, number == 0, digest, text)
+                    yield Piece(split, number == 0, text)
                 else:
                     skipped["empty"] += 1
 
@@ -107,15 +100,16 @@ class Shards:
         """Where a document goes: train, val, or nowhere."""
         if piece.split != "both":
             return piece.split
-        if piece.digest in self.val_digests:
+        digest = hashlib.blake2b(piece.text.encode(), digest_size=8).digest()
+        if digest in self.val_digests:
             self.skipped["in validation already"] += 1
             return ""
         if len(self.first_digests) < VAL_SHARE:  # else the only one could go to validation
-            self.first_digests.add(piece.digest)
+            self.first_digests.add(digest)
         is_full = self.val_tokens == self.options["val_tokens"]
-        if is_full or piece.digest in self.first_digests or int(piece.digest, 16) % VAL_SHARE:
+        if is_full or digest in self.first_digests or int.from_bytes(digest) % VAL_SHARE:
             return "train"
-        self.val_digests.add(piece.digest)
+        self.val_digests.add(digest)
         return "val"
 
     def fill(self, tokens: np.ndarray) -> None:
@@ -207,10 +201,11 @@ def wikitext103(out: Path) -> dict[str, list[Path]]:
     repo, prefix = "Salesforce/wikitext", "wikitext-103-raw-v1/"
     advice = f"run this on a machine with network, and bring all that it writes to {out}"
     listed = {
-        split: list_files(repo, prefix=prefix + name, advice=advice)
+        split: list_files(repo, "main", prefix + name, advice)
         for split, name in {"val": "validation-", "train": "train-"}.items()
     }
-    return {split: download(repo, files, out / "parquet") for split, files in listed.items()}
+    folder = out / "parquet"
+    return {split: download(repo, "main", files, folder) for split, files in listed.items()}
 
 
 def tokenize(args: argparse.Namespace) -> dict:

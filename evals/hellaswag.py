@@ -109,7 +109,7 @@ def fetch() -> Path:
     """The validation set's file, downloaded once. Raises RunError."""
     found = sorted((FOLDER / PREFIX).glob("*.parquet"))
     if not found:
-        found = download(REPO, list_files(REPO, REVISION, PREFIX, ADVICE), FOLDER, REVISION)
+        found = download(REPO, REVISION, list_files(REPO, REVISION, PREFIX, ADVICE), FOLDER)
     if len(found) != 1:
         raise RunError(f"{REPO} has {len(found)} files {PREFIX}*, not 1; {ADVICE}")
     return found[0]

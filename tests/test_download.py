@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from conftest import ROOT, clean_environment
-from hub_server import COMMIT, HTML, HTML_PAGE, Fault, HubServer
+from hub_server import HTML, HTML_PAGE, Fault, HubServer
 
 from referee.shards import open_shard, write_shard
 
@@ -178,19 +178,12 @@ def test_unsound_shards_never_get_their_name(hub, user, contents):
 
 def test_what_the_hub_does_not_have_is_named(hub, user):
     hub.unlisted.add(SECOND)
-    missing = (["2", "--revision=v9"], "v9"), (["10"], "fineweb_train_000010.bin"), (["2"], "404")
-    for flags, word in missing:
-        sentence = user.refused(*flags, script=("-c", IMPATIENT))
+    for shards, word in (("10", "fineweb_train_000010.bin"), ("2", "404")):
+        sentence = user.refused(shards, script=("-c", IMPATIENT))
         assert word in sentence and str(user.folder) in sentence
     hub.repos.clear()
     sentence = user.refused("0", script=("-c", IMPATIENT))
     assert REPO in sentence and "Repository Not Found" in sentence and VAL in sentence
-
-
-def test_a_revision_is_asked_for_everywhere(hub, user, contents):
-    assert user.run("0", f"--revision={COMMIT}").returncode == 0
-    asked = [r.path for r in hub.requests if REPO in r.path and "/storage/" not in r.path]
-    assert asked and all(COMMIT in path for path in asked)
 
 
 def test_a_machine_without_network_is_told_what_to_bring_and_where(user, hub):

@@ -489,12 +489,12 @@ def hub(monkeypatch):
     """data/hub.py with the files of WIKITEXT; .is_there says whether there is a network."""
     from data import hub
 
-    def list_files(repo, prefix, advice):
+    def list_files(repo, revision, prefix, advice):
         if not hub.is_there:
             raise hub.RunError(f"cannot list {repo}; {advice}")
         return [name for name in WIKITEXT if name.startswith(prefix)]
 
-    def download(repo, names, folder):
+    def download(repo, revision, names, folder):
         for name in names:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(WIKITEXT[name])
