@@ -1,12 +1,12 @@
 """What a GPT-2 of some size needs, from 124M to 175B: memory and FLOPs, and so how many rows fit.
 
-hp is a Hyperparameters of train_gpt2.py. Sizes are in bytes. Activations are those that eager mode
-keeps; compiled graphs keep fewer.
+hp is a Hyperparameters of train_gpt2.py; rt says how many ranks there are, and in which dtype they
+multiply. Sizes are in bytes. Activations are those that eager mode keeps; compiled graphs keep
+fewer.
 """
 
 import math
 import os
-from dataclasses import dataclass
 
 from referee.flags import RunError
 from referee.ranks import Runtime
@@ -15,19 +15,11 @@ USABLE = 0.9  # of a GPU's memory; the rest is for CUDA, NCCL and fragmentation
 GIB = 2**30
 
 
-@dataclass(frozen=True)
-class Hardware:
-    """What a model trains on: so many ranks, each with so much memory for it."""
-
-    ranks: int = 1
-    memory_bytes: float = math.inf  # of one rank's GPU, or its share of the host's
-    matmul_bytes: int = 2  # per element of a matrix that is multiplied: bf16 2, fp32 4
-
-
-def hardware_of(rt: Runtime) -> Hardware:
-    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    available = rt.memory_bytes if rt.is_gpu else host / rt.world_size
-    return Hardware(rt.world_size, available, rt.matmul_dtype.itemsize)
+def available_bytes(rt: Runtime) -> float:
+    """The memory of one rank's GPU, or its share of the host's."""
+    if rt.is_gpu:
+        return rt.memory_bytes
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / rt.world_size
 
 
 def is_sharded(hp, ranks: int) -> bool:
@@ -78,17 +70,17 @@ def activation_bytes(hp, matmul_bytes: int) -> float:
     return hp.num_layers * block + max(gradients, head)
 
 
-def memory(hp, hardware: Hardware, micro_seqs: int) -> dict[str, float]:
+def memory(hp, rt: Runtime, micro_seqs: int) -> dict[str, float]:
     """Bytes that each kind of tensor takes on one GPU, with micro_seqs rows per forward pass.
 
     Weights, gradients and AdamW's two moments are fp32. copies: weights in the matmul's type. A
     sharded model has those of two blocks, one in use and one being gathered, the gradients of as
     many being reduced to fp32 shards, and the outer weights and gradients, whole in fp32.
     """
-    width, block, outer = hardware.matmul_bytes, block_parameters(hp), outer_parameters(hp)
-    share = 0 if hp.cpu_offload else 4 * parameters(hp) / hardware.ranks
+    width, block, outer = rt.matmul_dtype.itemsize, block_parameters(hp), outer_parameters(hp)
+    share = 0 if hp.cpu_offload else 4 * parameters(hp) / rt.world_size
     copies = 2 * parameters(hp) if width == 2 else 0
-    if is_sharded(hp, hardware.ranks):
+    if is_sharded(hp, rt.world_size):
         cast = 2 * outer if width == 2 else 0
         copies = 2 * width * block + 8 * outer + cast + max(2 * (width + 4) * block, 4 * outer)
     return {
@@ -100,41 +92,37 @@ def memory(hp, hardware: Hardware, micro_seqs: int) -> dict[str, float]:
     }
 
 
-def micro_batch_rows(hp, hardware: Hardware, asked: int) -> int:
+def micro_batch_rows(hp, rt: Runtime, asked: int) -> int:
     """Rows per forward pass: what was asked for, or the most that divides a step's rows and fits.
 
     RunError if the ranks cannot share a step's rows equally, or not even one row fits.
     """
-    rows, ranks = hp.batch_tokens // hp.seq_len, hardware.ranks
-    if (dealable := dealable_tokens(hp, hardware, asked)) != hp.batch_tokens:
+    rows, at_once = hp.batch_tokens // hp.seq_len, rt.world_size * (asked or 1)
+    if rows % at_once:
+        dealable_rows = math.ceil(rows / at_once) * at_once
         raise RunError(
-            f"{rows} rows per step cannot be dealt to {ranks} ranks in equal forward passes of "
-            f"{asked or 1}; change the number of GPUs or --micro_batch_seqs, or take a batch that "
-            f"can: --batch_tokens {dealable}"
+            f"{rows} rows per step cannot be dealt to {rt.world_size} ranks in equal forward "
+            f"passes of {asked or 1}; change the number of GPUs or --micro_batch_seqs, or take a "
+            f"batch that can: --batch_tokens {dealable_rows * hp.seq_len}"
         )
-    divisors = (n for n in range(rows // ranks, 0, -1) if rows // ranks % n == 0)
+    share = rows // rt.world_size
+    divisors = (n for n in range(share, 0, -1) if share % n == 0)
     for n in [asked] if asked else divisors:
-        if sum(memory(hp, hardware, n).values()) <= USABLE * hardware.memory_bytes:
+        if sum(memory(hp, rt, n).values()) <= USABLE * available_bytes(rt):
             return n
-    raise RunError(shortage(hp, hardware, asked or 1))
+    raise RunError(shortage(hp, rt, asked or 1))
 
 
-def dealable_tokens(hp, hardware: Hardware, asked: int) -> int:
-    """hp's batch_tokens, or the next larger number that the ranks can share equally."""
-    at_once = hardware.ranks * (asked or 1) * hp.seq_len
-    return math.ceil(hp.batch_tokens / at_once) * at_once
-
-
-def shortage(hp, hardware: Hardware, micro_seqs: int) -> str:
+def shortage(hp, rt: Runtime, micro_seqs: int) -> str:
     """Why the model does not fit, with the numbers, and what to change."""
-    needed, available = memory(hp, hardware, micro_seqs), hardware.memory_bytes / GIB
+    needed, available = memory(hp, rt, micro_seqs), available_bytes(rt) / GIB
     sizes = ", ".join(f"{name} {size / GIB:.1f}" for name, size in needed.items())
     total = sum(needed.values()) / GIB
     ways = ["more GPUs"] + (["fewer --micro_batch_seqs"] if micro_seqs > 1 else [])
     ways += [f"--{name} true" for name in ("checkpoint_blocks", "cpu_offload")
              if not getattr(hp, name)]  # fmt: skip
     return (
-        f"{parameters(hp):,} parameters do not fit: {hardware.ranks} x {total:.1f} GiB are needed "
+        f"{parameters(hp):,} parameters do not fit: {rt.world_size} x {total:.1f} GiB are needed "
         f"with {micro_seqs} rows per forward pass ({sizes}), and each has {USABLE * available:.1f} "
         f"usable of {available:.1f} GiB; take {', '.join(ways)}"
     )

@@ -306,8 +306,7 @@ class Trainer:
             raise RunError(f"--embed_rows must be at least {task.vocab_size}, and --val_seq_len "
                            f"{task.val_seq_len} a multiple of --seq_len")  # fmt: skip
         check_supply(hp, task)
-        asked = run.options.micro_batch_seqs
-        self.micro_seqs = plan.micro_batch_rows(hp, plan.hardware_of(rt), asked)
+        self.micro_seqs = plan.micro_batch_rows(hp, rt, run.options.micro_batch_seqs)
         self.accumulation = hp.batch_tokens // hp.seq_len // (rt.world_size * self.micro_seqs)
         rows_that_fit = self.micro_seqs * hp.seq_len // task.val_seq_len
         self.val_batch_rows = run.validation.batch_rows(rows_that_fit)

@@ -20,13 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from baselines import export_hf, train_gpt2
-from baselines.plan import (
-    Hardware,
-    flops_per_token,
-    memory,
-    micro_batch_rows,
-    parameters,
-)
+from baselines.plan import flops_per_token, memory, micro_batch_rows, parameters
 from baselines.train_gpt2 import (
     GPT2,
     TRACKS,
@@ -276,12 +270,18 @@ def test_an_epoch_has_each_piece_of_the_stream_once(hp, tiny_task, shards):
 # ------------------------------------------------------------------------------ Plan
 
 
+def gpus(count: int = 1, memory_bytes: float = 80e9) -> SimpleNamespace:
+    """A Runtime of so many GPUs, which multiply in bf16."""
+    return SimpleNamespace(world_size=count, memory_bytes=memory_bytes, is_gpu=True,
+                           matmul_dtype=torch.bfloat16)  # fmt: skip
+
+
 def plan_sizes(dtype: torch.dtype, recompute: bool, embed_rows=300):
     hp = dataclasses.replace(TRACKS["embedded"], num_layers=5, model_dim=96, mlp_dim=384,
                              embed_rows=embed_rows, num_heads=3,
                              checkpoint_blocks=recompute)  # fmt: skip
     rt = SimpleNamespace(**{**vars(RT), "stream_dtype": dtype, "matmul_dtype": dtype})
-    return hp, build(hp, rt, 0), memory(hp, Hardware(matmul_bytes=dtype.itemsize), 4)
+    return hp, build(hp, rt, 0), memory(hp, rt, 4)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -328,25 +328,25 @@ def test_planned_flops_equal_counted_ones():
 
 def test_more_ranks_and_offload_need_less_memory():
     hp = TRACKS["13B"]
-    one, many = memory(hp, Hardware(8), 1), memory(hp, Hardware(64), 1)
+    one, many = memory(hp, gpus(8), 1), memory(hp, gpus(64), 1)
     assert one["weights"] == 8 * many["weights"] == 4 * parameters(hp) / 8
     away = dataclasses.replace(hp, cpu_offload=True)
-    left = memory(away, Hardware(8), 1)
+    left = memory(away, gpus(8), 1)
     assert left["weights"] + left["gradients"] + left["optimizer"] == 0
-    small, large = (micro_batch_rows(TRACKS["124M"], Hardware(1, size), 0) for size in (24e9, 80e9))
-    planned = memory(TRACKS["124M"], Hardware(), large)
+    small, large = (micro_batch_rows(TRACKS["124M"], gpus(1, size), 0) for size in (24e9, 80e9))
+    planned = memory(TRACKS["124M"], gpus(), large)
     assert 1 <= small < large and sum(planned.values()) < 80e9
 
 
 def test_a_batch_that_cannot_be_dealt_brings_the_next_larger_one():
     for track, ranks, asked, rows in (("13B", 64, 2, 1152), ("124M", 3, 0, 513)):
-        hp, hardware = TRACKS[track], Hardware(ranks, 80e9)
+        hp = TRACKS[track]
         with pytest.raises(RunError) as caught:
-            micro_batch_rows(hp, hardware, asked)
+            micro_batch_rows(hp, gpus(ranks), asked)
         named = int(str(caught.value).rpartition("--batch_tokens ")[2])
         assert named == rows * hp.seq_len
         proposed = dataclasses.replace(hp, batch_tokens=named)
-        assert rows // ranks % micro_batch_rows(proposed, hardware, asked) == 0
+        assert rows // ranks % micro_batch_rows(proposed, gpus(ranks), asked) == 0
 
 
 # ------------------------------------------------------------------------------ Runs, bad input
