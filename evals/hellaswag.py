@@ -47,7 +47,6 @@ FOLDER = ROOT / "data" / "hellaswag"
 ADVICE = "get hellaswag_val.jsonl (GitHub rowanz/hellaswag, folder data) and pass it with --data"
 EXAMPLES = 10_042
 LABELS = ["0", "1", "2", "3"]  # of a context's endings
-BATCH_TOKENS = 4096  # per forward pass, padding included: bounds the memory of the logits
 NO_TARGET = -100  # cross_entropy's default for positions that do not count
 
 Row = tuple[list[int], int]  # tokens of context and ending; how many at its end are the ending
@@ -130,7 +129,7 @@ def ending_rows(example: Example, model: LanguageModel) -> list[Row]:
 
 
 def log_likelihoods(model: LanguageModel, rows: list[Row]) -> Tensor:
-    """Sum over the ending's tokens for each row of a batch, (B,) fp64, nats."""
+    """Sum over the ending's tokens for each row, (B,) fp64, nats."""
     inputs = [torch.tensor(tokens[:-1]) for tokens, _ in rows]
     targets = [torch.tensor(tokens[1:]) for tokens, _ in rows]
     for target, (_, count) in zip(targets, rows, strict=True):
@@ -139,20 +138,6 @@ def log_likelihoods(model: LanguageModel, rows: list[Row]) -> Tensor:
     targets_BT = pad_sequence(targets, True, NO_TARGET).to(logits_BTV.device)
     losses_N = F.cross_entropy(logits_BTV.flatten(0, 1), targets_BT.flatten(), reduction="none")
     return -losses_N.view_as(targets_BT).double().sum(1).cpu()
-
-
-def all_log_likelihoods(model: LanguageModel, rows: list[Row]) -> Tensor:
-    """The log-likelihood of each row, (N,), taken in batches, the longest rows first."""
-    order = sorted(range(len(rows)), key=lambda i: -len(rows[i][0]))
-    result, done = torch.empty(len(rows), dtype=torch.float64), 0
-    with tqdm(total=len(rows), unit="ending", disable=None) as bar:
-        while done < len(rows):
-            longest = len(rows[order[done]][0])
-            batch = order[done : done + max(1, BATCH_TOKENS // longest)]
-            result[batch] = log_likelihoods(model, [rows[i] for i in batch])
-            done += len(batch)
-            bar.update(len(batch))
-    return result
 
 
 def accuracy(scores_NE: Tensor, labels_N: Tensor) -> float:
@@ -164,14 +149,14 @@ def accuracy(scores_NE: Tensor, labels_N: Tensor) -> float:
 
 def evaluate(model: LanguageModel, examples: list[Example]) -> tuple[float, float]:
     """(acc_norm, acc) of a model."""
-    rows = [row for example in examples for row in ending_rows(example, model)]
-    sums = all_log_likelihoods(model, rows)
-    if not sums.isfinite().all():
+    rows = [ending_rows(example, model) for example in examples]
+    bar = tqdm(rows, unit="example", disable=None)
+    sums_NE = torch.stack([log_likelihoods(model, four) for four in bar])
+    if not sums_NE.isfinite().all():
         raise RunError("the model's likelihoods are not finite; give an earlier checkpoint")
-    counts = torch.tensor([count for _, count in rows])
+    counts_NE = torch.tensor([[count for _, count in four] for four in rows])
     labels_N = torch.tensor([example.label for example in examples])
-    means_NE, sums_NE = (x.view(-1, len(LABELS)) for x in (sums / counts, sums))
-    return accuracy(means_NE, labels_N), accuracy(sums_NE, labels_N)
+    return accuracy(sums_NE / counts_NE, labels_N), accuracy(sums_NE, labels_N)
 
 
 # ------------------------------------------------------------------------------ Main
