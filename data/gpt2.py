@@ -44,6 +44,8 @@ def gpt2_ranks(file: Path | None) -> dict[bytes, int]:
 def read_ranks(file: Path) -> dict[bytes, int]:
     """Read a file with a token in base64, a space and its rank in each line."""
     try:
+        if not file.is_file():  # a device might never end
+            raise ValueError("it is no file")
         lines = [line.split() for line in file.read_bytes().splitlines()]
         ranks = {base64.b64decode(token, validate=True): int(rank) for token, rank in lines}
         in_order = sorted(ranks.values()) == list(range(min(len(lines), START)))

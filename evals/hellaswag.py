@@ -77,6 +77,8 @@ def example_of(record: dict) -> Example:
 
 def read_examples(path: Path) -> list[Example]:
     """Every line of a .jsonl or row of a .parquet; RunError if one is wrong."""
+    if not path.is_file():  # a device might never end
+        raise RunError(f"{path} is no file; {ADVICE}")
     lines, decode = path.read_bytes().rstrip().splitlines(), json.loads
     if path.suffix == ".parquet":
         lines, decode = parquet_rows(path), dict

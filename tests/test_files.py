@@ -15,7 +15,8 @@ import pytest
 from conftest import ROOT, clean_environment
 from test_records import REAL_LOGS, tool
 
-from data import tokenize_text
+from data import gpt2, tokenize_text
+from evals import hellaswag
 from referee import checkpoints, log
 from referee.files import write_text
 from referee.flags import BUG, RunError
@@ -96,6 +97,19 @@ def test_logs_that_other_programs_wrote_again_are_named(tmp_path):
         copy.write_bytes(data)
         done = tool("validate", copy)
         assert done.returncode == 4 and what in done.stdout.splitlines()[0], done.stdout
+
+
+def test_what_is_no_file_is_named_and_the_rest_is_read(tmp_path):
+    shutil.copy(runs.find_logs(ROOT / "records/embedded/2026-11-22_Default")[0], tmp_path)
+    os.mkfifo(tmp_path / "a.txt")
+    (tmp_path / "b.txt").mkdir()
+    (tmp_path / "c.txt").symlink_to("nowhere")
+    done = tool("validate", tmp_path)
+    assert done.returncode == 4 and "4 logs: 1 sound" in done.stdout, done.stdout
+    assert done.stdout.count("txt: is a folder, a pipe, a device or a broken link") == 3
+    for read in (gpt2.read_ranks, hellaswag.read_examples):
+        with pytest.raises(RunError, match="/dev/null is no .*file"):
+            read(Path("/dev/null"))
 
 
 def test_packed_logs_are_read_and_hidden_files_are_not(tmp_path):

