@@ -1,11 +1,13 @@
 """Small shards, small models, and the trainer as a process of its own."""
 
 import dataclasses
+import io
 import os
 import re
 import signal
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +15,7 @@ import pytest
 from forked import ROOT, run_forked
 from forked import clean_environment as clean_environment  # for the tests
 
-from referee.flags import as_flag
+from referee.flags import as_flag, finish
 from referee.shards import write_shard
 
 # Before torch is imported, which happens in functions: the controller of pytest-xdist needs none.
@@ -135,14 +137,22 @@ def shards(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory) -> Path:
+    """A small random network of train_gpt.py."""
+    from small_models import write_speedrun
+
+    return write_speedrun(tmp_path_factory.mktemp("run") / "tiny")
+
+
 @pytest.fixture
 def flags(shards, tmp_path) -> list[str]:
     return tiny_flags(shards, tmp_path)
 
 
-def tiny_flags(shards, log_dir) -> list[str]:
+def tiny_flags(shards, log_dir, hyperparameters=TINY) -> list[str]:
     """Flags of a tiny run, whose log goes to log_dir."""
-    tiny = {**TINY_TASK, **TINY}
+    tiny = {**TINY_TASK, **hyperparameters}
     return [
         "--track=embedded",
         f"--train_files={shards}/train_*.bin",
@@ -152,6 +162,21 @@ def tiny_flags(shards, log_dir) -> list[str]:
         "--cpu_dtype=float32",  # what a busy host measures is not the same in every run
         *(f"--{name}={as_flag(value)}" for name, value in tiny.items()),
     ]
+
+
+def called(script, *words, encoding: str = "utf-8") -> tuple[int, str, str]:
+    """(exit code, standard output, standard error) of a script's main, in this process."""
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding, errors, write_through=True)
+                for errors in ("strict", "backslashreplace"))  # fmt: skip
+    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)}
+    with pytest.MonkeyPatch.context() as patch, redirect_stdout(out), redirect_stderr(err):
+        patch.setattr(sys, "argv", ["program", *map(str, words)])
+        with pytest.raises(SystemExit) as end:
+            finish(script.main)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    said = (stream.buffer.getvalue().decode(encoding) for stream in (out, err))
+    return end.value.code or 0, *said
 
 
 def command(flags: list[str]) -> list[str]:

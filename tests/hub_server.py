@@ -107,13 +107,7 @@ class Handler(BaseHTTPRequestHandler):
     def log_message(self, *_):
         pass
 
-    def do_HEAD(self):
-        self.route()
-
     def do_GET(self):
-        self.route()
-
-    def route(self):
         path = unquote(urlsplit(self.path).path)
         self.hub.requests.append(Request(self.command, path, self.headers))
         if path.startswith("/storage/"):
@@ -125,7 +119,7 @@ class Handler(BaseHTTPRequestHandler):
         else:
             self.refuse(404, "RepoNotFound")
 
-    # ------------------------------------------------------------------ API
+    do_HEAD = do_GET
 
     def api(self, path: str):
         """NAMESPACE/NAME/revision/REVISION or NAMESPACE/NAME/tree/REVISION"""
@@ -135,12 +129,10 @@ class Handler(BaseHTTPRequestHandler):
         repo = f"{namespace}/{name}"
         if not self.may_enter(repo, revision):
             return None
-        files = self.hub.repos[repo]
-        if what == "tree":
-            entries = [self.entry("path", file, files[file]) for file in sorted(files)]
-            return self.answer_json(entries)
-        siblings = [self.entry("rfilename", file, files[file]) for file in sorted(files)]
-        return self.answer_json({"id": repo, "sha": COMMIT, "siblings": siblings})
+        key = "path" if what == "tree" else "rfilename"
+        files = [self.entry(key, *file) for file in sorted(self.hub.repos[repo].items())]
+        found = files if what == "tree" else {"id": repo, "sha": COMMIT, "siblings": files}
+        return self.answer(200, json.dumps(found).encode(), {"Content-Type": "application/json"})
 
     def entry(self, key: str, name: str, content: bytes) -> dict:
         """A file as tree (key: path, its hash: oid) and revision (rfilename, sha256) give it."""
@@ -161,8 +153,6 @@ class Handler(BaseHTTPRequestHandler):
         else:
             return True
         return False
-
-    # ------------------------------------------------------------------ Files
 
     def resolve(self, path: str):
         """NAMESPACE/NAME/resolve/REVISION/FILE: leads on to the bytes, and describes them."""
@@ -202,8 +192,6 @@ class Handler(BaseHTTPRequestHandler):
             headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
         self.answer(status, content[start:], headers, fault)
 
-    # ------------------------------------------------------------------ Answers
-
     def answer(self, status: int, body: bytes, headers: dict, fault: Fault | None = None):
         fault = fault or Fault()
         kind = {"Content-Type": "application/octet-stream", "Content-Length": str(len(body))}
@@ -230,9 +218,6 @@ class Handler(BaseHTTPRequestHandler):
             self.wfile.write(body[at : at + step])
             if bytes_per_s:
                 time.sleep(0.05)
-
-    def answer_json(self, value):
-        self.answer(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
     def refuse(self, status: int, code: str):
         self.answer(status, b"", {"X-Error-Code": code})

@@ -9,32 +9,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, VOCAB, clean_environment, documents
+from conftest import ROOT, START, VOCAB, called, clean_environment, documents
 
+from data import check_shards
 from referee.shards import write_shard
 
-START = 63
 
-
-def check(*globs, **changes) -> subprocess.CompletedProcess:
-    flags = [f"--vocab_size={VOCAB}", f"--document_start={START}"]
-    return subprocess.run(
-        [sys.executable, str(ROOT / "data" / "check_shards.py"), *flags, *map(str, globs)],
-        env=clean_environment(**changes),
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
-
-
-def split(tokens: np.ndarray) -> list[list[int]]:
-    """The documents, token by token: an independent count."""
-    found = []
-    for token in tokens.tolist():
-        found += [[]] if token == START else []
-        if found:
-            found[-1].append(token)
-    return found
+def check(*globs) -> subprocess.CompletedProcess:
+    words = [f"--vocab_size={VOCAB}", f"--document_start={START}", *globs]
+    return subprocess.CompletedProcess(words, *called(check_shards, *words))
 
 
 @pytest.fixture
@@ -58,10 +41,12 @@ def test_sound_shards_are_described_and_counted(folder):
 
 def test_documents_of_both_splits_are_named(folder):
     stream = np.fromfile(folder / "my_val_000000.bin", "<u2", offset=1024)
-    copied = np.array(split(stream)[7], np.uint16)
+    first, after = [place for place, token in enumerate(stream) if token == START][7:9]
     mine = documents(2, 3)
     empty = np.array([START], np.uint16)  # empty documents are alike, and no leak
-    write_shard(folder / "my_train_000001.bin", np.concatenate([mine, copied, empty, mine]))
+    write_shard(
+        folder / "my_train_000001.bin", np.concatenate([mine, stream[first:after], empty, mine])
+    )
     write_shard(folder / "my_val_000000.bin", np.concatenate([empty, stream]))
     done = check(folder / "*.bin")
     assert done.returncode == 1

@@ -12,9 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, clean_environment
+from conftest import ROOT, called, clean_environment
 from hub_server import HTML, HTML_PAGE, Fault, HubServer
 
+from data import check_shards
 from referee.shards import open_shard, write_shard
 
 REPO = "kjj0/fineweb10B-gpt2"
@@ -69,10 +70,7 @@ class User:
         return subprocess.Popen(command, env=self.environment, **options)
 
     def run(self, *flags, **options) -> subprocess.CompletedProcess:
-        process = self.start(*flags, **options)
-        out, err = process.communicate(timeout=90)
-        assert "Traceback" not in err, err
-        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+        return finished(self.start(*flags, **options))
 
     def refused(self, *flags, **options) -> str:
         """Run; return the one sentence that it ends with."""
@@ -96,6 +94,12 @@ class User:
     def incomplete(self) -> list[Path]:
         """What a killed download leaves."""
         return list((self.folder / "part").rglob("*.incomplete"))
+
+
+def finished(process: subprocess.Popen) -> subprocess.CompletedProcess:
+    out, err = process.communicate(timeout=90)
+    assert "Traceback" not in err, err
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 def first(contents: dict[str, bytes], train_shards: int) -> dict[str, bytes]:
@@ -176,7 +180,8 @@ def test_unsound_shards_never_get_their_name(hub, user, contents):
     assert len(hub.transfers(VAL)) == 3 and len(hub.transfers(FIRST)) == 1
 
 
-def test_what_the_hub_does_not_have_is_named(hub, user):
+def test_misuse_and_what_the_hub_does_not_have_are_named(hub, user):
+    assert all(user.run(flag).returncode == 2 for flag in ("103", "-1", "--dryrun"))
     hub.unlisted.add(SECOND)
     for shards, word in (("10", "fineweb_train_000010.bin"), ("2", "404")):
         sentence = user.refused(shards, script=("-c", IMPATIENT))
@@ -234,10 +239,9 @@ def test_shards_are_compared_with_the_hub_long_after_they_came(hub, user, conten
     raw = bytearray(contents[FIRST])
     raw[5000] ^= 1  # still a shard of GPT-2 tokens
     user.put({FIRST: raw})
-    check = [str(ROOT / "data/check_shards.py"), str(user.folder / "*.bin")]
-    done = subprocess.run([sys.executable, *check], capture_output=True, text=True)
-    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
-    assert f"{user.folder / FIRST} has sha256" in done.stderr
+    code, _, errors = called(check_shards, user.folder / "*.bin")
+    assert code == 1 and len(errors.splitlines()) == 1
+    assert f"{user.folder / FIRST} has sha256" in errors
 
 
 def test_a_full_disk_or_a_file_in_the_folder_s_place_is_named(user, tmp_path, contents):
@@ -262,10 +266,6 @@ def test_a_second_download_to_the_same_folder_is_refused(hub, user):
     assert user.run("0").returncode == 0
 
 
-def test_misuse_is_refused(user):
-    assert all(user.run(flag).returncode == 2 for flag in ("103", "-1", "--dryrun"))
-
-
 @pytest.fixture
 def checkout(tmp_path) -> Path:
     """A checkout without data, whose requirements are met and whose training is quick."""
@@ -278,7 +278,7 @@ def checkout(tmp_path) -> Path:
     return root
 
 
-def start_run_sh(user: User, checkout: Path, track: str) -> subprocess.Popen:
+def run_sh(user: User, checkout: Path, track: str) -> subprocess.Popen:
     path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     return subprocess.Popen(
         [str(checkout / "run.sh"), "--track", track],
@@ -290,18 +290,12 @@ def start_run_sh(user: User, checkout: Path, track: str) -> subprocess.Popen:
     )
 
 
-def run_sh(user: User, checkout: Path, track: str) -> subprocess.CompletedProcess:
-    process = start_run_sh(user, checkout, track)
-    out, err = process.communicate(timeout=60)
-    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
-
-
 @pytest.mark.parametrize("track, name", [("fineweb", VAL), ("wikitext103", "bring gpt2.tiktoken")])
 def test_run_sh_without_network_ends_with_one_sentence(user, hub, checkout, track, name):
     hub.__exit__()
     nowhere = {"https_proxy": "http://127.0.0.1:9", "TIKTOKEN_CACHE_DIR": str(checkout)}
     user.environment |= nowhere  # for the tokenizer, which is not the hub's
-    done = run_sh(user, checkout, track)
+    done = finished(run_sh(user, checkout, track))
     assert done.returncode == 1 and done.stdout == ""
     (sentence,) = re.findall(r"^error: (.*)$", done.stderr, re.M)
     assert done.stderr.endswith(f"{sentence}\n") and name in sentence
@@ -317,16 +311,16 @@ def test_run_sh_touches_no_network_for_shards_that_are_there(user, hub, checkout
     manifest = checkout / "data" / "wikitext103" / "manifest.json"
     manifest.write_text("{}")
     for track in ("fineweb", "wikitext103"):
-        done = run_sh(user, checkout, track)
+        done = finished(run_sh(user, checkout, track))
         assert (done.returncode, done.stdout, done.stderr) == (0, "training\n", "")
     assert not hub.requests
     manifest.unlink()  # as a run that was killed leaves it
-    assert run_sh(user, checkout, "wikitext103").returncode == 1
+    assert finished(run_sh(user, checkout, "wikitext103")).returncode == 1
 
 
 def test_run_sh_does_not_train_when_its_download_is_interrupted(user, hub, checkout):
     hub.faults[VAL] = [SLOWLY]
-    process = start_run_sh(user, checkout, "fineweb")
+    process = run_sh(user, checkout, "fineweb")
     wait_until(lambda: hub.transfers(VAL), process)
     os.killpg(process.pid, signal.SIGINT)  # as ctrl-C in a terminal does
     assert process.communicate(timeout=10)[0] == "" and process.returncode == 130

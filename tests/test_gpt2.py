@@ -1,19 +1,16 @@
 """The GPT-2 baseline in one process: model, export, memory, checkpoints and bad input."""
 
 import dataclasses
-import io
 import json
 import re
-import signal
-import sys
-from contextlib import redirect_stderr
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, TINY_TASK, losses, only_log, settings
+from conftest import ROOT, TINY_TASK, called, losses, only_log, settings, tiny_flags
 from forked import run_forked
+from small_models import write_small
 from torch.distributed._tools import MemTracker
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -30,14 +27,14 @@ from baselines.train_gpt2 import (
     learning_rate,
     load_gpt2,
     micro_batches,
-    weights,
 )
-from referee.checkpoints import read_checkpoint, write_checkpoint
-from referee.flags import RunError, finish
+from referee.checkpoints import read_checkpoint
+from referee.flags import RunError
 from referee.harness import Run, warm_up
 from referee.ranks import Runtime
 from referee.shards import open_shard
 from referee.sources import source_texts
+from referee.task import TASKS
 from tools.runs import read_log
 from tools.sources import ENTRIES
 
@@ -58,12 +55,6 @@ PUBLISHED = {  # parameters by the model cards of OpenAI's GPT-2
 }  # fmt: skip
 NAMED = {"111M": 111e6, "13B": 13e9, "175B": 175e9}  # gigaGPT's, to three digits
 RT = Runtime(fp32=True)
-FACTS = {
-    "trainer": "baselines/train_gpt2.py",
-    "sources": export_hf.NETWORK,
-    "step": 3,
-    "data_sha256": "",
-}
 
 
 @pytest.fixture
@@ -73,39 +64,13 @@ def hp():
 
 @pytest.fixture
 def flags(shards, tmp_path) -> list[str]:
-    return tiny_flags(shards, tmp_path)
+    return tiny_flags(shards, tmp_path, TINY)
 
 
-def tiny_flags(shards, log_dir) -> list[str]:
-    return [
-        "--track=embedded",
-        f"--train_files={shards}/train_*.bin",
-        f"--val_files={shards}/val.bin",
-        f"--log_dir={log_dir}",
-        "--compile=false",
-        "--fp32=true",
-        *(f"--{name}={value}" for name, value in {**TINY_TASK, **TINY}.items()),
-    ]
-
-
-def refused(code: int, stderr: str, *messages):
+def refused(code: int, stdout: str, stderr: str, *messages):
     assert code == 1 and stderr.count("error: ") == 1 and "Traceback" not in stderr, stderr
     for message in messages:
         assert re.search(message, stderr), stderr
-
-
-def outcome(module, *words) -> tuple[int, str]:
-    """(exit code, standard error) of a module's main, in this process."""
-    handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
-    argv, sys.argv = sys.argv, ["program", *map(str, words)]
-    try:
-        with redirect_stderr(io.StringIO()) as stderr, pytest.raises(SystemExit) as end:
-            finish(module.main)
-        return end.value.code or 0, stderr.getvalue()
-    finally:
-        sys.argv = argv
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
 
 
 def randomized(hp, seed=0) -> GPT2:
@@ -118,9 +83,8 @@ def randomized(hp, seed=0) -> GPT2:
 
 
 def saved(model: GPT2, folder):
-    config = {**dataclasses.asdict(model.hp), "document_start": TINY_TASK["document_start"]}
-    write_checkpoint(folder, weights(model), {**FACTS, "config": config}, RT)
-    return folder
+    task = dataclasses.replace(TASKS["embedded"], **TINY_TASK)
+    return write_small(folder, "baselines/train_gpt2.py", task, model.hp, model)
 
 
 def loaded(folder) -> GPT2:
@@ -352,20 +316,17 @@ def test_a_batch_that_cannot_be_dealt_brings_the_next_larger_one():
 # ------------------------------------------------------------------------------ Runs, bad input
 
 
-def test_a_folder_whose_name_a_terminal_cannot_show_ends_no_run(flags, tmp_path, monkeypatch):
-    stdout = io.TextIOWrapper(io.BytesIO(), encoding="cp1252")
-    monkeypatch.setattr(sys, "stdout", stdout)
+def test_a_folder_whose_name_a_terminal_cannot_show_ends_no_run(flags, tmp_path):
     folder = tmp_path / "Протоколы"
     short = ["--num_steps=2", "--val_every=2", "--save_every=1", f"--log_dir={folder}"]
-    code, err = outcome(train_gpt2, *flags, *short)
-    stdout.flush()
-    assert code == 0 and b"\ncheckpoint: " in stdout.buffer.getvalue(), err
+    code, out, err = called(train_gpt2, *flags, *short, encoding="cp1252")
+    assert code == 0 and "\ncheckpoint: " in out, err
     assert only_log(folder)
 
 
 @pytest.mark.slow
 def test_a_run_learns_saves_and_resumes_to_the_same_digits(flags, tmp_path):
-    code, err = outcome(train_gpt2, *flags, "--save_every=12")
+    code, _, err = called(train_gpt2, *flags, "--save_every=12")
     assert code == 0, err
     log = only_log(tmp_path)
     assert not read_log(log).faults
@@ -374,17 +335,17 @@ def test_a_run_learns_saves_and_resumes_to_the_same_digits(flags, tmp_path):
     (folder,) = tmp_path.glob("*_step*")
     facts = json.loads((folder / "config.json").read_text())
     assert (facts["trainer"], facts["step"]) == ("baselines/train_gpt2.py", 12)
-    code, err = outcome(train_gpt2, *flags, f"--log_dir={tmp_path}/b", f"--resume={folder}")
+    code, _, err = called(train_gpt2, *flags, f"--log_dir={tmp_path}/b", f"--resume={folder}")
     assert code == 0, err
     again = losses(only_log(tmp_path / "b"))
     assert len(again) == 9 and again == {key: first[key] for key in again}
-    other = outcome(train_gpt2, *flags, "--num_steps=30", f"--resume={folder}")
+    other = called(train_gpt2, *flags, "--num_steps=30", f"--resume={folder}")
     refused(*other, "to resume it, add: --num_steps=20")
 
 
 def test_a_race_freezes_and_runs_the_baseline(flags, tmp_path):
     attempt = tmp_path / "2026-01-01_GPT2"
-    given = [flag for flag in flags if not flag.startswith("--log_dir")]
+    given = [flag for flag in flags if not flag.startswith(("--log_dir", "--cpu_dtype"))]
     words = [f"{ROOT}/tools/race.py", "-n", "1", "--entry", ENTRIES[1], str(attempt), *given]
     done = run_forked(words)
     assert "GPT2 seed 0: result status:missed" in done.stdout + done.stderr, done.stderr
@@ -393,29 +354,23 @@ def test_a_race_freezes_and_runs_the_baseline(flags, tmp_path):
     assert not made.faults and kept == set(made.sources) == set(source_texts(ROOT, ENTRIES[1]))
 
 
-def test_a_size_that_cannot_fit_is_refused_with_the_numbers(flags):
-    done = outcome(train_gpt2, *flags, "--model_dim=1048576", "--mlp_dim=4194304")
-    refused(*done, r"26,3\d\d,\d{3},\d{3},\d{3} parameters do not fit: 1 x \d+\.\d GiB are needed",
-            r"optimizer \d+\.\d", "--checkpoint_blocks true, --cpu_offload true")  # fmt: skip
-
-
-@pytest.mark.parametrize(
-    "flag, message",
-    [
+def test_bad_flags_get_one_clear_error(flags):
+    for flag, message in (
         ("--num_heads=3", r"--model_dim 32 is not a multiple of --num_heads 3"),
         ("--micro_batch_seqs=5", r"16 rows .* of 5; .*--batch_tokens 640"),
         ("--num_steps=99999", r"steps need \d+; get more shards"),
         ("--resume=/nowhere", r"/nowhere is not a usable checkpoint"),
-    ],
-)
-def test_bad_flags_get_one_clear_error(flags, flag, message):
-    refused(*outcome(train_gpt2, *flags, flag), message)
+    ):
+        refused(*called(train_gpt2, *flags, flag), message)
+    done = called(train_gpt2, *flags, "--model_dim=1048576", "--mlp_dim=4194304")
+    refused(*done, r"26,3\d\d,\d{3},\d{3},\d{3} parameters do not fit: 1 x \d+\.\d GiB are needed",
+            r"optimizer \d+\.\d", "--checkpoint_blocks true, --cpu_offload true")  # fmt: skip
 
 
 def test_export_says_in_one_line_what_is_wrong(hp, tmp_path):
     pt, hf = tmp_path / "a.pt", tmp_path / "hf"
     torch.save({"tensors": {}}, pt)
-    refused(*outcome(export_hf, pt, tmp_path / "out"), r"a\.pt is not a usable checkpoint")
+    refused(*called(export_hf, pt, tmp_path / "out"), r"a\.pt is not a usable checkpoint")
     folder = saved(build(hp, RT, 0), tmp_path / "checkpoint")
     command = [f"{ROOT}/baselines/export_hf.py", str(folder), str(hf)]
     done = run_forked(command, file_limit=10_000)
@@ -424,31 +379,28 @@ def test_export_says_in_one_line_what_is_wrong(hp, tmp_path):
     done = run_forked(command)
     assert (done.returncode, done.stdout) == (0, f"{hf}\n"), done.stderr
     before = (hf / "model.safetensors").read_bytes()
-    refused(*outcome(export_hf, folder, hf), "holds a model already")
+    refused(*called(export_hf, folder, hf), "holds a model already")
     (hf / "config.json").unlink()
-    refused(*outcome(export_hf, folder, hf), "holds a model already")
+    refused(*called(export_hf, folder, hf), "holds a model already")
     assert (hf / "model.safetensors").read_bytes() == before
 
 
-@pytest.mark.parametrize(
-    "how, message",
-    [
-        ("truncated", r"model\.safetensors cannot be read"),
-        ("llama", r"its model_type is 'llama', not 'gpt2'"),
-        ("wider", r"does not fit its config\.json: wte\.weight is \[64, 32\], not \[64, 48\]"),
-        ("deeper", r"h\.2\.ln_1\.weight is not there"),
-        ("no config", r"has no config\.json of a GPT-2"),
-    ],
-)
-def test_a_wrong_model_of_transformers_is_refused(hp, tmp_path, how, message):
+def test_a_wrong_model_of_transformers_is_refused(hp, tmp_path):
     hf = tmp_path / "hf"
     export_hf.export(saved(build(hp, RT, 0), tmp_path / "checkpoint"), hf)
-    config, file = json.loads((hf / "config.json").read_text()), hf / "model.safetensors"
-    changes = {"llama": {"model_type": "llama"}, "wider": {"n_embd": 48}, "deeper": {"n_layer": 3}}
-    config |= changes.get(how, {})
-    (hf / "config.json").write_text(json.dumps({} if how == "no config" else config))
-    if how == "truncated":
-        file.write_bytes(file.read_bytes()[:-100])
-    with pytest.raises(RunError, match=message):
+    path, file = hf / "config.json", hf / "model.safetensors"
+    config = json.loads(path.read_text())
+    for changed, message in (
+        (config | {"model_type": "llama"}, r"its model_type is 'llama', not 'gpt2'"),
+        (config | {"n_embd": 48}, r"its config\.json: wte\.weight is \[64, 32\], not \[64, 48\]"),
+        (config | {"n_layer": 3}, r"h\.2\.ln_1\.weight is not there"),
+        ({}, r"has no config\.json of a GPT-2"),
+    ):
+        path.write_text(json.dumps(changed))
+        with pytest.raises(RunError, match=message):
+            export_hf.import_hf(hf, tmp_path / "back")
+    path.write_text(json.dumps(config))
+    file.write_bytes(file.read_bytes()[:-100])
+    with pytest.raises(RunError, match=r"model\.safetensors cannot be read"):
         export_hf.import_hf(hf, tmp_path / "back")
     assert not (tmp_path / "back").exists()

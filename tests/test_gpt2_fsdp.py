@@ -7,9 +7,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import ROOT, losses, only_log, run_section
+from conftest import ROOT, called, losses, only_log, run_section, tiny_flags
 from forked import Forked
-from test_gpt2 import RT, hp, outcome, tiny_flags  # noqa: F401
+from test_gpt2 import RT, TINY, hp  # noqa: F401
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from baselines import train_gpt2
@@ -32,9 +32,9 @@ def trained(shards, tmp_path_factory):
 
     def train(name: str, ranks: int, *flags) -> tuple[dict, object]:
         folder, script = root / name, f"{ROOT}/baselines/train_gpt2.py"
-        words = [*tiny_flags(shards, folder), *flags]
+        words = [*tiny_flags(shards, folder, TINY), *flags]
         if ranks == 1:
-            code, stderr = outcome(train_gpt2, *words)
+            code, _, stderr = called(train_gpt2, *words)
         else:
             started = Forked([script, *words], ranks)
             _, stderr = started.communicate(timeout=600)

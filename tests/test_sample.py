@@ -5,8 +5,6 @@ import json
 import math
 import random
 import re
-import signal
-import sys
 from argparse import Namespace
 from itertools import repeat
 from pathlib import Path
@@ -14,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, only_log, run_section, train
+from conftest import ROOT, called, only_log, run_section, train
 from forked import run_forked
 from scipy.stats import chisquare
 from small_models import KnownModel, write_gpt2, write_speedrun
@@ -24,13 +22,8 @@ from evals import sample
 from evals.models import load_model, tokenizer_of
 from evals.sample import generate, text_pieces, token_probabilities
 from referee.checkpoints import facts_sha256
-from referee.flags import RunError, finish
+from referee.flags import RunError
 from referee.shards import open_shard, write_shard
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory):
-    return write_speedrun(tmp_path_factory.mktemp("run") / "tiny")
 
 
 def settings(**changes) -> Namespace:
@@ -196,15 +189,16 @@ def rewritten(folder, change) -> Path:
 
 
 @pytest.mark.parametrize(
-    "write, change, message",
+    "change, message",
     [
-        (write_speedrun, lambda c: c.pop("mix_at"), "another train_gpt.py, without mix_at"),
-        (write_speedrun, lambda c: c.update(model_dim=48), r"\(257, 32\), and \(257, 48\) is"),
-        (write_speedrun, lambda c: c.update(layers="LLLLLL"), r"blocks.2\S+ is not there"),
+        (lambda c: c.pop("mix_at"), "another train_gpt.py, without mix_at"),
+        (lambda c: c.update(model_dim=48), r"\(257, 32\), and \(257, 48\) is"),
+        (lambda c: c.update(layers="LLLLLL"), r"blocks.2\S+ is not there"),
     ],
 )
-def test_a_checkpoint_of_another_network_is_refused(tmp_path, write, change, message):
-    folder = rewritten(write(tmp_path / "checkpoint"), lambda facts: change(facts["config"]))
+def test_a_checkpoint_of_another_network_is_refused(tmp_path, change, message):
+    folder = write_speedrun(tmp_path / "checkpoint")
+    rewritten(folder, lambda facts: change(facts["config"]))
     with pytest.raises(RunError, match=message):
         load_model(folder)
     rewritten(folder, lambda facts: facts.update(trainer="mine.py"))
@@ -212,21 +206,19 @@ def test_a_checkpoint_of_another_network_is_refused(tmp_path, write, change, mes
         load_model(folder)
 
 
-@pytest.mark.parametrize(
-    "write, path",
-    [
-        (write_speedrun, "train_gpt.py"),
-        (write_speedrun, "kernels.py"),
-        (write_gpt2, "baselines/train_gpt2.py"),
-    ],
-)
-def test_a_model_whose_code_has_changed_needs_a_flag(tmp_path, write, path):
+def test_a_model_whose_code_has_changed_needs_a_flag(tmp_path):
     """As where GELU stands in MLP.forward and ReLU squared trained it: the shapes fit."""
-    folder = write(tmp_path / "checkpoint")
-    rewritten(folder, lambda facts: facts["sources"].update({path: "0" * 64}))
-    with pytest.raises(RunError, match=rf"\({path} changed since\).*--other_source true"):
-        load_model(folder)
-    assert load_model(folder, other_source=True).step > 0
+    networks = {
+        "baselines/train_gpt2.py": write_gpt2,
+        "train_gpt.py": write_speedrun,
+        "kernels.py": write_speedrun,
+    }
+    for path, write in networks.items():
+        folder = write(tmp_path / Path(path).stem)
+        rewritten(folder, lambda facts, path=path: facts["sources"].update({path: "0" * 64}))
+        with pytest.raises(RunError, match=rf"\({path} changed since\).*--other_source true"):
+            load_model(folder)
+        assert load_model(folder, other_source=True).step > 0
     for referee in ("referee/harness.py", "referee/shards.py"):  # runs no network
         rewritten(folder, lambda facts, name=referee: facts["sources"].update({name: "0" * 64}))
     load_model(folder, other_source=True)
@@ -261,21 +253,7 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
 SCRIPT = f"{ROOT}/evals/sample.py"
 
 
-@pytest.fixture
-def main(monkeypatch, capsys):
-    """main(*words): exit code, standard output and error of the script, in this process."""
-    monkeypatch.setattr(signal, "signal", lambda *_: None)
-
-    def call(*words) -> tuple:
-        monkeypatch.setattr(sys, "argv", ["sample.py", *map(str, words)])
-        with pytest.raises(SystemExit) as end:
-            finish(sample.main)
-        return end.value.code or 0, *capsys.readouterr()
-
-    return call
-
-
-def test_a_model_is_read_with_the_tokenizer_of_its_shards_alone(tmp_path, monkeypatch, main):
+def test_a_model_is_read_with_the_tokenizer_of_its_shards_alone(tmp_path, monkeypatch):
     own = write_ranks(tmp_path / "own", b"he", b" the")
     monkeypatch.setattr(data.gpt2, "GPT2_FILE", write_ranks(tmp_path / "gpt2", b" t", b" th"))
     write_shard(tmp_path / "train.bin", np.array([50256, 257]))
@@ -283,16 +261,16 @@ def test_a_model_is_read_with_the_tokenizer_of_its_shards_alone(tmp_path, monkey
     (tmp_path / "manifest.json").write_text(json.dumps({"options": made_with}))
     task = {"vocab_size": 50257, "document_start": 50256, "train_files": f"{tmp_path}/train.bin"}
     checkpoint = write_gpt2(tmp_path / "checkpoint", task=task, embed_rows=50257)
-    code, out, err = main(checkpoint, "--prompt= the")
+    code, out, err = called(sample, checkpoint, "--prompt= the")
     assert (code, out) == (1, "") and "another tokenizer than GPT-2" in err
     assert err.endswith("--tokenizer_file FILE\n") and err.count("\n") == 1
-    code, out, err = main(checkpoint, "--prompt= the", f"--tokenizer_file={own}")
+    code, out, err = called(sample, checkpoint, "--prompt= the", f"--tokenizer_file={own}")
     assert code == 0 and out.startswith(" the"), err  # tokens above its ranks have no text
-    code, out, err = main(checkpoint, f"--tokenizer_file={tmp_path / 'gpt2'}")
+    code, out, err = called(sample, checkpoint, f"--tokenizer_file={tmp_path / 'gpt2'}")
     assert code == 1 and f"another tokenizer than {tmp_path / 'gpt2'}" in err
     (tmp_path / "manifest.json").unlink()  # as beside FineWeb, whose shards are GPT-2's
     checkpoint = write_gpt2(tmp_path / "unknown", task=task, embed_rows=50257)
-    assert main(checkpoint)[0] == 0
+    assert called(sample, checkpoint)[0] == 0
 
 
 def test_the_same_seed_gives_the_same_text_in_another_process(checkpoint):
@@ -309,26 +287,26 @@ def test_the_same_seed_gives_the_same_text_in_another_process(checkpoint):
     assert done.stdout.splitlines() == expected.splitlines()  # a \r is read as \n
 
 
-def test_a_prompt_that_is_too_long_is_refused_and_none_is_needed(checkpoint, main):
-    assert main(checkpoint, "--prompt", "x" * 64) == (
+def test_a_prompt_that_is_too_long_is_refused_and_none_is_needed(checkpoint):
+    assert called(sample, checkpoint, "--prompt", "x" * 64) == (
         1, "", "error: the prompt has 65 tokens with its document start, more than the model's "
         "context of 64; give a shorter one\n",
     )  # fmt: skip
     written = list(generate(load_model(checkpoint), [256], settings(top_k=1, max_tokens=20), 0))
     expected = bytes(written).decode(errors="replace")
-    code, out, err = main(checkpoint, "--top_k=1", "--max_tokens=20")
+    code, out, err = called(sample, checkpoint, "--top_k=1", "--max_tokens=20")
     assert (code, out) == (0, expected + "\n"), err
 
 
-def test_wrong_flags_are_misuse_and_a_missing_checkpoint_one_sentence(tmp_path, main):
+def test_wrong_flags_are_misuse_and_a_missing_checkpoint_one_sentence(tmp_path):
     for flags, problem in (
         (["--temperature", "0"], "--temperature must be at least 0.001"),
         (["--top_p", "1.5"], "--top_p must be above 0 and at most 1"),
         (["--num_samples", "0"], "--num_samples must be at least 1"),
         (["--seed", "-1"], "--seed must be at least 0"),
     ):
-        code, out, err = main("x.pt", "--prompt", "a", *flags)
+        code, out, err = called(sample, "x.pt", "--prompt", "a", *flags)
         assert (code, out) == (2, "") and problem in err
-    code, out, err = main(tmp_path / "none.pt", "--prompt", "a")
+    code, out, err = called(sample, tmp_path / "none.pt", "--prompt", "a")
     assert (code, out) == (1, "")
     assert re.fullmatch("error: there is no checkpoint .*none.pt; .*\n", err)

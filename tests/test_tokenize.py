@@ -15,11 +15,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import ROOT
+from conftest import ROOT, called
 
 from data import check_shards, documents, gpt2, tokenize_text
 from referee.files import whole
-from referee.flags import finish
 from referee.harness import parse_flags
 from referee.ranks import Runtime
 from referee.shards import open_shard, write_shard
@@ -54,15 +53,12 @@ def rank_file(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def run(rank_file, tmp_path, monkeypatch, capsys):
+def run(rank_file, tmp_path, monkeypatch):
     """Runs the script in this process, in small batches; gives (exit code, stdout, stderr)."""
 
     def call(*flags, out: str = "out", workers: int = 1):
         given = [f"--out={tmp_path / out}", f"--workers={workers}", f"--tokenizer_file={rank_file}"]
-        monkeypatch.setattr(sys, "argv", ["tokenize_text.py", *map(str, [*given, *flags])])
-        with pytest.raises(SystemExit) as end:
-            finish(tokenize_text.main, interrupted="stopped")
-        return end.value.code or 0, *capsys.readouterr()
+        return called(tokenize_text, *given, *flags)
 
     monkeypatch.setattr(gpt2, "BATCH_CHARS", 1000)
     return call
@@ -288,19 +284,16 @@ def test_misuse_is_named_and_nothing_is_written(run, tmp_path, flag):
 # ------------------------------------------------------------------------------ Tokenizer
 
 
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        (lambda lines: [*lines, b"?YWJj 268"], "base64"),
-        (lambda lines: lines[1:], "a byte has none"),
-        (lambda lines: [*lines, base64.b64encode(b"abc") + b" 50256"], "below 50256"),
-    ],
-)
-def test_unusable_tokenizer_files_are_named(run, rank_file, tmp_path, change, message):
-    path = tmp_path / "bad.tiktoken"
-    path.write_bytes(b"\n".join(change(rank_file.read_bytes().splitlines())))
-    code, _, errors = run("x.txt", f"--tokenizer_file={path}")
-    assert code == 1 and "bad.tiktoken" in errors and message in errors
+def test_unusable_tokenizer_files_are_named(run, rank_file, tmp_path):
+    path, lines = tmp_path / "bad.tiktoken", rank_file.read_bytes().splitlines()
+    for bad, message in (
+        ([*lines, b"?YWJj 268"], "base64"),
+        (lines[1:], "a byte has none"),
+        ([*lines, base64.b64encode(b"abc") + b" 50256"], "below 50256"),
+    ):
+        path.write_bytes(b"\n".join(bad))
+        code, _, errors = run("x.txt", f"--tokenizer_file={path}")
+        assert code == 1 and "bad.tiktoken" in errors and message in errors
 
 
 # ------------------------------------------------------------------------------ Shards
@@ -381,7 +374,7 @@ def test_a_separator_makes_documents_of_one_file(run, tmp_path, monkeypatch):
     assert code == 1 and "separator: <|endoftext|>, now " in errors
 
 
-def test_the_manifest_adds_up(run, corpus, tmp_path, monkeypatch):
+def test_the_manifest_adds_up(run, corpus, tmp_path):
     assert run(corpus, "--shard_tokens=3000")[0] == 0
     manifest = json.loads((tmp_path / "out/manifest.json").read_text())
     texts = english(0, 400)
@@ -392,8 +385,7 @@ def test_the_manifest_adds_up(run, corpus, tmp_path, monkeypatch):
     assert manifest["bytes_per_token"] == pytest.approx(
         manifest["bytes_of_text"] / manifest["tokens"], abs=1e-6
     )
-    monkeypatch.setattr(sys, "argv", ["check_shards.py", *map(str, paths)])
-    assert check_shards.main() == 0  # sha256 among others
+    assert called(check_shards, *paths)[0] == 0  # sha256 among others
 
 
 # ------------------------------------------------------------------------------ Interruptions
