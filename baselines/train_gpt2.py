@@ -391,9 +391,6 @@ class Trainer:
             run.validate(self.predict, self.val_batch_rows)
 
 
-# ------------------------------------------------------------------------------ Main
-
-
 def main() -> int:
     return execute(Trainer, TRACKS, "124M", PROCESS_START)
 

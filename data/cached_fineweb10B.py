@@ -55,8 +55,8 @@ def fetch(train_shards: int, folder: Path) -> None:
     for file in files:
         (folder / file.rfilename).unlink(missing_ok=True)  # if it is damaged
     download(REPO, "main", files, folder, lambda path: check_tokens(path, VOCAB_SIZE))
-    shards = [{"name": file.rfilename, "sha256": file.lfs.sha256}
-              for file in listed if (folder / file.rfilename).exists()]  # fmt: skip
+    found = [file for file in listed if (folder / file.rfilename).exists()]
+    shards = [{"name": file.rfilename, "sha256": file.lfs.sha256} for file in found]
     write_text(folder / "manifest.json", json.dumps({"shards": shards}, indent=1) + "\n")
 
 

@@ -101,7 +101,8 @@ def main() -> int:
     for manifest in sorted({path.with_name("manifest.json") for path in facts}):
         if manifest.exists():
             check_manifest(manifest, facts, problems)
-    tokens, documents = (sum(f[k] for f in facts.values()) for k in ("tokens", "documents"))
+    tokens = sum(found["tokens"] for found in facts.values())
+    documents = sum(found["documents"] for found in facts.values())
     if facts and not documents:
         problems.append(f"no shard holds token {args.document_start}, which opens a document; give "
                         "the one of these shards: --document_start")  # fmt: skip

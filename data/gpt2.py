@@ -27,10 +27,8 @@ LAST_SAFE_CUT = re.compile(f"(?s:.+)(?=[{BLANK}][^{BLANK}])")
 
 def gpt2_ranks(file: Path | None) -> dict[bytes, int]:
     """The rank of each token of GPT-2, from a file or, if there is none, from the network."""
-    if file is None and GPT2_FILE.exists():
-        file = GPT2_FILE
-    if file is not None:
-        return read_ranks(file)
+    if file or GPT2_FILE.exists():
+        return read_ranks(file or GPT2_FILE)
     try:
         return openai_public.gpt2()["mergeable_ranks"]
     except (OSError, ValueError) as error:

@@ -39,7 +39,11 @@ def list_files(repo: str, revision: str, prefix: str, advice: str) -> list[RepoS
 
 
 def download(
-    repo: str, revision: str, files: list[RepoSibling], folder: Path, check: Callable | None = None
+    repo: str,
+    revision: str,
+    files: list[RepoSibling],
+    folder: Path,
+    check: Callable | None = None,
 ) -> list[Path]:
     """Have every file in folder, under its name in the repository; return their paths.
 

@@ -61,9 +61,6 @@ def read_pieces(splits: dict[str, Iterable[Document]], skipped: Counter) -> Iter
                     skipped["empty"] += 1
 
 
-# ------------------------------------------------------------------------------ Shards
-
-
 class Shards:
     """Deals the tokens of one run to its shards."""
 
@@ -71,8 +68,10 @@ class Shards:
         self.out, self.options = out, options
         self.token_bytes = np.zeros(1 << 16, np.uint16)  # of text in each token
         self.token_bytes[list(ranks.values())] = [len(token) for token in ranks]
-        self.train, self.filled = np.empty(options["shard_tokens"], np.uint16), 0
-        self.val, self.val_tokens, self.val_digests, self.first_digests = [], 0, set(), set()
+        self.train = np.empty(options["shard_tokens"], np.uint16)
+        self.filled = 0  # tokens of train that are not written yet
+        self.val, self.val_tokens = [], 0
+        self.val_digests, self.first_digests = set(), set()
         self.split, self.skipped = "", Counter()
         self.written = []  # what the manifest says of each whole shard
         for part in out.glob(f"{options['name']}_*.part"):  # of a run that was killed
@@ -191,9 +190,6 @@ def read_manifest(path: Path, options: dict) -> dict:
         if not file.exists() or file.stat().st_size != size:
             raise RunError(f"{file} is not as {path} says; {anew}")
     return manifest
-
-
-# ------------------------------------------------------------------------------ Main
 
 
 def wikitext103(out: Path) -> dict[str, list[Path]]:
