@@ -65,12 +65,6 @@ def timed(batches, waits: list[float]):
         yield batch
 
 
-def first_steps(hp) -> list[int]:
-    """The first step of each stage."""
-    stages = max(len(hp.batch_tokens), len(hp.window_tokens))
-    return [hp.first_step(stage, stages) for stage in range(stages)]
-
-
 def profiled_steps(trainer: Trainer, first: int, steps: int):
     """Profile steps after as many others; return (profile, wall seconds, seconds of waiting)."""
     rt, waits = trainer.rt, []
@@ -127,7 +121,9 @@ def main() -> int:
     parser.add_argument("--steps", type=int, default=4, help="steps to profile per stage")
     own, flags = parser.parse_known_args()
     settings = parse_flags(flags, TRACKS, "fineweb", __doc__)
-    hp, starts = settings.hp, first_steps(settings.hp)
+    hp = settings.hp
+    stages = max(len(hp.batch_tokens), len(hp.window_tokens))
+    starts = [hp.first_step(stage, stages) for stage in range(stages)]
     shortest = min(map(sub, [*starts[1:], hp.num_steps], starts))
     if own.steps < 1 or own.steps % ADAM_EVERY or 2 * own.steps > shortest:
         raise ToolError(f"--steps {own.steps} must be a multiple of {ADAM_EVERY}, as Adam updates "
