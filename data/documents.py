@@ -41,7 +41,7 @@ def find_files(inputs: list[str]) -> tuple[list[Path], Counter]:
     """
     found, left_out = {}, Counter()
     for given in inputs:
-        before = len(found)
+        named = {}
         for name in [given] if os.path.lexists(given) else sorted(glob.glob(given)):
             top = Path(name) if name == given or Path(name).is_dir() else Path(name).parent
             paths = [Path(name), *sorted(Path(name).rglob("*"))]
@@ -49,10 +49,11 @@ def find_files(inputs: list[str]) -> tuple[list[Path], Counter]:
                 if reason := reason_against(path, top):
                     left_out[reason] += 1
                 else:
-                    found[path] = None
-        if len(found) == before:
+                    named[path] = None
+        if not named:
             raise RunError(f"{given} names no file of the kinds {', '.join(KINDS)}; left out: "
                            f"{counts(left_out)}")  # fmt: skip
+        found |= named
     return list(found), left_out
 
 
@@ -150,8 +151,9 @@ def other_encoding(path: Path) -> str:
     """
     with path.open(encoding="utf-8") as file:
         try:
-            while file.read(CHUNK_BYTES):
-                pass
+            while chunk := file.read(CHUNK_BYTES):
+                if chunk.count("\0") > len(chunk) // 4:  # of ASCII every other byte is 0
+                    return "UTF-16LE"
         except UnicodeDecodeError:
             file.buffer.seek(0)
             return "UTF-16" if file.buffer.read(2) in (b"\xff\xfe", b"\xfe\xff") else "ISO-8859-1"

@@ -180,14 +180,15 @@ def test_what_is_no_text_is_skipped_and_counted(run, tmp_path):
     (tmp_path / "d.jsonl").write_bytes(b"\n".join(odd_lines))
     table = pa.table({"text": pa.array([b"\xff", None, b"fine"], pa.binary())})
     pq.write_table(table, tmp_path / "e.parquet")
-    code, _, errors = run(tmp_path, "--val_tokens=0")
-    assert code == 0
+    (tmp_path / "f.txt").write_bytes("words".encode("utf-16-le"))
+    code, _, errors = run(tmp_path, tmp_path, "--val_tokens=0")
+    assert code == 0, errors
     assert texts_of(train_shards(tmp_path / "out")) == ["good", "fine"]
     skipped = json.loads((tmp_path / "out/manifest.json").read_text())["skipped"]
     no_text = "no JSON object with a text text (--text_column)"
-    assert skipped == {"not UTF-8": 6, "empty": 4, no_text: 4}
-    assert "skipped 6 documents: not UTF-8" in errors
-    for name, encoding in (("a.txt", "ISO-8859-1"), ("c.txt", "UTF-16")):
+    assert skipped == {"not UTF-8": 7, "empty": 4, no_text: 4}
+    assert "skipped 7 documents: not UTF-8" in errors
+    for name, encoding in (("a.txt", "ISO-8859-1"), ("c.txt", "UTF-16"), ("f.txt", "UTF-16LE")):
         assert f"skipped {tmp_path / name}: no UTF-8, but perhaps {encoding}; convert" in errors
 
 

@@ -100,6 +100,8 @@ def main() -> int:
     parser.add_argument("--rows", type=int, default=1, help="rows of 16,384 tokens (default: 1)")
     parser.add_argument("--shrink", action="store_true", help="tiny sizes: does the script work?")
     own, rt = parser.parse_args(), Runtime()
+    if own.rows < 1:
+        parser.error("--rows must be at least 1")
     T, V, table_rows = (256, 512, 1024) if own.shrink else (HP.seq_len, 50304, HP.bigram_rows)
     print(f"{rt.device_name}, torch {torch.__version__}: {own.rows} x {T} tokens, vocabulary {V}")
     randn = partial(torch.randn, device=rt.device, requires_grad=True)
