@@ -131,6 +131,24 @@ def mlp() -> None:
     kernels.relu_squared(x, weight, post)
 
 
+def test_bytes_are_those_that_operators_read_and_write():
+    recorder = Recorder(CARDS["H100"], Trace(), False, keys=None, tell=lambda text: None)
+    with FakeTensorMode(), recorder:
+        a, b, out = on_card(64, 32), on_card(32, 16), on_card(64, 16)
+        table, index, rows = on_card(1000, 8), on_card(5, dtype=torch.int64), on_card(5, 8)
+        torch.mm(a, b, out=out)
+        out.add_(out.clone())
+        out.copy_(out.clone())
+        out.zero_()
+        table[index]
+        table.index_put_((index,), rows, accumulate=True)
+    mm = 2 * (64 * 32 + 32 * 16 + 64 * 16)
+    clone = 2 * (2 * 64 * 16)
+    assert [launch.moved_bytes for launch in recorder.launches] == [
+        mm, clone, clone * 3 // 2, clone, clone, clone // 2, 2 * 2 * 40 + 5 * 8, 3 * 2 * 40 + 5 * 8
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize("fp8", [False, True])
 def test_the_head_keeps_one_chunk_of_logits(fp8):
     one, three = (recorded(partial(head, chunks, 1, fp8)).peak_bytes for chunks in (1, 3))

@@ -5,6 +5,7 @@ compiled, warmed up and trained as by the harness, on tensors without data. Indu
 code runs; each kernel that it launches is compiled by ptxas, but none is executed.
 """
 
+import math
 import os
 import re
 import subprocess
@@ -44,7 +45,9 @@ CUOBJDUMP = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
 MAX_SPILL_BYTES = 128  # per thread
 ALLOCATIONS = ("aten::empty", "aten::new_empty", "aten::empty_strided", "aten::empty_like",
                "aten::new_empty_strided")  # fmt: skip
-PRODUCTS = {"relu_squared_kernel": lambda A, B, post, out, N, M, K: 2 * N * M * K}  # FLOPs
+OVERWRITES = ("aten::copy_", "aten::zero_", "aten::fill_")
+GATHERS = ("aten::index", "aten::index_put", "aten::index_put_", "aten::gather", "aten::embedding")
+REREAD = ("softcapped_loss_kernel",)  # kernels that read their first argument twice
 
 
 class Kernel(NamedTuple):
@@ -111,7 +114,7 @@ class Recorder(TorchDispatchMode):
         super().__init__()
         self.card, self.trace, self.keys, self.tell = card, trace, keys, tell
         self.phase, self.launches, self.compiling = "build", [], 0
-        self.alive, self.alive_bytes = {}, 0
+        self.within, self.alive, self.alive_bytes = "", {}, 0
         self.threads = ThreadPoolExecutor(os.cpu_count()) if compile_kernels else None
         self.compilations = {}
 
@@ -150,7 +153,6 @@ class Recorder(TorchDispatchMode):
         if not any(t.is_cuda for t in inputs + results):
             return outputs
         self.check_cuda_kernel(func)
-        written = [] if results and not is_view else inputs
         flops = 0
         if func.overloadpacket in flop_registry:
             flops = flop_registry[func.overloadpacket](*args, **kwargs, out_val=outputs)
@@ -159,7 +161,7 @@ class Recorder(TorchDispatchMode):
         label = func.overloadpacket.__name__
         if flops:  # such as mm 16384x768 768x2304
             label += "".join(f" {'x'.join(map(str, t.shape))}" for t in inputs[:2])
-        self.launch(label, (*inputs, *results, *written), flops, operand, wire)
+        self.launch(label, moved_bytes(func, args, kwargs, results), flops, operand, wire)
         return outputs
 
     def run_body(self, definition, func, args, kwargs):
@@ -168,7 +170,7 @@ class Recorder(TorchDispatchMode):
             self.check_cuda_kernel(func)
         with recording_off(self):
             promised = tensors(func(*args, **kwargs))
-        with self:
+        with self, self.part(definition._name):
             outputs = definition._init_fn(*args, **kwargs)
         for i, (fake, real) in enumerate(zip(promised, tensors(outputs), strict=True)):
             fake, real = ((tuple(t.shape), t.stride(), t.dtype) for t in (fake, real))
@@ -182,9 +184,15 @@ class Recorder(TorchDispatchMode):
         if not has_cuda_kernel(func):
             self.trace.problems.append(f"operator {func._schema.name} has no CUDA kernel")
 
-    def launch(self, name, used, flops=0, operand_bytes=0, wire=0) -> None:
-        """used: a tensor per read or write."""
-        moved = sum(t.numel() * t.element_size() for t in used)
+    @contextmanager
+    def part(self, name: str):
+        """Append the name of a part of the step to those of its launches."""
+        self.within = f" of {name}"
+        yield
+        self.within = ""
+
+    def launch(self, name, moved, flops=0, operand_bytes=0, wire=0) -> None:
+        name += self.within
         self.launches.append(Launch(name, moved, flops, operand_bytes if flops else 0, wire))
 
     # ---- memory
@@ -237,10 +245,7 @@ class Recorder(TorchDispatchMode):
     def inductor_launch(self, autotuner, args) -> None:
         name = autotuner.inductor_meta.get("kernel_name", autotuner.fn.__name__)
         self.compile(str(id(autotuner)), name, lambda: self.compile_autotuner(autotuner, name))
-        used = []
-        for parameter, argument in zip(autotuner.fn.arg_names, args, strict=False):
-            if isinstance(argument, torch.Tensor):
-                used += [argument] * (2 if parameter.startswith("in_out") else 1)
+        moved = inductor_bytes(autotuner.fn, args)
         if problem := list_strides(autotuner, args):
             self.trace.problems.append(f"kernel {name}: {problem}")
         flops = 0
@@ -248,7 +253,7 @@ class Recorder(TorchDispatchMode):
             queries = args[parameters.index("arg_Q")].numel()  # backward: 5 products, forward: 2
             per_key = 10 if "backward" in name else 4
             flops = int(per_key * queries * self.keys(self.run.step))
-        self.launch(name, used, flops, 2)
+        self.launch(name, moved, flops, 2)
 
     def compile_autotuner(self, autotuner, name: str) -> None:
         autotuner._precompile_worker()
@@ -270,8 +275,48 @@ class Recorder(TorchDispatchMode):
 
         with _disable_current_modes():
             self.compile(key, name, work)
-        flops = PRODUCTS[name](*args) if name in PRODUCTS else 0
-        self.launch(name, tensors(args), flops, 2)
+        flops = 2 * math.prod(args[4:7]) if name.startswith("relu_squared") else 0
+        used = [a for a in (*args, args[0]) if isinstance(a, torch.Tensor)]
+        moved = sum(map(nbytes, used if name in REREAD else used[:-1]))
+        self.launch(name, moved, flops, 2)
+
+
+def nbytes(tensor: torch.Tensor) -> int:
+    return tensor.numel() * tensor.element_size()
+
+
+def moved_bytes(func, args, kwargs, results) -> int:
+    """Bytes that an operator reads and writes, by its schema."""
+    schema, moved, seen = func._schema, 0, set()
+    given = {a.name: value for a, value in zip(schema.arguments, args, strict=False)} | kwargs
+    for argument in schema.arguments:
+        is_written = bool(argument.alias_info and argument.alias_info.is_write)
+        is_read = not is_written or not (argument.kwarg_only or schema.name in OVERWRITES)
+        for tensor in tensors(given.get(argument.name)):
+            size = nbytes(tensor)
+            if argument.name in ("self", "weight") and schema.name in GATHERS:
+                size = min(size, nbytes(given.get("values", results[0])))
+            moved += size * (2 if func.namespace == "c10d" else is_read + is_written)
+            seen.add(id(tensor))
+    return moved + sum(nbytes(t) for t in results if id(t) not in seen)
+
+
+def inductor_bytes(kernel, args) -> int:
+    """Bytes that a kernel of Inductor reads and writes.
+
+    Of a tensor that is larger than what the kernel computes it touches a part: a gather, a slice.
+    """
+    sizes = re.findall(r"^ *(?:[xyz]|r\d?_?)numel = (\d+)$", kernel.src, re.M)
+    given = dict(zip(kernel.arg_names, args, strict=False))
+    sizes += [v for name, v in given.items() if name.endswith("numel") and isinstance(v, int)]
+    moved = 0
+    for name, argument in given.items():
+        if isinstance(argument, torch.Tensor):
+            places = len(re.findall(rf"\((?:{name}) \+", kernel.src))
+            reach = max(places, 1) * math.prod(map(int, sizes)) * argument.element_size()
+            times = 2 if name.startswith("in_out") or f"atomic_add({name} " in kernel.src else 1
+            moved += times * min(nbytes(argument), reach if sizes else nbytes(argument))
+    return moved
 
 
 def tensors(tree) -> list[torch.Tensor]:
@@ -432,6 +477,8 @@ def dry_run(
         recorder.begin("warm-up")
         warm_up(run, trainer)
         trace.graphs = compiled_graphs()
+        for optimizer in getattr(trainer, "optimizers", {}).values():
+            optimizer.step = recorder.part("optimizer")(optimizer.step)
         trainer.train()
         trace.rows, trace.recompiled = run.micro_batch_seqs, compiled_graphs() - trace.graphs
         recorder.finish_compiling()

@@ -7,10 +7,11 @@
 Compiles every graph of training, validation and optimizers for one card, down to ptxas, and runs
 each stage of the schedule on tensors without data; then traces the same run for eight cards
 (--cards). Prints failures; registers, spills and shared memory; graphs that compile again; peak
-memory; bytes sent between cards; and a roofline: the time of each operation for its arithmetic or
-its memory traffic, whichever is longer, at the card's peak rate, one after another. That is a
-lower bound: real steps take longer. Attention counts as if each row were one document. Takes every
-flag of the trainer. Exit code: 0, or 1 on a failure.
+memory; bytes sent between cards; and the time of a step. Its lower bound is the sum of all
+operations, each at the card's peak rate for its arithmetic or its memory traffic, whichever takes
+longer. The expected time divides each by the share of the peak that its class reaches (CLASSES).
+Attention counts as if each row were one document, exchange as if nothing overlapped it. Takes
+every flag of the trainer. Exit code: 0, or 1 on a failure.
 """
 
 import sys
@@ -23,11 +24,13 @@ if __name__ == "__main__":
 import dataclasses
 import importlib
 import json
+import re
 import tempfile
 import time
 import warnings
 from collections import Counter
 from itertools import chain
+from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -96,11 +99,46 @@ def attention_keys(module, hp):
 # ------------------------------------------------------------------------------ Roofline
 
 
-def bounds_ms(launch, card: Card) -> tuple[float, float]:
-    """Milliseconds of a launch's memory traffic and of its arithmetic, at the card's peak."""
+class Class(NamedTuple):
+    """Launches that come about equally near to the card's peak rates."""
+
+    name: str
+    pattern: str  # of the names of launches; the first class that matches counts
+    memory_share: float  # of the peak bandwidth
+    arithmetic_share: float  # of the peak rate of matrix products
+
+
+# "timed": on an H200, see docs/gpus.md. All others are estimates from one run of 120 steps on an
+# H100; a profile by tools/profile_step.py, which has the same classes, replaces them.
+CLASSES = (
+    Class("loss kernel", "softcapped_loss", 0.75, 1.0),  # timed: 1.9 to 2.3 ms per chunk
+    Class("head", "of head_loss", 0.82, 0.69),  # timed: three products 3.64 ms per chunk
+    Class("MLP kernel", r"relu_squared_(tma_)?kernel", 0.82, 0.49),
+    Class("attention", "triton_tem|flash_attention|scaled_dot_product", 0.82, 0.42),
+    Class("table gradients", "index_put", 0.59, 1.0),  # atomics
+    Class("optimizer", "of optimizer", 0.82, 0.6),
+    Class("products", r"gemm|nvjet|cutlass|mkldnn|^(aten::)?_?(add|scaled_|b|addb)?mm", 0.82, 0.57),
+    Class("element-wise", "", 0.82, 1.0),
+)
+EXCHANGE_SHARE = 0.8  # of the link's peak, estimated
+GAP_MS = 0.0045  # per launch: gaps, sorts and reductions in one block; estimated
+SCALE = 1.09  # of all: the one number that is fitted, to the first two stages of that run
+
+
+def class_of(name: str) -> Class:
+    return next(c for c in CLASSES if re.search(c.pattern, name))
+
+
+def times_ms(launch, card: Card) -> dict:
+    """Milliseconds of a launch: of its memory traffic and arithmetic at the peak, and expected."""
     peaks = {1: 2 * card.bf16_tflops, 2: card.bf16_tflops}
-    tflops = peaks.get(launch.operand_bytes, card.fp32_tflops)
-    return launch.moved_bytes / card.memory_gb_per_s / 1e6, launch.flops / tflops / 1e9
+    memory_ms = launch.moved_bytes / card.memory_gb_per_s / 1e6
+    arithmetic_ms = launch.flops / peaks.get(launch.operand_bytes, card.fp32_tflops) / 1e9
+    kind = class_of(launch.name)
+    slower_ms = max(memory_ms / kind.memory_share, arithmetic_ms / kind.arithmetic_share)
+    return {"memory_ms": memory_ms, "arithmetic_ms": arithmetic_ms,
+            "bound_ms": max(memory_ms, arithmetic_ms), "expected_ms": SCALE * (slower_ms + GAP_MS),
+            "launches": 1, "bytes": launch.moved_bytes, "flops": launch.flops}  # fmt: skip
 
 
 def by_stage(trace, num_stages: int) -> list[list]:
@@ -114,28 +152,28 @@ def by_stage(trace, num_stages: int) -> list[list]:
 def roofline(trace, card: Card, cards: int, settings) -> dict:
     """Milliseconds and bytes sent per step of each stage, and seconds of the whole run."""
     launches = by_stage(trace, stages(settings.hp))
-    device = [sum(max(bounds_ms(a, card)) for a in s) / STEPS_PER_STAGE for s in launches]
     wire = [sum(a.wire_bytes for a in s) / STEPS_PER_STAGE for s in launches]
-    total = [d + w / card.link_gb_per_s / 1e6 for d, w in zip(device, wire, strict=True)]
-    return {
+    found = {
         "cards": cards, "rows_per_pass": trace.rows, "peak_bytes": trace.peak_bytes,
         "passes_per_step": [len(s) for s in trace.steps.values()][::STEPS_PER_STAGE],
-        "step_ms": total, "wire_bytes_per_step": wire,
-        "run_s": sum(total) / len(total) * settings.hp.num_steps / 1e3,
+        "wire_bytes_per_step": wire,
     }  # fmt: skip
+    for kind, link_share in (("bound", 1.0), ("expected", EXCHANGE_SHARE)):
+        device = [sum(times_ms(a, card)[f"{kind}_ms"] for a in s) for s in launches]
+        link = [w / (link_share * card.link_gb_per_s) / 1e6 for w in wire]
+        total = [d / STEPS_PER_STAGE + w for d, w in zip(device, link, strict=True)]
+        found[f"{kind}_ms"] = total
+        found[f"{kind}_run_s"] = sum(total) / len(total) * settings.hp.num_steps / 1e3
+    return found
 
 
-def operations(trace, card: Card, num_stages: int) -> list[dict]:
-    """Time, launches, bytes and FLOPs per step of the last stage's operations, longest first."""
+def longest(launches: list, card: Card, name_of) -> list[dict]:
+    """Sums of times_ms per step by name_of(launch), longest first."""
     found = {}
-    for launch in by_stage(trace, num_stages)[-1]:
-        memory_ms, arithmetic_ms = bounds_ms(launch, card)
-        needs = {"ms": max(memory_ms, arithmetic_ms), "memory_ms": memory_ms,
-                 "arithmetic_ms": arithmetic_ms, "launches": 1, "bytes": launch.moved_bytes,
-                 "flops": launch.flops}  # fmt: skip
-        sums = found.setdefault(launch.name, Counter())
-        sums.update({name: value / STEPS_PER_STAGE for name, value in needs.items()})
-    ordered = sorted(found.items(), key=lambda item: -item[1]["ms"])
+    for launch in launches:
+        sums = found.setdefault(name_of(launch), Counter())
+        sums.update({k: v / STEPS_PER_STAGE for k, v in times_ms(launch, card).items()})
+    ordered = sorted(found.items(), key=lambda item: -item[1]["expected_ms"])
     return [{"name": name, **sums} for name, sums in ordered]
 
 
@@ -153,8 +191,8 @@ def collect(own, settings, module, card: Card, traces: dict, seconds: float) -> 
     lines = [roofline(trace, card, cards, settings) for cards, trace in traces.items()]
     for line in lines:
         if own.price is not None:
-            line["run_dollars"] = line["run_s"] / 3600 * line["cards"] * own.price
-    estimates = {}
+            line["run_dollars"] = line["expected_run_s"] / 3600 * line["cards"] * own.price
+    last, estimates = by_stage(one, num_stages)[-1], {}
     if hasattr(module, "memory_estimate"):  # by which the trainer chooses rows
         vocab = module.padded_vocab(settings.task)
         estimates = {n: module.memory_estimate(settings.hp, vocab, n) for n in (1, 2, 4, 8)}
@@ -164,7 +202,8 @@ def collect(own, settings, module, card: Card, traces: dict, seconds: float) -> 
         "graphs": one.graphs, "recompiled": one.recompiled, "stages": num_stages,
         "kernels": [k._asdict() for k in kernels], "peak_when": one.peak_when,
         "estimated_bytes_by_rows": estimates,
-        "rooflines": lines, "operations": operations(one, card, num_stages),
+        "rooflines": lines, "operations": longest(last, card, lambda a: a.name),
+        "classes": longest(last, card, lambda a: class_of(a.name).name),
     }  # fmt: skip
 
 
@@ -189,25 +228,22 @@ def report(found: dict, card: Card) -> list[str]:
     lines.append(f"memory    {card.memory_bytes / GIB:.1f} GiB, peak in {found['peak_when']}; the "
                  f"trainer's estimate by rows {by_rows or 'none'}")  # fmt: skip
     heads = " ".join(f" stage {i + 1}" for i in range(found["stages"]))
-    lines.append(f"roofline  cards  rows  peak GiB  {heads} ms/step       run  wire MB/step")
+    lines.append(f"time      cards  rows  peak GiB         {heads} ms/step       run  wire MB/step")
     for line in found["rooflines"]:
-        times = " ".join(f"{ms:8.1f}" for ms in line["step_ms"])
         wire = sum(line["wire_bytes_per_step"]) / found["stages"] / 1e6
         price = f"   ${line['run_dollars']:.2f}" if "run_dollars" in line else ""
-        lines.append(
-            f"          {line['cards']:5} {line['rows_per_pass']:5} {line['peak_bytes'] / GIB:9.1f}"
-            f"  {times}         {line['run_s']:8.1f} s {wire:12.0f}{price}"
-        )
-    lines.append("longest operations of the last stage: ms/step, share, launches (memory ms, "
-                 "arithmetic ms)")  # fmt: skip
-    whole = sum(item["ms"] for item in found["operations"])
-    for item in found["operations"][:5]:
-        bound = "memory" if item["memory_ms"] > item["arithmetic_ms"] else "arithmetic"
-        lines.append(
-            f"{item['ms']:8.2f} ms {item['ms'] / whole:4.0%}  {item['launches']:4.0f} x "
-            f"({item['memory_ms']:.2f}, {item['arithmetic_ms']:.2f})  bound by {bound}: "
-            f"{item['name']:.48}"
-        )
+        lead = f"{line['cards']:5} {line['rows_per_pass']:5} {line['peak_bytes'] / GIB:9.1f}"
+        for kind, tail in (("bound", f"{wire:12.0f}"), ("expected", price)):
+            times = " ".join(f"{ms:8.1f}" for ms in line[f"{kind}_ms"])
+            run_s = line[f"{kind}_run_s"]
+            lines.append(f"          {lead:21}  {kind:8} {times}         {run_s:8.1f} s {tail}")
+            lead = ""
+    lines.append("last stage, ms per step: bound, expected, share, launches")
+    whole = sum(item["expected_ms"] for item in found["classes"])
+    for item in found["classes"]:
+        lines.append(f"{item['bound_ms']:10.2f} {item['expected_ms']:8.2f} "
+                     f"{item['expected_ms'] / whole:4.0%} {item['launches']:6.0f}  "
+                     f"{item['name']}")  # fmt: skip
     lines += [f"FAILURE   {problem}" for problem in found["problems"]]
     count = len(found["problems"])
     lines.append(f"{count} failure{'s' if count != 1 else ''}")

@@ -1,9 +1,8 @@
 """Profile training steps: ./run.sh tools/profile_step.py [--steps 4] [trainer's flags]
 
 Warms up as a run does, then profiles steps of each stage of the schedule, after as many others.
-Prints the times of GEMMs, attention, head and loss, optimizer, element-wise work and copies, the
-wait for data, the longest operations, tokens/s and MFU. Writes no log. On a CPU, the head and its
-loss count as GEMMs and element-wise work.
+Prints the times of the classes that preflight expects, the wait for data, the longest operations,
+tokens/s and MFU. Writes no log. On a CPU, the head's loss counts as element-wise work.
 """
 
 import sys
@@ -24,36 +23,28 @@ from referee.environment import mfu
 from referee.harness import Run, StopRequest, parse_flags, warm_up
 from referee.ranks import Runtime
 from tools.cli import ToolError, flag_parser
+from tools.preflight import class_of
 from train_gpt import ADAM_EVERY, TRACKS, Trainer
 
-PARTS = (  # of operations outside SPANS, by words in their names; the first match counts
-    ("attention", ("flex_attention", "flex_decoding", "scaled_dot_product", "attention")),
-    ("GEMMs", ("gemm", "cutlass", "nvjet", "mkldnn", "::mm", "::addmm", "::bmm", "relu_squared")),
-    ("copies", ("memcpy", "memset", "copy_")),
-)
-SPANS = {"photofinish::head_loss": "head and loss", "profile::optimizer": "optimizer"}
+SPANS = {"photofinish::head_loss": "head_loss", "profile::optimizer": "optimizer"}
 
 
-def part_of(event, operation: str) -> str:
-    """The part of the step that an operation belongs to, by the spans around it or its name."""
-    above = event
+def class_name(event, operation: str) -> str:
+    """The class of an operation, by its name and the spans around it."""
+    above, names = event, f"{operation} {event.name}"
     while above is not None:
-        for span, part in SPANS.items():
-            if span in above.name:
-                return part
+        names += "".join(f" of {part}" for span, part in SPANS.items() if span in above.name)
         above = above.cpu_parent
-    names = f"{event.name} {operation}".lower()
-    fitting = (part for part, words in PARTS if any(word in names for word in words))
-    return next(fitting, "element-wise")
+    return class_of(names).name
 
 
 def operations(prof, on_gpu: bool):
-    """Yield (part, name, microseconds) of each kernel, or on a CPU of each operation."""
+    """Yield (class, name, microseconds) of each kernel, or on a CPU of each operation."""
     for event in prof.events():
         if on_gpu:
-            yield from ((part_of(event, k.name), k.name, k.duration) for k in event.kernels)
+            yield from ((class_name(event, k.name), k.name, k.duration) for k in event.kernels)
         elif event.self_cpu_time_total and not event.name.startswith("profile::"):
-            yield part_of(event, event.name), event.name, event.self_cpu_time_total
+            yield class_name(event, event.name), event.name, event.self_cpu_time_total
 
 
 def timed(batches, waits: list[float]):
