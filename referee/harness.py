@@ -498,11 +498,13 @@ def carry_out(run: Run, make_trainer) -> None:
         ) from None
     finally:
         gc.unfreeze()
-        with suppress(RuntimeError):  # after an error of the GPU no clock can wait for it
-            log.line(run.clock.ledger(), show=run.step > 0)
-        log.close(run.result(), show=run.step > 0)  # without a step, show the reason alone
-        if log.file and "\nstep:" not in log.path.read_text(encoding="utf-8"):
-            log.path.unlink()
+        try:
+            with suppress(RuntimeError):  # after an error of the GPU no clock can wait for it
+                log.line(run.clock.ledger(), show=run.step > 0)
+            log.close(run.result(), show=run.step > 0)  # without a step, show the reason alone
+        finally:  # even if the disk is full
+            if log.file and "\nstep:" not in log.path.read_text(encoding="utf-8"):
+                log.path.unlink()
 
 
 def warm_up(run: Run, trainer) -> None:

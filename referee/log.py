@@ -56,7 +56,8 @@ class Log:
         try:
             self.file.write(text + "\n")
         except OSError as error:
-            raise OSError(error.errno, error.strerror, str(self.path)) from None
+            raise RunError(f"cannot write {self.path}: {error.strerror}; make room, or give "
+                           "--log_dir") from None  # fmt: skip
         self.hash.update(text.encode() + b"\n")
         if show:
             self.show(text)

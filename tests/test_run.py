@@ -477,7 +477,10 @@ def test_a_checkpoint_that_is_not_of_this_run_is_refused(flags, shards, tmp_path
 def test_a_full_disk_ends_the_run_with_one_error(flags, tmp_path, finished):
     """A limit on file size stands for the full disk: both fail in the middle of a write."""
     done = train(flags, file_limit=finished.log.stat().st_size - 1500)
-    refused(done, "File too large", re.escape(str(tmp_path)))
+    refused(done, re.escape(f"cannot write {only_log(tmp_path)}: File too large; make room"))
+    only_log(tmp_path).unlink()
+    refused(train(flags, file_limit=9000), "File too large")
+    assert not list(tmp_path.glob("*.txt"))
 
 
 def test_a_checkpoint_that_cannot_be_written_ends_no_run(flags, tmp_path):
