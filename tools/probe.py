@@ -26,7 +26,6 @@ import glob
 import json
 import math
 import subprocess
-from collections import Counter
 from datetime import UTC, datetime
 from tempfile import TemporaryDirectory
 from typing import NamedTuple
@@ -38,7 +37,7 @@ from tools.attempts import Attempt, copy_of, require_own_flags, staged, variable
 from tools.audit import FIRST_LOSS
 from tools.cli import EXIT_FAILED, EXIT_MISUSE, ToolError, flag_parser
 from tools.runs import LoggedRun, find_logs, read_log
-from tools.sources import ENTRIES, require_whole, sha256_of
+from tools.sources import ENTRIES, sha256_of
 
 INSIDE = Path(__file__).with_name("probe_inside.py")
 STEPS = 4
@@ -64,13 +63,6 @@ class Probed(NamedTuple):
     val: list[Path]
     val_files: set[str]  # identities of those, by whatever name they are opened
 
-    @property
-    def uniform_loss(self) -> float:
-        return math.log(float(self.run.config["vocab_size"]))
-
-
-# ------------------------------------------------------------------------------ Running
-
 
 def attempt_of(source: Path, folder: Path, flags: list[str]) -> Attempt:
     """What to probe, as replay.py would run it; source may also be a trainer's file."""
@@ -78,8 +70,6 @@ def attempt_of(source: Path, folder: Path, flags: list[str]) -> Attempt:
     if entry:
         source = source.resolve().parents[entry.count("/")]
     attempt = copy_of(source, folder, flags, entry)
-    attempt.entry = entry or attempt.entry
-    require_whole(attempt.texts)
     if not attempt.texts.keys() & set(REFEREES):
         raise ToolError(f"{source} is older than the records of 26 November 2026 and cannot be "
                         "probed any more; its record's page says if it passed")  # fmt: skip
@@ -124,9 +114,6 @@ def both_runs(attempt: Attempt) -> tuple[Probed, Probed]:
         shard = Path(folder, "random.bin")
         write_shard(shard, np.random.default_rng().integers(vocab, size=tokens).astype(np.uint16))
         return first, run_probed(attempt, seed=1, flags=[f"--val_files={shard}"])
-
-
-# ------------------------------------------------------------------------------ Judging
 
 
 def findings(first: Probed, second: Probed, across_documents: bool) -> list[tuple[str, str]]:
@@ -183,7 +170,8 @@ def other_loss(validations: list[dict], which: str, words: str) -> str:
 
 
 def too_low(probed: Probed, place: int, words: str) -> str:
-    loss, guess = probed.facts["validations"][place]["loss"], probed.uniform_loss
+    loss = probed.facts["validations"][place]["loss"]
+    guess = math.log(float(probed.run.config["vocab_size"]))
     return "" if loss > guess - FIRST_LOSS else f"{words} {loss:.4f}, a uniform guess {guess:.4f}"
 
 
@@ -226,16 +214,11 @@ def calls(probed: Probed) -> str:
     return f"it used the network: {made[0]}" if made else ""
 
 
-# ------------------------------------------------------------------------------ Reporting
-
-
 def seen(probed: Probed) -> list[str]:
     """The files that a run opened, without Python's own, and the programs that it started."""
-    opened = Counter((path, caller) for path, _, caller, _ in probed.facts["opened"])
-    programs = sorted({f"{name} by {caller}" for name, caller in probed.facts["programs"]})
-    return [f"opened    {path} by {caller}" for path, caller in sorted(opened)] + [
-        f"started   {program}" for program in programs
-    ]
+    opened = {f"opened    {path} by {caller}" for path, _, caller, _ in probed.facts["opened"]}
+    started = {f"started   {name} by {caller}" for name, caller in probed.facts["programs"]}
+    return [*sorted(opened), *sorted(started)]
 
 
 def passed_line(attempt: Attempt, count: int, across_documents: bool) -> str:

@@ -91,8 +91,9 @@ class Probe:
     def __init__(self, watch: Watch):
         self.watch, self.facts = watch, {"validations": []}
 
-    def take_rows(self, rows: torch.Tensor) -> torch.Tensor:
+    def take_rows(self, rows: torch.Tensor, task) -> torch.Tensor:
         """Note which rows the validation uses; return the few that are probed."""
+        self.vocab, self.start = task.vocab_size, task.document_start
         tokens = np.ascontiguousarray(rows.numpy(), "<u2")
         self.facts["validated_rows"] = [*rows.shape, hashlib.sha256(tokens).hexdigest()]
         self.rows = rows[:PROBED_ROWS].contiguous()
@@ -109,8 +110,7 @@ class Probe:
              "weights": before, "weights_after": after})  # fmt: skip
         if run.step == run.hp.num_steps:
             weights = [t for name, t in state().items() if name.startswith("model.")]
-            self.facts |= self.with_noise(chunks, weights, run.task.vocab_size,
-                                          run.task.document_start)  # fmt: skip
+            self.facts |= self.with_noise(chunks, weights)
 
     def loss(self, chunks) -> float:
         """Mean cross-entropy of the probed rows, nats per token, as the referee computes it."""
@@ -121,9 +121,9 @@ class Probe:
             done += len(logits)
         return total / len(targets)
 
-    def with_noise(self, chunks, weights: list, vocab: int, start: int) -> dict[str, float]:
+    def with_noise(self, chunks, weights: list) -> dict[str, float]:
         """Largest changes of logits, by what was changed, with noise on every weight."""
-        rows, starts = with_starts(self.rows[:, : PROBED_TOKENS + 1], start)
+        rows, starts = with_starts(self.rows[:, : PROBED_TOKENS + 1], self.start)
 
         def logits(rows):
             return torch.cat([c.float() for c in chunks(rows)]).view(
@@ -135,34 +135,34 @@ class Probe:
             weight.add_(NOISE * torch.randn_like(weight))
         base = logits(rows)
         facts = {"weights_felt": largest(base, trained)}
-        facts |= self.between_places(logits, rows, base, starts, vocab, start)
-        facts |= self.between_documents(logits, rows, vocab, start)
+        facts |= self.between_places(logits, rows, base, starts)
+        facts |= self.between_documents(logits, rows)
         facts |= self.between_rows(logits, rows, base)
         for weight, old in zip(weights, kept, strict=True):
             weight.copy_(old)
         return facts
 
-    def between_places(self, logits, rows, base, starts, vocab: int, start: int) -> dict:
+    def between_places(self, logits, rows, base, starts) -> dict[str, float]:
         """How much later tokens change logits, and how little; other places in each row."""
         B, T, _ = base.shape
         places, future, felt = torch.arange(rows.size(1)), 0.0, torch.inf
         random_cuts = torch.randint(1, T, (CUTS, B), generator=SECRET)
         for cuts_B in (*random_cuts, starts + 1, torch.full((B,), T - 1)):
             later_BT = places >= cuts_B[:, None]
-            changed = logits(replaced(rows, later_BT, vocab, start))
+            changed = logits(self.replaced(rows, later_BT))
             differences_BT = (changed - base).abs().nan_to_num(torch.inf).amax(-1)
             later_BT = later_BT[:, :T]
             future = max(future, differences_BT.masked_fill(later_BT, 0).max().item())
             felt = min(felt, differences_BT.masked_fill(~later_BT, 0).amax(1).min().item())
         return {"future": future, "inputs_felt": felt}
 
-    def between_documents(self, logits, rows, vocab: int, start: int) -> dict[str, float]:
+    def between_documents(self, logits, rows) -> dict[str, float]:
         """How much the first of two documents in a row changes the logits of the second."""
         cut = rows.size(1) // 2 + 5  # no multiple of any length into which rows may be cut
         before = torch.arange(rows.size(1)) < cut
-        two = replaced(rows, before, vocab, start)
-        two[:, cut] = start
-        other = replaced(two, before, vocab, start)
+        two = self.replaced(rows, before)
+        two[:, cut] = self.start
+        other = self.replaced(two, before)
         return {"documents": largest(logits(two)[:, cut:], logits(other)[:, cut:])}
 
     def between_rows(self, logits, rows, base) -> dict[str, float]:
@@ -171,12 +171,12 @@ class Probe:
         return {"rows": largest(alone, base), "grouping": largest(pairs, base),
                 "order": largest(logits(rows.flip(0)).flip(0), base)}  # fmt: skip
 
-
-def replaced(rows: torch.Tensor, places: torch.Tensor, vocab: int, start: int) -> torch.Tensor:
-    """Rows with other random tokens, of which none opens a document, where places is true."""
-    tokens = (rows + torch.randint(1, vocab, rows.shape, generator=SECRET)) % vocab
-    instead = (start + 1 + (rows == (start + 1) % vocab)) % vocab  # neither start nor the old one
-    return torch.where(places, torch.where(tokens == start, instead, tokens), rows)
+    def replaced(self, rows: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        """Rows with other random tokens, of which none opens a document, where places is true."""
+        vocab, next_one = self.vocab, self.start + 1
+        tokens = (rows + torch.randint(1, vocab, rows.shape, generator=SECRET)) % vocab
+        instead = (next_one + (rows == next_one % vocab)) % vocab  # neither start nor the old one
+        return torch.where(places, torch.where(tokens == self.start, instead, tokens), rows)
 
 
 def with_starts(rows: torch.Tensor, start: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -185,16 +185,13 @@ def with_starts(rows: torch.Tensor, start: int) -> tuple[torch.Tensor, torch.Ten
     return rows.scatter(1, places[:, None], start), places
 
 
-# ------------------------------------------------------------------------------ Running
-
-
 def wrap_referee(harness, probe: Probe) -> None:
     """Let the probe take part in the run."""
     carry_out, validate = harness.carry_out, harness.Run.validate
 
     def carry_out_probed(run, make_trainer):
         def make(run):
-            run.validation.rows = probe.take_rows(run.validation.rows)
+            run.validation.rows = probe.take_rows(run.validation.rows, run.task)
             probe.trainer = make_trainer(run)
             return probe.trainer
 
