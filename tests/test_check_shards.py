@@ -44,9 +44,8 @@ def test_documents_of_both_splits_are_named(folder):
     first, after = [place for place, token in enumerate(stream) if token == START][7:9]
     mine = documents(2, 3)
     empty = np.array([START], np.uint16)  # empty documents are alike, and no leak
-    write_shard(
-        folder / "my_train_000001.bin", np.concatenate([mine, stream[first:after], empty, mine])
-    )
+    leaking = np.concatenate([mine, stream[first:after], empty, mine])
+    write_shard(folder / "my_train_000001.bin", leaking)
     write_shard(folder / "my_val_000000.bin", np.concatenate([empty, stream]))
     done = check(folder / "*.bin")
     assert done.returncode == 1
@@ -82,9 +81,8 @@ def test_shards_are_compared_with_their_manifest(folder):
     for path in sorted(folder.glob("*.bin")):
         tokens = np.fromfile(path, "<u2", offset=1024)
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        entries.append(
-            {"name": path.name, "tokens": len(tokens), "documents": 120, "sha256": digest}
-        )
+        counted = {"tokens": len(tokens), "documents": 120}
+        entries.append({"name": path.name, **counted, "sha256": digest})
     manifest = folder / "manifest.json"
     manifest.write_text(json.dumps({"shards": entries, "bytes_per_token": 4.2}))
     assert check(folder / "*.bin").returncode == 0
@@ -125,6 +123,5 @@ def test_misuse_and_missing_files_end_without_a_traceback(tmp_path):
     assert check("x.bin", "--vocab_size=many").returncode == 2
     done = check(tmp_path / "*.bin")
     assert done.returncode == 1
-    assert re.fullmatch(
-        r"error: no shards match \S+; name those that are there, or .*\n", done.stderr
-    )
+    named = r"error: no shards match \S+; name those that are there, or .*\n"
+    assert re.fullmatch(named, done.stderr)

@@ -73,10 +73,9 @@ def refused(code: int, stdout: str, stderr: str, *messages):
         assert re.search(message, stderr), stderr
 
 
-def randomized(hp, seed=0) -> GPT2:
-    """A model in which no bias is 0 and no gain 1."""
-    torch.manual_seed(seed)
-    model = build(hp, RT, 0)
+def randomized(model: torch.nn.Module) -> torch.nn.Module:
+    """A model of which no bias is 0 any more, and no gain 1."""
+    torch.manual_seed(2)
     for p in model.parameters():
         p.data.add_(0.1 * torch.randn_like(p))
     return model.eval()
@@ -87,21 +86,16 @@ def saved(model: GPT2, folder):
     return write_small(folder, "baselines/train_gpt2.py", task, model.hp, model)
 
 
-def loaded(folder) -> GPT2:
-    return load_gpt2(folder, read_checkpoint(folder, RT))
-
-
 def tokens(rows: int, length: int) -> torch.Tensor:
-    return torch.randint(
-        0, TINY_TASK["vocab_size"], (rows, length), generator=torch.Generator().manual_seed(1)
-    )
+    drawn = torch.Generator().manual_seed(1)
+    return torch.randint(0, TINY_TASK["vocab_size"], (rows, length), generator=drawn)
 
 
 # ------------------------------------------------------------------------------ Model
 
 
 def test_logits_equal_transformers_after_export(hp, tmp_path):
-    ours = randomized(hp)
+    ours = randomized(build(hp, RT, 0))
     export_hf.export(saved(ours, tmp_path / "checkpoint"), tmp_path / "hf")
     theirs, x = GPT2LMHeadModel.from_pretrained(tmp_path / "hf").eval(), tokens(3, hp.seq_len)
     with torch.no_grad():
@@ -110,18 +104,16 @@ def test_logits_equal_transformers_after_export(hp, tmp_path):
 
 
 def test_logits_equal_transformers_after_import(tmp_path):
-    torch.manual_seed(2)
     config = GPT2Config(vocab_size=97, n_positions=24, n_embd=48, n_layer=3, n_head=4,
                         bos_token_id=96, eos_token_id=96)  # fmt: skip
-    theirs = GPT2LMHeadModel(config).eval()
-    for p in theirs.parameters():
-        p.data.add_(0.1 * torch.randn_like(p))
+    theirs = randomized(GPT2LMHeadModel(config))
     theirs.save_pretrained(tmp_path / "hf")
     export_hf.import_hf(tmp_path / "hf", tmp_path / "checkpoint")
-    ours, x = loaded(tmp_path / "checkpoint"), tokens(2, 24)
+    facts = read_checkpoint(tmp_path / "checkpoint", RT)
+    ours, x = load_gpt2(tmp_path / "checkpoint", facts), tokens(2, 24)
     with torch.no_grad():
         assert (ours(x) - theirs(x).logits).abs().max() < 1e-4
-    assert read_checkpoint(tmp_path / "checkpoint", RT)["config"]["document_start"] == 96
+    assert facts["config"]["document_start"] == 96
     path = tmp_path / "hf/config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"bos_token_id": None}))
     assert export_hf.read_config(tmp_path / "hf")[1] == 50256  # the published one

@@ -20,27 +20,21 @@ from evals import hellaswag
 from evals.models import load_model
 from referee.flags import RunError
 
-WORDS = (
-    "a the man woman dog rope ball sits runs jumps over under quickly then — café 漢字 .".split()
-)
+WORDS = "a the man woman dog rope ball sits runs jumps over under then — café 漢字 .".split()
 
 
 def made_up(count: int, seed: int = 0) -> list[dict]:
     """Records with four different endings of 1 to 6 words; labels are drawn."""
-    rng = random.Random(seed)
+    rng, records = random.Random(seed), []
 
-    def text(low, high):
-        return " ".join(rng.choices(WORDS, k=rng.randint(low, high)))
+    def text(most: int) -> str:
+        return " ".join(rng.choices(WORDS, k=rng.randint(1, most)))
 
-    def endings():
-        found = set()
-        while len(found) < 4:
-            found.add(text(1, 6))
-        return sorted(found)
-
-    return [
-        {"ctx": text(1, 8), "endings": endings(), "label": rng.randrange(4)} for _ in range(count)
-    ]
+    while len(records) < count:
+        endings = [text(6) for _ in range(4)]
+        if len(set(endings)) == 4:
+            records.append({"ctx": text(8), "endings": endings, "label": rng.randrange(4)})
+    return records
 
 
 def write_jsonl(path, records):

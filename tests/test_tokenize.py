@@ -341,10 +341,8 @@ def test_few_documents_are_validated_by_the_end_of_the_text(run, tmp_path):
         (tmp_path / "one.txt").write_text(f"{number} {STORIES}")
         code, _, errors = run(tmp_path / "one.txt", out=f"{number}")
         assert code == 0 and "validation is the end of the text, " in errors
-        (train,), val = (
-            train_shards(tmp_path / f"{number}"),
-            tmp_path / f"{number}/text_val_000000.bin",
-        )
+        (train,) = train_shards(tmp_path / f"{number}")
+        val = tmp_path / f"{number}/text_val_000000.bin"
         tokens = [len(open_shard(path)) for path in (train, val)]
         assert tokens[1] == sum(tokens) // 20 and STORIES.endswith(texts_of([val])[0])
     (tmp_path / "one.txt").write_text("a")
@@ -383,9 +381,8 @@ def test_the_manifest_adds_up(run, corpus, tmp_path):
     assert manifest["bytes_of_text"] == sum(len(text.encode()) for text in texts)
     paths = sorted((tmp_path / "out").glob("*.bin"))
     assert manifest["tokens"] == sum(len(open_shard(path)) for path in paths)
-    assert manifest["bytes_per_token"] == pytest.approx(
-        manifest["bytes_of_text"] / manifest["tokens"], abs=1e-6
-    )
+    ratio = manifest["bytes_of_text"] / manifest["tokens"]
+    assert manifest["bytes_per_token"] == pytest.approx(ratio, abs=1e-6)
     assert called(check_shards, *paths)[0] == 0  # sha256 among others
 
 
