@@ -1,10 +1,8 @@
 #!/usr/bin/env python3
 """Download GPT-2 tokenized FineWeb10B shards: the validation shard, then N training shards.
 
-They come from the dataset repository kjj0/fineweb10B-gpt2 of the Hugging Face hub, 100 million
-tokens each. Shards that are there are kept; if none is missing, the network is not used. A shard
-gets its name when it has been checked in full; a download that was stopped goes on with the others.
-The hub's sha256 of each stands in manifest.json, with which data/check_shards.py compares them.
+docs/data.md says what happens to shards that are there, and without network. The hub's sha256 of
+each stands in manifest.json, with which data/check_shards.py compares them.
 """
 
 import sys

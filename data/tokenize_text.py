@@ -1,14 +1,8 @@
 #!/usr/bin/env python3
 """Turn any text into shards of GPT-2 tokens, in one pass over it and on all cores.
 
-Documents keep the order of the input, in which `fineweb` trains. One in 20 goes to validation,
-chosen by the hash of its text, until --val_tokens are reached; later copies of such a document are
-left out. So no document is in both, and where it goes depends neither on the number of threads nor
-on what follows it in the input. The first 20 documents train; if validation then gets none, it is
-the last twentieth of the text.
-
-Shards are named .part until all are written, then get their names; manifest.json is written last.
-An interrupted run begins again when it is started again.
+docs/data.md says what is read, and which documents validate. Where a document goes depends neither
+on the number of threads nor on what follows it in the input, and no document is in both splits.
 """
 
 import sys

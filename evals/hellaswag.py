@@ -9,10 +9,8 @@ context; no token stands before the context. `acc` picks the ending with the lar
 the one with the largest mean per token. If k endings are equally best and the right one is among
 them, the example counts 1/k, so a uniform model has an acc_norm of 0.25.
 
-llm.c scores in this way and reports 29.4 for GPT-2 124M. lm-eval rewrites the text, divides by the
-ending's bytes and reports 31.14. Neither figure was reproduced here.
-
-The last line of the output is the result. Others report that the sha256 of the original
+llm.c scores in this way; docs/baseline.md has its figure. lm-eval rewrites the text and divides by
+the ending's bytes; it reports 31.14 for GPT-2 124M. Others report that the sha256 of the original
 hellaswag_val.jsonl begins with 0aa3b888.
 """
 
