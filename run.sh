@@ -47,6 +47,7 @@ PYTHON
 # Python gets -P, for its modules must not be those of the caller's folder, such as random.py.
 set_up() { # set_up FILE...: make $python an interpreter with these requirements
     local found flags=() file
+    trap 'exit 130' INT # pip has a code of its own for ctrl-C
     unset PIP_USER PIP_TARGET PIP_PREFIX PIP_CONSTRAINT # they lead pip away from the environment
     for python in "$own/bin/python" "$venv/bin/python"; do
         if satisfies "$python" "$@"; then
@@ -62,8 +63,7 @@ set_up() { # set_up FILE...: make $python an interpreter with these requirements
         "unpacks them for a minute or more and says nothing meanwhile" >&2
     if ! "$python" -c '' 2>/dev/null; then # there is none yet, or its Python is gone
         "$found" -P -m venv --clear "$venv" ||
-            fail "cannot make $venv (see above); if ensurepip is missing: apt install python3-venv;" \
-                "if the folder cannot be written: set XDG_CACHE_HOME to one that can"
+            fail "cannot make $venv (see above): apt install python3-venv, or set XDG_CACHE_HOME"
     fi
     if ! "$python" -P -m pip --version >/dev/null 2>&1; then
         "$python" -P -m ensurepip >&2 ||

@@ -815,6 +815,7 @@ def bash(script: str, **environment) -> subprocess.CompletedProcess:
         ("none", "venv --clear pip install"),
         ("read-only", ""),
         ("no network", "pip install"),
+        ("ctrl-C", "pip install"),
     ],
 )
 def test_run_sh_heals_its_environment(tmp_path, state, installs):
@@ -833,6 +834,7 @@ def test_run_sh_heals_its_environment(tmp_path, state, installs):
         f"[ $2 != venv ] || ln -sf {fake} {tmp_path}/.venv/bin/python\n"
         + "[ $3 != install ] || { echo 'ERROR: no wheel' >&2; exit 1; }\n"
         * (state == "no network")
+        + "[ $3 != install ] || kill -INT $PPID\n" * (state == "ctrl-C")
     )
     fake.chmod(0o755)
     target = "/nowhere" if state == "python is gone" else fake
@@ -846,6 +848,9 @@ def test_run_sh_heals_its_environment(tmp_path, state, installs):
         f"set_up {tmp_path}/requirements.txt\necho $python",
         PIP_TARGET="elsewhere",
     )  # fmt: skip
+    if state == "ctrl-C":
+        assert done.returncode == 130 and "error" not in done.stderr, done.stderr
+        return
     if state == "no network":
         assert done.returncode == 1 and done.stdout == ""
         assert done.stderr.endswith("not install the requirements: ERROR: no wheel\n")
