@@ -30,9 +30,10 @@ HEAD_CHUNK_TOKENS = 16384  # tokens whose logits are in memory at a time
 # gradient of a token's loss by its logits (e5m2). The gradient is divided by N only after the
 # matmul, because it would underflow before.
 FP8_UNITS = (100 / 448, 1.6 / 448, 0.75 / 448)
-# 8 logits per thread, so that bf16 and fp8 are stored from the same threads.
-LOSS_TILE = dict(COLS=1024, num_warps=4)
-LARGE_TILE = dict(BLOCK_N=128, BLOCK_M=256, BLOCK_K=64, num_warps=8, num_stages=4)  # 192 KiB
+# Two rows of 100 KB on each of 132 processors fit the L2 cache, where the second read finds them.
+LOSS_TILE = dict(COLS=4096, num_warps=16)
+TRANSPOSE_TILE = dict(ROWS=64, COLS=128)
+TMA_TILE = dict(BLOCK_N=128, BLOCK_M=256, BLOCK_K=64, num_warps=8, num_stages=4)  # of 48 KiB
 SMALL_TILE = dict(BLOCK_N=128, BLOCK_M=128, BLOCK_K=32, num_warps=8, num_stages=4)
 Softcap = namedtuple("Softcap", "height shift slope")  # logit z: height * sigmoid((z+shift)/slope)
 
@@ -40,24 +41,36 @@ if HAS_TRITON:
     import triton
     import triton.language as tl
 
+    INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)  # which knows no assembly
+
+    @triton.jit
+    def sigmoid(x):
+        """By tanh, which a GPU has as one instruction; its error is 2**-11 of tanh's value."""
+        if INTERPRETED:
+            return tl.sigmoid(x)
+        asm: tl.constexpr = "tanh.approx.f32 $0, $1;"
+        tanh = tl.inline_asm_elementwise(asm, "=f,f", [0.5 * x], tl.float32, is_pure=True, pack=1)
+        return 0.5 + 0.5 * tanh
+
     @triton.jit
     def squashed(logit_ptr, mask, shift, factor):
         z = tl.load(logit_ptr, mask=mask, other=0.0).to(tl.float32)
-        return tl.sigmoid((z + shift) * factor)
+        return sigmoid((z + shift) * factor)
 
     @triton.jit
     def softcapped_loss_kernel(
-        logits_ptr, targets_ptr, weights_ptr, loss_ptr, copy_ptr, V, stride,
+        logits_ptr, targets_ptr, weights_ptr, loss_ptr, grad_ptr, V, stride, grad_stride,
         height, shift, slope, grad_scale, J: tl.constexpr, COLS: tl.constexpr,
     ):  # fmt: skip
-        """softcapped_loss of one row; grad_scale times its gradient replaces the logits.
+        """softcapped_loss of one row, and grad_scale times its gradient, perhaps in place.
 
-        Any float: logits (N, V) of this row stride; a copy of the gradient (N, V), or None.
-        Targets (N, J) int64; weights (J,), loss (N,) fp32. Tested to 1e-5 in fp32.
+        Any float: logits and gradient (N, V) of these row strides. Targets (N, J) int64; weights
+        (J,), loss (N,) fp32. Tested in fp32 to 1e-5 where the sigmoid is exact, else to 1e-3.
         """
         # 64 bits, for row 42,690 of 50,304 logits passes the end of 32.
         row = tl.program_id(0).to(tl.int64)
         logits_ptr += row * stride
+        grad_ptr += row * grad_stride
         factor = 1 / slope
         weight_sum = 0.0
         target_sum = 0.0
@@ -84,9 +97,17 @@ if HAS_TRITON:
                 target = tl.load(targets_ptr + row * J + j)
                 grad -= tl.where(target == cols, tl.load(weights_ptr + j), 0.0)
             grad *= grad_scale * height * factor * shares * (1 - shares)
-            tl.store(logits_ptr + cols, grad, mask=cols < V)
-            if copy_ptr is not None:
-                tl.store(copy_ptr + row * V + cols, grad, mask=cols < V)
+            tl.store(grad_ptr + cols, grad, mask=cols < V)
+
+    @triton.jit
+    def transpose_kernel(in_ptr, out_ptr, N, M, ROWS: tl.constexpr, COLS: tl.constexpr):
+        """out (M, N) = in (N, M).T, contiguous elements of one byte."""
+        rows = tl.program_id(1) * ROWS + tl.arange(0, ROWS).to(tl.int64)
+        cols = tl.program_id(0) * COLS + tl.arange(0, COLS).to(tl.int64)
+        inside = (rows < N)[:, None] & (cols < M)[None, :]
+        tile = tl.load(in_ptr + rows[:, None] * M + cols[None, :], mask=inside)
+        turned = (cols < M)[:, None] & (rows < N)[None, :]
+        tl.store(out_ptr + cols[:, None] * N + rows[None, :], tl.trans(tile), mask=turned)
 
     @triton.jit
     def relu_squared_kernel(
@@ -117,6 +138,40 @@ if HAS_TRITON:
             post = tl.load(post_ptr + first_row * M + rows * M + cols, mask=inside, other=0.0)
             total *= 2 * tl.sqrt(post.to(tl.float32))
         tl.store(out_ptr + first_row * M + rows * M + cols, total, mask=inside)
+
+    @triton.jit
+    def relu_squared_tma_kernel(
+        A_ptr, B_ptr, post_ptr, out_ptr, N, M, K,
+        BLOCK_N: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr,
+    ):  # fmt: skip
+        """relu_squared_kernel for GPUs that copy tiles by tensor descriptors (TMA).
+
+        Each program computes tiles in turn, and loads the next one's operands while it stores one.
+        M and K divide by 8, so that rows begin at multiples of 16 bytes.
+        """
+        HALF: tl.constexpr = BLOCK_M // 2  # stored in halves: a whole tile would fill the memory
+        A_tiles = tl.make_tensor_descriptor(A_ptr, [N, K], [K, 1], [BLOCK_N, BLOCK_K])
+        B_tiles = tl.make_tensor_descriptor(B_ptr, [M, K], [K, 1], [BLOCK_M, BLOCK_K])
+        out_halves = tl.make_tensor_descriptor(out_ptr, [N, M], [M, 1], [BLOCK_N, HALF])
+        if post_ptr is not None:
+            post_halves = tl.make_tensor_descriptor(post_ptr, [N, M], [M, 1], [BLOCK_N, HALF])
+        across = tl.cdiv(M, BLOCK_M)
+        tiles = tl.cdiv(N, BLOCK_N) * across
+        for tile in tl.range(tl.program_id(0), tiles, tl.num_programs(0), flatten=True):
+            row = tile // across * BLOCK_N
+            col = tile % across * BLOCK_M
+            total = tl.zeros((BLOCK_N, BLOCK_M), tl.float32)
+            for k in range(0, K, BLOCK_K):
+                total = tl.dot(A_tiles.load([row, k]), B_tiles.load([col, k]).T, total)
+            halves = tl.permute(tl.reshape(total, (BLOCK_N, 2, HALF)), (0, 2, 1)).split()
+            for i in tl.static_range(2):
+                half = halves[i]
+                if post_ptr is None:
+                    half = tl.maximum(half, 0.0)
+                    half *= half
+                else:
+                    half *= 2 * tl.sqrt(post_halves.load([row, col + i * HALF]).to(tl.float32))
+                out_halves.store([row, col + i * HALF], half.to(out_ptr.dtype.element_ty))
 
 
 def linear(x: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -225,7 +280,10 @@ def attention_mask(docs_BT: Tensor, window: Tensor, longest: int) -> BlockMask |
 
 def flex_options(shared_memory_bytes: int) -> dict | None:
     """FlexAttention's options on a GPU with so much shared memory per thread block; 0: a CPU."""
-    return SMALL_FLEX_BLOCKS if 0 < shared_memory_bytes < 160 << 10 else None
+    if 0 < shared_memory_bytes < 160_000:  # a 4090, an L40S
+        return SMALL_FLEX_BLOCKS
+    # An A100 has 166,912 bytes. With torch's 4 warps the backward pass spills 416 B per thread.
+    return {"bwd_num_warps": 8} if 0 < shared_memory_bytes < 200_000 else None
 
 
 def attend(q_BHTK: Tensor, k_BHTK: Tensor, v_BHTK: Tensor, mask, kernel_options=None) -> Tensor:
@@ -258,15 +316,27 @@ def softcapped_loss(logits_NV, targets_NJ, weights_J, cap: Softcap) -> Tensor:
     return (weights_J * (targets_NJ >= 0) * losses_NJ).sum(1)
 
 
-def loss_by_kernel(logits_NV, targets_NJ, weights_J, cap, scale=1.0, copy_NV=None):
-    """softcapped_loss (N,). scale times its gradient replaces logits_NV, and fills copy_NV."""
+def loss_by_kernel(logits_NV, targets_NJ, weights_J, cap, scale=1.0, grad_NV=None):
+    """softcapped_loss (N,). scale times its gradient fills grad_NV, or replaces logits_NV."""
     (N, V), J = logits_NV.shape, targets_NJ.size(1)
     loss_N = torch.empty(N, device=logits_NV.device)
+    grad_NV = logits_NV if grad_NV is None else grad_NV
     softcapped_loss_kernel[(N,)](
-        logits_NV, targets_NJ.contiguous(), weights_J.contiguous(), loss_N, copy_NV, V,
-        logits_NV.stride(0), *cap, scale, J=J, **LOSS_TILE,
+        logits_NV, targets_NJ.contiguous(), weights_J.contiguous(), loss_N, grad_NV, V,
+        logits_NV.stride(0), grad_NV.stride(0), *cap, scale, J=J, **LOSS_TILE,
     )  # fmt: skip
     return loss_N
+
+
+def transposed(x_NM: Tensor) -> Tensor:
+    """x.T; of fp8 a copy, as its products need. As bytes: Triton 3.6 turned fp8 itself wrongly."""
+    if x_NM.dtype.itemsize != 1:
+        return x_NM.T
+    (N, M), out_MN = x_NM.shape, x_NM.new_empty(x_NM.shape[::-1])
+    grid = (triton.cdiv(M, TRANSPOSE_TILE["COLS"]), triton.cdiv(N, TRANSPOSE_TILE["ROWS"]))
+    operands = (t.view(torch.uint8) for t in (x_NM, out_MN))
+    transpose_kernel[grid](*operands, N, M, **TRANSPOSE_TILE)
+    return out_MN
 
 
 def matmul_NT(A_NK: Tensor, B_MK: Tensor, scale: float, dtype: torch.dtype, fast=False) -> Tensor:
@@ -291,23 +361,26 @@ def head_loss_and_gradients(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """(mean loss, dx, dW / units[2]), by chunks of tokens. weight is there for autograd alone.
 
-    scaled: x and weight over units[:2], perhaps in fp8, to multiply for the logits and dx. dW in
-    fp8 needs a transposed copy of the gradient, and writing it takes longer than fp8 saves.
+    scaled: x and weight over units[:2], perhaps in fp8, to multiply for logits and gradients.
     """
     N, dtype, (x_unit, W_unit, grad_unit) = len(x_ND), x_ND.dtype, units
     loss, dx_ND, dW_VD = x_ND.new_zeros((), dtype=torch.float32), torch.empty_like(x_ND), None
-    scaled_weight_DV = scaled_weight_VD.T.contiguous()
+    fp8, scaled_weight_DV = scaled_x_ND.dtype != dtype, transposed(scaled_weight_VD)
+
+    def loss_and_gradient(rows: slice) -> Tensor:
+        """Add to the loss; return its gradient by the rows' logits, (n, V), over grad_unit."""
+        logits = matmul_NT(scaled_x_ND[rows], scaled_weight_VD, x_unit * W_unit, dtype, fast=True)
+        grad = torch.empty_like(logits, dtype=torch.float8_e5m2) if fp8 else logits
+        chunk = (logits, targets_NJ[rows], weights_J, cap, 1 / (N * grad_unit), grad)
+        loss.add_(loss_by_kernel(*chunk).sum() / N)
+        return grad
 
     def add_chunk(rows: slice) -> Tensor:
-        """A function of its own, so that a chunk's logits are freed before the next one's."""
-        logits = matmul_NT(scaled_x_ND[rows], scaled_weight_VD, x_unit * W_unit, dtype, fast=True)
-        fp8 = scaled_x_ND.dtype != dtype
-        copy = torch.empty_like(logits, dtype=torch.float8_e5m2) if fp8 else None
-        chunk = (logits, targets_NJ[rows], weights_J, cap, 1 / (N * grad_unit), copy)
-        loss.add_(loss_by_kernel(*chunk).sum() / N)
-        grad = logits  # which the kernel replaced
-        dx_ND[rows] = matmul_NT(copy if fp8 else grad, scaled_weight_DV, grad_unit * W_unit, dtype)
-        return matmul_NT(grad.T, x_ND[rows].T, 1.0, torch.float32)
+        """A function of its own, so that a chunk's gradient is freed before the next one's."""
+        grad = loss_and_gradient(rows)
+        dx_ND[rows] = matmul_NT(grad, scaled_weight_DV, grad_unit * W_unit, dtype)
+        x_DN = transposed(scaled_x_ND[rows])
+        return matmul_NT(transposed(grad), x_DN, x_unit, torch.float32)
 
     for start in range(0, N, HEAD_CHUNK_TOKENS):
         dW = add_chunk(slice(start, start + HEAD_CHUNK_TOKENS))
@@ -320,27 +393,30 @@ def head_setup(ctx, inputs, output):
     ctx.mark_non_differentiable(dx_ND, dW_VD)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(dx_ND, dW_VD)
-    ctx.grad_unit = inputs[-1][2]
+    ctx.weight_dtype, ctx.grad_unit = inputs[1].dtype, inputs[-1][2]
 
 
 def head_backward(ctx, grad_loss, *_):
     dx_ND, dW_VD = ctx.saved_tensors
-    return grad_loss * dx_ND, grad_loss * ctx.grad_unit * dW_VD, *[None] * 6
+    dW_VD = (grad_loss * ctx.grad_unit * dW_VD).to(ctx.weight_dtype)
+    return grad_loss * dx_ND, dW_VD, *[None] * 6
 
 
 # torch.compile takes such operators as they are; register_fake gives their results' shapes.
 head_op = torch.library.custom_op(
     "photofinish::head_loss", head_loss_and_gradients, mutates_args=()
 )
-head_op.register_fake(lambda x, W, *_: (x.new_empty((), dtype=torch.float32), x.clone(), W.clone()))
+head_op.register_fake(
+    lambda x, W, *_: (x.new_empty((), dtype=torch.float32), x.clone(), W.float().clone())
+)
 head_op.register_autograd(head_backward, setup_context=head_setup)
 
 
 def head_loss(x_ND, weight_VD, targets_NJ, weights_J, cap: Softcap, dtype, fp8: bool) -> Tensor:
     """Mean over N tokens of softcapped_loss of x @ weight.T, 0-D fp32, multiplied in dtype.
 
-    weight is fp32. fp8: all but dW in fp8, where there is a kernel and N, V and D divide by 16. On
-    a GPU the gradients are computed with the loss, and only one chunk of logits is in memory.
+    fp8: in fp8, where there is a kernel and N, V and D divide by 16. On a GPU the gradients are
+    computed with the loss, and only one chunk of logits is in memory.
     """
     x_ND, cast_weight_VD = x_ND.to(dtype), weight_VD.to(dtype)
     if not use_kernels(x_ND):
@@ -362,12 +438,22 @@ def relu_squared(A_NK: Tensor, B_MK: Tensor, post_NM: Tensor | None = None) -> T
     Backward: post is the forward's result; A @ B.T times the derivative there, 2 sqrt(post).
     """
     (N, K), M, out_NM = A_NK.shape, len(B_MK), A_NK.new_empty(len(A_NK), len(B_MK))
-    shared_bytes = torch.cuda.get_device_properties(A_NK.device).shared_memory_per_block_optin
-    tile = LARGE_TILE if shared_bytes > 200_000 else SMALL_TILE
-    programs = triton.cdiv(N, tile["BLOCK_N"]) * triton.cdiv(M, tile["BLOCK_M"])
-    operands = (A_NK.contiguous(), B_MK.contiguous(), post_NM)
-    relu_squared_kernel[(programs,)](*operands, out_NM, N, M, K, **tile)
+    properties = torch.cuda.get_device_properties(A_NK.device)
+    arguments = (A_NK.contiguous(), B_MK.contiguous(), post_NM, out_NM, N, M, K)
+    if properties.shared_memory_per_block_optin > 200_000 and M % 8 == 0 and K % 8 == 0:
+        # Set per call, because each thread has an allocator of its own, as the backward pass has.
+        triton.set_allocator(lambda size, *_: A_NK.new_empty(size, dtype=torch.int8))
+        tile = TMA_TILE | ({} if post_NM is None else {"num_stages": 3})  # post takes memory too
+        programs = min(tiles(N, M, tile), properties.multi_processor_count)
+        relu_squared_tma_kernel[(programs,)](*arguments, **tile)
+    else:
+        relu_squared_kernel[(tiles(N, M, SMALL_TILE),)](*arguments, **SMALL_TILE)
     return out_NM
+
+
+def tiles(N: int, M: int, tile: dict) -> int:
+    """Number of tiles that cover (N, M)."""
+    return triton.cdiv(N, tile["BLOCK_N"]) * triton.cdiv(M, tile["BLOCK_M"])
 
 
 def mlp_and_hidden(x_ND: Tensor, up_MD: Tensor, down_MD: Tensor) -> tuple[Tensor, Tensor]:

@@ -26,7 +26,7 @@ def kernels_on_the_cpu(monkeypatch):
 
 
 def choose_shared_memory(monkeypatch, size: int):
-    properties = SimpleNamespace(shared_memory_per_block_optin=size)
+    properties = SimpleNamespace(shared_memory_per_block_optin=size, multi_processor_count=2)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
 
 
@@ -76,15 +76,21 @@ def test_loss_holds_for_logits_far_beyond_the_cap():
     assert torch.allclose(found.double(), expected, rtol=1e-5)
 
 
-def test_half_precision_logits_give_a_copy_of_the_gradient_of_another_type():
+def test_half_precision_logits_give_a_gradient_of_another_type_beside_them():
     logits, targets, weights = example(37, 300, 3)
-    logits, scale, copy = logits.half(), 448 / 0.75, torch.empty(37, 300)
-    loss = exact_loss(logits, targets, weights)
+    logits, scale, gradient = logits.half(), 448 / 0.75, torch.empty(37, 300)
+    loss, kept = exact_loss(logits, targets, weights), logits.clone()
     expected = scale * exact_gradient(logits, targets, weights)
-    found = loss_by_kernel(logits, targets, weights, CAP, scale, copy)
+    found = loss_by_kernel(logits, targets, weights, CAP, scale, gradient)
     assert torch.allclose(found.double(), loss, atol=1e-5)
-    assert torch.allclose(copy.double(), expected, rtol=1e-5, atol=1e-6)
-    assert torch.equal(copy.half(), logits)
+    assert torch.allclose(gradient.double(), expected, rtol=1e-5, atol=1e-6)
+    assert torch.equal(logits, kept)
+
+
+@pytest.mark.parametrize("N, M", [(1, 3), (64, 128), (65, 200), (130, 127)])
+def test_transposed_bytes_are_those_of_torch(N, M):
+    x = torch.randint(0, 256, (N, M), dtype=torch.uint8).view(torch.float8_e5m2)
+    assert torch.equal(kernels.transposed(x).view(torch.uint8), x.view(torch.uint8).T)
 
 
 def sparse(tmp_path, name: str, size: int, dtype) -> torch.Tensor:
@@ -142,7 +148,7 @@ def test_head_in_fp8_stays_finite_beyond_the_range_of_its_numbers():
 
 
 @pytest.mark.parametrize("shared_bytes", [232_448, 101_376])
-@pytest.mark.parametrize("N, M, K", [(1, 3, 5), (131, 259, 70), (128, 256, 64)])
+@pytest.mark.parametrize("N, M, K", [(1, 3, 5), (131, 259, 70), (131, 520, 72)])
 def test_relu_squared_products_equal_fp64(monkeypatch, shared_bytes, N, M, K):
     choose_shared_memory(monkeypatch, shared_bytes)
     A, B = torch.randn(N, K).half(), torch.randn(M, K).half()

@@ -20,7 +20,7 @@ FILES = sorted(
 REFEREE = {str(path) for path in FILES if path.parts[0] == "referee"}
 CONTESTANTS = {"train_gpt.py", "kernels.py", "data/prefetch.py", "data/__init__.py"}
 CONTESTANTS |= {str(path) for path in FILES if path.parts[0] == "baselines"}
-LINE_BUDGETS = {"train_gpt.py": 1100, "kernels.py": 450}
+LINE_BUDGETS = {"train_gpt.py": 1100, "kernels.py": 520}
 PACKAGES = {"huggingface_hub": "huggingface-hub", "tiktoken_ext": "tiktoken"}
 OPTIONAL = {"triton"}  # comes with torch's CUDA build
 

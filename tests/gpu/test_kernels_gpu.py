@@ -44,21 +44,21 @@ def test_loss_and_gradient_equal_fp64(dtype, J):
     targets, weights = targets_and_weights(513, J)
     loss, gradient = exact_loss(logits, targets, weights), exact_gradient(logits, targets, weights)
     found = loss_by_kernel(logits, targets, weights, CAP)
-    assert torch.allclose(found.double(), loss, rtol=1e-5, atol=1e-5)
-    assert relative_error(logits, gradient) < (1e-5 if dtype == torch.float32 else 2**-8)
+    assert torch.allclose(found.double(), loss, rtol=1e-3, atol=1e-3)  # tanh in 11 bits
+    assert relative_error(logits, gradient) < (1e-3 if dtype == torch.float32 else 2**-8)
 
 
 @hopper
 @pytest.mark.parametrize("N", [97, 128])
-def test_copy_of_the_gradient_in_fp8_is_rounded_to_nearest(N):
+def test_gradient_in_fp8_is_rounded_to_nearest_and_transposed_exactly(N):
     logits = (6 * torch.randn(N, V)).bfloat16()
     targets, weights = targets_and_weights(N, 2)
     expected = 448 / 0.75 * exact_gradient(logits, targets, weights)
-    copy = torch.empty(N, V, dtype=torch.float8_e5m2)
-    loss_by_kernel(logits, targets, weights, CAP, 448 / 0.75, copy)
-    # 2 bits after the first, down to 2**-16; a little more for sums in fp32.
-    assert torch.allclose(copy.double(), expected, rtol=2**-3 + 1e-4, atol=2**-17 + 1e-8)
-    assert relative_error(logits, expected) < 2**-8
+    found = torch.empty(N, V, dtype=torch.float8_e5m2)
+    loss_by_kernel(logits, targets, weights, CAP, 448 / 0.75, found)
+    # 2 bits after the first, down to 2**-16; a little more for the sigmoid's 11 bits.
+    assert torch.allclose(found.double(), expected, rtol=2**-3 + 2**-10, atol=2**-17 + 1e-6)
+    assert torch.equal(kernels.transposed(found).view(torch.uint8), found.view(torch.uint8).T)
 
 
 def test_rows_past_32_bits_are_right():
@@ -69,7 +69,7 @@ def test_rows_past_32_bits_are_right():
     loss = exact_loss(logits[last], targets[last], weights)
     gradient = exact_gradient(logits[last], targets[last], weights)
     found = loss_by_kernel(logits, targets, weights, CAP)
-    assert torch.allclose(found[last].double(), loss, rtol=1e-5, atol=1e-5)
+    assert torch.allclose(found[last].double(), loss, rtol=1e-3, atol=1e-3)
     assert relative_error(logits[last], gradient) < 2**-8
 
 
@@ -110,11 +110,10 @@ def test_head_loss_takes_less_memory_than_its_logits():
     assert torch.cuda.max_memory_allocated() - before < len(x) * V * 2 / 2
 
 
-@pytest.mark.parametrize("small_tile", [False, True])
-@pytest.mark.parametrize("N, D, M", [(8192, D, M), (1, 64, 129), (333, 100, 1000)])
-def test_mlp_and_its_gradients_are_as_near_to_fp64_as_plain_torch(monkeypatch, N, D, M, small_tile):
-    if small_tile:
-        monkeypatch.setattr(kernels, "LARGE_TILE", kernels.SMALL_TILE)
+@pytest.mark.parametrize(
+    "N, D, M", [(8192, D, M), (8192, D + 4, M), (1, 64, 129), (333, 104, 1000)]
+)
+def test_mlp_and_its_gradients_are_as_near_to_fp64_as_plain_torch(N, D, M):
     x = torch.randn(N, D).bfloat16().requires_grad_()
     up, down = ((torch.randn(M, D) / D**0.5).bfloat16().requires_grad_() for _ in range(2))
     dy = torch.randn(N, D).bfloat16()
