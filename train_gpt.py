@@ -599,12 +599,13 @@ class GPT(nn.Module):
         bigram's row. same_doc: 1 where the token before is of the same document. Where it is not,
         document_start takes its place in the bigram.
         """
-        x, bigrams = self.embed[inputs_BT].to(self.rt.stream_dtype), []
+        # Tables as fp32, for the gradients of a row are added up in the dtype that is indexed.
+        x, bigrams = self.embed.float()[inputs_BT].to(self.rt.stream_dtype), []
         if self.hp.bigram_rows:  # arXiv 1709.03933
             in_document = same_doc_BT1[..., 0] > 0
             before_BT = torch.where(in_document, inputs_BT.roll(1, 1), self.document_start)
             row_BT = ((36313 * inputs_BT) ^ (27191 * before_BT)) % self.hp.bigram_rows
-            bigram = self.bigram[row_BT].type_as(x)
+            bigram = self.bigram.float()[row_BT].type_as(x)
             if self.hp.bigram_in_layers:
                 bigrams = [bigram]
             else:
@@ -642,7 +643,7 @@ class GPT(nn.Module):
         value_states = []  # the last value table's rows
         if self.value_embeds is not None:
             # Indexed once: one gradient of the whole parameter instead of one per table.
-            rows = self.value_embeds[:, inputs_BT].type_as(injected[0])
+            rows = self.value_embeds.float()[:, inputs_BT].type_as(injected[0])
             values = rows.view(-1, B, T, hp.num_heads, hp.head_dim).unbind()
             value_states = [rows[-1]]
         x = injected[0]
@@ -718,9 +719,18 @@ def split_fp32(W: Tensor) -> tuple[Tensor, Tensor]:
     return (bits >> 16).to(torch.int16).view(torch.bfloat16), bits.to(torch.int16)
 
 
-def join_fp32(high: Tensor, low: Tensor) -> Tensor:
-    """The inverse of split_fp32."""
-    return ((high.view(torch.int16).int() << 16) | (low.int() & 0xFFFF)).view(torch.float32)
+def as_fp32(W: Tensor, low: Tensor | None) -> Tensor:
+    """W, fp32; or, with low, the fp32 of which they are the halves: the inverse of split_fp32."""
+    if low is None:
+        return W
+    return ((W.view(torch.int16).int() << 16) | (low.int() & 0xFFFF)).view(torch.float32)
+
+
+def replace_fp32(W: Tensor, low: Tensor | None, new: Tensor) -> None:
+    """Let as_fp32(W, low) be new."""
+    W.copy_(new if low is None else split_fp32(new)[0])
+    if low is not None:
+        low.copy_(split_fp32(new)[1])
 
 
 def weights_to_decay(W: Tensor, U: Tensor) -> Tensor:
@@ -731,11 +741,11 @@ def weights_to_decay(W: Tensor, U: Tensor) -> Tensor:
 def muon_update(G, lr, decay, beta, factors, dtype, W, momentum, second, low=None):
     """Update matrices W (N, rows, cols) in place with gradients G; lr, decay, beta: 0-D tensors.
 
-    W is fp32, or the upper half of split_fp32, and low the lower one, as bf16. Nesterov momentum is
-    orthogonalised (Muon: kellerjordan.github.io/posts/muon). Each row is divided by its running
-    root mean square, and the matrix scaled back to its norm (NorMuon, arXiv 2510.05491), times
-    sqrt(rows / cols) if that is above 1. second (N, rows, 1): the running mean squares. factors
-    (N, 1, 1) multiply each matrix's rate, and thereby its decay.
+    W and low: as in as_fp32. Nesterov momentum is orthogonalised (Muon:
+    kellerjordan.github.io/posts/muon). Each row is divided by its running root mean square, and the
+    matrix scaled back to its norm (NorMuon, arXiv 2510.05491), times sqrt(rows / cols) if that is
+    above 1. second (N, rows, 1): the running mean squares. factors (N, 1, 1) multiply each matrix's
+    rate, and thereby its decay.
     """
     momentum.add_((1 - beta) * (G.float() - momentum))
     U = orthogonalize(G + beta * (momentum - G), dtype)
@@ -744,26 +754,20 @@ def muon_update(G, lr, decay, beta, factors, dtype, W, momentum, second, low=Non
     U_norm, scaled_norm = (x.norm(dim=(-2, -1), keepdim=True) for x in (U, scaled))
     U = scaled * (U_norm / (scaled_norm + 1e-10))
     rates = lr * max(1.0, W.size(-2) / W.size(-1)) ** 0.5 * factors
-    W_fp32 = W if low is None else join_fp32(W, low.view(torch.int16))
-    W_fp32 = W_fp32 - rates * (U + lr * decay * weights_to_decay(W_fp32, U))
-    if low is None:
-        W.copy_(W_fp32)
-    else:
-        new_high, new_low = split_fp32(W_fp32)
-        W.copy_(new_high)
-        low.view(torch.int16).copy_(new_low)
+    W_fp32 = as_fp32(W, low)
+    replace_fp32(W, low, W_fp32 - rates * (U + lr * decay * weights_to_decay(W_fp32, U)))
 
 
-def adam_update(G, lr, decay, count, beta1, beta2, W, mean, square):
+def adam_update(G, lr, decay, count, beta1, beta2, W, mean, square, low=None):
     """Update numbers W (N,) in place by Adam (arXiv 1412.6980), for the count-th time.
 
-    lr, decay and count are 0-D tensors.
+    W and low: as in as_fp32. lr, decay and count are 0-D tensors.
     """
     mean.lerp_(G.float(), 1 - beta1)
     square.lerp_(G.float() ** 2, 1 - beta2)
     root = (square / (1 - beta2**count)).sqrt()
-    W.sub_(lr * (mean / (1 - beta1**count)) / (root + ADAM_EPS))
-    W.sub_(lr * lr * decay * weights_to_decay(W, mean))
+    W_fp32 = as_fp32(W, low) - lr * (mean / (1 - beta1**count)) / (root + ADAM_EPS)
+    replace_fp32(W, low, W_fp32 - lr * lr * decay * weights_to_decay(W_fp32, mean))
 
 
 class Group(NamedTuple):
@@ -780,22 +784,30 @@ class Group(NamedTuple):
 class Bank:
     """The parameters of a group as views of one tensor `items` (N, ...), and its optimizer's state.
 
-    Each rank updates its part of the N items; then all ranks gather the items. state: tensors with
-    an entry for each item, by name; beyond a rank's part they are stale until gather_state.
+    Each rank updates its part of the items; then all ranks gather them. state: tensors with an
+    entry for each item, by name; beyond a rank's part they are stale until gather_state. Zeros
+    behind the first `count` items make the parts equal.
     """
 
     def __init__(self, group: Group, item: torch.Size, hp: Hyperparameters, rt: Runtime):
         """item: shape of what is updated as one, such as a matrix; () for single numbers."""
         self.group, self.item, self.hp, self.rt = group, item, hp, rt
-        self.items = torch.cat([p.data.view(-1, *item) for p in group.params]).float()
-        part = math.ceil(len(self.items) / rt.world_size)  # the last ones may be shorter
-        self.mine = slice(*(min(i * part, len(self.items)) for i in (rt.rank, rt.rank + 1)))
+        items = torch.cat([p.data.view(-1, *item) for p in group.params]).float()
+        self.count, self.items = len(items), self.padded(items)
+        part = len(self.items) // rt.world_size
+        self.mine = slice(rt.rank * part, (rt.rank + 1) * part)
         self.state: dict[str, Tensor] = {}
 
     def point_parameters(self):
-        """Make the parameters views of items."""
+        """Make the parameters views of items.
+
+        With a bf16 stream the items become bf16, and state["low"] the lower 16 bits of their fp32.
+        """
+        if self.rt.stream_dtype == torch.bfloat16:
+            self.items, self.state["low"] = split_fp32(self.items)
         counts = [p.numel() // math.prod(self.item) for p in self.group.params]
-        for p, view in zip(self.group.params, self.items.split(counts), strict=True):
+        views = self.items[: self.count].split(counts)
+        for p, view in zip(self.group.params, views, strict=True):
             p.data = view.view(p.shape)
 
     def padded(self, tensor: Tensor) -> Tensor:
@@ -818,31 +830,28 @@ class Bank:
                 with self.rt.collective():
                     self.exchange = REDUCE_SCATTER(self.gradients, whole, async_op=True)
 
-    def averaged_gradients(self) -> Tensor:
-        """Those of this rank's items, once the exchange has ended."""
+    def finish(self):
+        """Wait for the exchange that was started last."""
         if self.exchange is not None:
             with self.rt.collective():
                 self.exchange.wait()
-            self.gradients.div_(self.rt.world_size)
-        return self.gradients[: self.mine.stop - self.mine.start]
+        self.exchange = None
 
-    def gather(self, tensor: Tensor):
-        """Fill tensor (N, ...) on every rank with what each rank holds in its part."""
+    def start_gather(self, tensor: Tensor):
+        """Start to fill tensor (N, ...) on every rank with what each rank holds in its part."""
         if self.rt.is_alone:
             return
-        whole = self.padded(tensor)
-        part = len(whole) // self.rt.world_size
-        own = whole[self.rt.rank * part :][:part].clone()
+        if tensor.dtype == torch.int16:  # which collectives do not know
+            tensor = tensor.view(torch.bfloat16)
         with self.rt.collective():
-            ALL_GATHER(whole, own)
-        if whole is not tensor:
-            tensor.copy_(whole[: len(tensor)])
+            self.exchange = ALL_GATHER(tensor, tensor[self.mine].clone(), async_op=True)
 
     def gather_state(self) -> dict[str, Tensor]:
         """State and waiting gradients, whole on every rank. A collective: every rank calls it."""
-        tensors = dict(self.state)
         for tensor in self.state.values():
-            self.gather(tensor)
+            self.start_gather(tensor)
+            self.finish()
+        tensors = {name: tensor[: self.count] for name, tensor in self.state.items()}
         if self.group.every > 1:
             for i, p in enumerate(self.group.params):
                 p.grad = torch.zeros_like(p) if p.grad is None else p.grad
@@ -850,55 +859,45 @@ class Bank:
                 tensors[f"grad{i}"] = p.grad
         return tensors
 
-    def update_mine(self, step: int, momentum_or_count: float):
-        """Update this rank's items, then gather all parts.
-
-        The arguments are those of muon_update and adam_update; both end with the items and the
-        state, in the order in which a subclass adds to it.
-        """
-        if len(gradients := self.averaged_gradients()):
-            rate = self.group.lr * lr_scale(step, self.hp)
-            # As tensors, for a new float would recompile.
-            numbers = map(torch.tensor, (rate, self.group.decay, momentum_or_count))
-            mine = (tensor[self.mine] for tensor in (self.items, *self.state.values()))
-            self.update(gradients, *numbers, *self.fixed, *mine)
-        self.gather(self.items)
+    @torch.no_grad()
+    def step(self, step: int):
+        """Update this rank's items, and start to gather all parts; finish() waits for them."""
+        self.finish()
+        if self.rt.world_size > 1:
+            self.gradients.div_(self.rt.world_size)
+        rate = self.group.lr * lr_scale(step, self.hp)
+        # As tensors, for a new float would recompile.
+        numbers = map(torch.tensor, (rate, self.group.decay, self.number(step)))
+        mine = (tensor[self.mine] for tensor in (self.items, *self.state.values()))
+        self.update(self.gradients, *numbers, *self.fixed, *mine)
+        self.start_gather(self.items)
 
 
 class Muon(Bank):
-    """muon_update of matrices. With a bf16 stream the matrices are bf16, and the state holds the
-    lower 16 bits of their fp32."""
+    """muon_update of matrices."""
 
     def __init__(self, group: Group, hp: Hyperparameters, rt: Runtime, compile_fn: Callable):
         super().__init__(group, group.params[0].shape[1:], hp, rt)
         self.state["momentum"] = torch.zeros_like(self.items)
         self.state["row_square"] = torch.zeros_like(self.items[..., :1])
-        factors = group.lr_factors * (len(self.items) // len(group.lr_factors))
-        factors_N11 = torch.tensor(factors, device=self.items.device)[self.mine, None, None]
-        self.update, self.fixed = compile_fn(muon_update), (factors_N11, rt.matmul_dtype)
-        if rt.stream_dtype == torch.bfloat16:
-            self.items, low = split_fp32(self.items)
-            self.state["low"] = low.view(torch.bfloat16)  # for collectives know no int16
+        factors = group.lr_factors * (self.count // len(group.lr_factors))
+        factors_N = self.padded(torch.tensor(factors, device=self.items.device))[self.mine]
+        self.update = compile_fn(muon_update)
+        self.fixed = factors_N[:, None, None], rt.matmul_dtype
+        self.number = partial(muon_momentum, hp=hp)
         self.point_parameters()
-
-    @torch.no_grad()
-    def step(self, step: int):
-        self.update_mine(step, muon_momentum(step, self.hp))
 
 
 class Adam(Bank):
-    """adam_update of numbers, in fp32."""
+    """adam_update of numbers."""
 
     def __init__(self, group: Group, hp: Hyperparameters, rt: Runtime, compile_fn: Callable):
         super().__init__(group, torch.Size(), hp, rt)
         self.update, self.fixed = compile_fn(adam_update), group.betas
         self.state["mean"] = torch.zeros_like(self.items)
         self.state["square"] = torch.zeros_like(self.items)
+        self.number = lambda step: float((step + 1) // group.every)
         self.point_parameters()
-
-    @torch.no_grad()
-    def step(self, step: int):
-        self.update_mine(step, float((step + 1) // self.group.every))
 
 
 def parameter_groups(model: GPT, hp: Hyperparameters) -> dict[str, Group]:
@@ -910,18 +909,15 @@ def parameter_groups(model: GPT, hp: Hyperparameters) -> dict[str, Group]:
     def named(*ends: str) -> list[nn.Parameter]:
         return [p for name, p in model.named_parameters() if name.endswith(ends)]
 
-    scalars = named("mix", "taps", "smear")
-    gates = named("_gate", "mix_in", "mix_out")
-    every = ADAM_EVERY
     rows = {  # parameters, learning rate, decay, steps per update, betas of Adam, lr_factors
         "attn": (named("qkvo"), hp.muon_lr, 1.2, 1),
         "mlp": (named("up_down"), hp.muon_lr, 1.2, 1, None, (1.0, hp.mlp_down_lr)),
-        "embed": (named("embed"), hp.embed_lr, 0.75, every, (0.5, 0.95)),
-        "head": (named("lm_head"), hp.embed_lr, 0.75, every, (0.5, 0.95)),
-        "values": (named("value_embeds"), 0.6, 0.025, every, (0.75, 0.95)),
-        "bigram": (named("bigram"), hp.bigram_lr, 0.025, every, (0.75, 0.95)),
-        "gates": (gates, 0.008, 0.0, every, (0.9, 0.99)),
-        "scalars": (scalars, 0.04, 0.0, every, (0.9, 0.99)),
+        "embed": (named("embed"), hp.embed_lr, 0.75, ADAM_EVERY, (0.5, 0.95)),
+        "head": (named("lm_head"), hp.embed_lr, 0.75, ADAM_EVERY, (0.5, 0.95)),
+        "values": (named("value_embeds"), 0.6, 0.025, ADAM_EVERY, (0.75, 0.95)),
+        "bigram": (named("bigram"), hp.bigram_lr, 0.025, ADAM_EVERY, (0.75, 0.95)),
+        "gates": (named("_gate", "mix_in", "mix_out"), 0.008, 0.0, ADAM_EVERY, (0.9, 0.99)),
+        "scalars": (named("mix", "taps", "smear"), 0.04, 0.0, ADAM_EVERY, (0.9, 0.99)),
     }
     return {name: Group(*row) for name, row in rows.items() if row[0]}
 
@@ -944,8 +940,8 @@ def memory_estimate(hp: Hyperparameters, vocab: int, rows: int) -> float:
     matrices = layers * D * (4 * D + 2 * hp.mlp_dim)
     table_rows = (2 + len(hp.value_layers)) * vocab + hp.bigram_rows  # 2: embedding and head
     # A matrix element: bf16 weight, low half, gradient by parameter and by bank, fp32 momentum: 12.
-    # An element of a table: fp32 weight, gradient, Adam's mean and square: 4 * 4 = 16.
-    state = 12 * matrices + 16 * table_rows * D
+    # An element of a table: bf16 weight, low half, gradient, fp32 mean and square: 3 * 2 + 2 * 4.
+    state = 12 * matrices + 14 * table_rows * D
     # What the backward pass needs, in bf16: 13 tensors as wide as the stream per layer, one MLP.
     activations = 2 * layers * (13 * D + hp.mlp_dim) * tokens
     logits = 4 * min(tokens, HEAD_CHUNK_TOKENS) * vocab  # of a chunk; 4 bytes fit best
@@ -954,7 +950,10 @@ def memory_estimate(hp: Hyperparameters, vocab: int, rows: int) -> float:
 
 
 def choose_micro_batches(hp: Hyperparameters, vocab: int, rt: Runtime, asked: int) -> list[int]:
-    """Rows per forward pass, by stage: `asked`, or if that is 0 the most that fit."""
+    """Rows per forward pass, by stage: `asked`, or if that is 0 the most that fit.
+
+    All stages take the same number if it is large enough: so they share what is compiled.
+    """
     chosen = []
     for rows in (tokens // hp.seq_len for tokens in hp.batch_tokens):
         share = rows // rt.world_size
@@ -966,7 +965,10 @@ def choose_micro_batches(hp: Hyperparameters, vocab: int, rt: Runtime, asked: in
         divisors = [n for n in range(1, share + 1) if share % n == 0]
         fitting = [n for n in divisors if memory_estimate(hp, vocab, n) < 0.9 * rt.memory_bytes]
         chosen.append(asked or max(fitting, default=1))
-    return chosen
+    least = min(chosen)
+    divides_all = all(tokens // hp.seq_len % least == 0 for tokens in hp.batch_tokens)
+    is_large = least * hp.seq_len >= 131_072  # more take hardly less time per token
+    return [least] * len(chosen) if divides_all and is_large else chosen
 
 
 class Trainer:
@@ -1038,6 +1040,8 @@ class Trainer:
             optimizer.start_exchange()
         for optimizer in due:
             optimizer.step(step)
+        for optimizer in due:
+            optimizer.finish()
         return total
 
     def predict(self, step: int, inputs_BT: Tensor) -> Iterator[Tensor]:

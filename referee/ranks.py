@@ -98,6 +98,8 @@ class Runtime:
             backend = "cpu:gloo,cuda:nccl" if self.is_gpu else "gloo"
             dist.init_process_group(backend, store=rank_store(), rank=RANK, world_size=WORLD_SIZE,
                                     timeout=timedelta(seconds=rank_timeout_s))  # fmt: skip
+            with self.collective():  # the first one connects GPUs, which takes seconds
+                dist.all_reduce(torch.zeros(1, device=self.device))
 
     def use_gpu(self, index: int):
         if index >= (count := torch.cuda.device_count()):

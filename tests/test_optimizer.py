@@ -13,7 +13,7 @@ from train_gpt import (
     Adam,
     Group,
     Muon,
-    join_fp32,
+    as_fp32,
     lr_scale,
     make_optimizers,
     muon_momentum,
@@ -181,7 +181,7 @@ def test_splitting_keeps_every_bit_of_fp32():
     torch.manual_seed(0)
     W = torch.randn(1000, 7) * 10.0 ** torch.randint(-40, 30, (1000, 7))
     high, low = split_fp32(W)
-    assert high.dtype == torch.bfloat16 and torch.equal(join_fp32(high, low), W)
+    assert high.dtype == torch.bfloat16 and torch.equal(as_fp32(high, low), W)
     assert ((high.float() - W).abs() <= W.abs() * 2**-7 + 1e-38).all()
 
 
@@ -198,8 +198,7 @@ def test_a_bf16_bank_takes_the_updates_of_an_fp32_bank_bit_for_bit():
         assert p.dtype == dtype and torch.equal(p.data, made.items)
         banks[dtype] = made
     both = banks[torch.bfloat16]
-    low = both.state["low"].view(torch.int16)
-    assert torch.equal(join_fp32(both.items, low), banks[torch.float32].items)
+    assert torch.equal(as_fp32(both.items, both.state["low"]), banks[torch.float32].items)
 
 
 def test_adam_decays_only_weights_that_the_update_shrinks():
@@ -243,8 +242,9 @@ def test_adam_moves_a_rarely_seen_row_as_far_as_any_other_and_leaves_an_unseen_o
 RANK = """
 import sys, torch
 from referee.ranks import Runtime
-from train_gpt import TRACKS, Adam, Group, Muon
+from train_gpt import TRACKS, Adam, Group, Muon, as_fp32
 rt = Runtime()
+rt.stream_dtype = getattr(torch, sys.argv[2])
 rt.matmul_dtype = torch.float32
 torch.manual_seed(0)
 groups = {
@@ -259,27 +259,33 @@ for step in range(6):
     due = [o for o in optimizers.values() if (step + 1) % o.group.every == 0]
     for o in optimizers.values():
         for p in o.group.params:
-            all_ranks = torch.randn(4, *p.shape)  # each rank has the mean of its share
-            mine = all_ranks.chunk(rt.world_size)[rt.rank].mean(0)
+            # Each rank has the mean of its share, without rounding in bf16.
+            all_ranks = torch.randint(-8, 9, (8, *p.shape)) / 8
+            mine = all_ranks.chunk(rt.world_size)[rt.rank].mean(0).to(p.dtype)
             p.grad = mine if p.grad is None else p.grad + mine
     for o in due:
         o.start_exchange()
     for o in due:
         o.step(step)
-state = {f"{n}.{k}": t for n, o in optimizers.items()
-         for k, t in {**o.gather_state(), "items": o.items}.items()}
+    for o in due:
+        o.finish()
+state = {}
+for name, o in optimizers.items():
+    found = o.gather_state()
+    found["items"] = as_fp32(o.items[: o.count], found.pop("low", None))
+    state |= {f"{name}.{k}": t for k, t in found.items()}
 torch.save(state, f"{sys.argv[1]}/{rt.world_size}_{rt.rank}.pt")
 rt.close()
 """
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_ranks_together_take_the_steps_of_one(tmp_path, ranks):
+@pytest.mark.parametrize("ranks, stream", [(2, "float32"), (4, "bfloat16"), (8, "bfloat16")])
+def test_ranks_together_take_the_steps_of_one(tmp_path, ranks, stream):
     """Banks of 7 matrices, of 1, and of 19 numbers, of which the ranks' parts differ in size."""
     script = tmp_path / "rank.py"
     script.write_text(RANK)
     for count in (1, ranks):
-        done = run_forked([str(script), str(tmp_path)], count)
+        done = run_forked([str(script), str(tmp_path), stream], count)
         assert done.returncode == 0, done.stderr
     alone = torch.load(tmp_path / "1_0.pt")
     for rank in range(ranks):
