@@ -70,11 +70,12 @@ def the_referee_under_test_is_known():
     """As it will be once it is committed; in a shallow clone those of old logs as well."""
     from tools import audit, runs
 
-    texts = [path.read_text() for path in (ROOT / "referee").glob("*.py")]
+    files = {path.relative_to(ROOT).as_posix(): path for path in (ROOT / "referee").glob("*.py")}
+    known = [frozenset((name, audit.git_blob(path.read_text())) for name, path in files.items())]
     if (ROOT / ".git/shallow").exists():
         logs = [*ROOT.glob("records/**/logs/*.txt"), *ROOT.glob("tests/logs/*/logs/*.txt")]
-        texts += [s.text for log in logs for s in runs.read_log(log).sources.values()]
-    audit.known_referees().update(map(audit.git_blob, texts))
+        known += [audit.referee_of(runs.read_log(log)) for log in logs]
+    audit.known_referees().update(known)
 
 
 @pytest.fixture(scope="session")

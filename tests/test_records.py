@@ -15,10 +15,12 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import scipy.stats
 from conftest import ROOT, clean_environment, only_log, tiny_flags, train
 from forgery import at, forge
 from scipy import special
@@ -135,9 +137,10 @@ def test_a_log_with_a_line_cut_off_inserted_or_dropped_is_invalid(log, tmp_path)
 @pytest.mark.parametrize(
     "pattern, new, message",
     [
-        (r"^(result .*) val_loss:\S+", r"\1 val_loss:---", "not that of the last"),
         (r"^=== environment ===", "=== surroundings ===", "unknown section"),
-        (r" seed:0 ", " ", "lacks seed"),
+        (r"^(=== data ===)", "=== config ===\nseed: 0\n\\1", "a second section config"),
+        (r"^(seed: .*)", "\\1\n\\1", "a second line of seed"),
+        (r"^(step:10/20 train.* train_time:)\d+", "\\g<1>0", "do not rise"),
     ],
 )
 def test_a_log_that_contradicts_itself_is_invalid_though_its_hashes_fit(
@@ -158,7 +161,6 @@ def test_a_log_that_contradicts_itself_is_invalid_though_its_hashes_fit(
         (r"^calibration: .*", "calibration: fast"),
         (r"^ledger: .*", "ledger: startup:s"),
         (r"^(step:10/20 val_loss:)\S+", r"\1good"),
-        (r"^(step:10/20 .* step_avg:)\S+ms", r"\1..ms"),
         (r"^=== data ===", "===  ==="),
         (r"^(=== git .* lines:)\d+", r"\1x"),
         (r"^check: \w+\n=== config", "check: \n=== config"),
@@ -179,32 +181,19 @@ def test_forging_nothing_leaves_a_sound_log(log, tmp_path):
     assert (tmp_path / "same.txt").read_bytes() == log.read_bytes()
 
 
-@pytest.mark.parametrize(
-    "changes, reason",
-    [
-        ([], "overridden"),
-        ([(r"^overrides: .*", "overrides: none")], "on the track embedded it is"),
-        ([(r"^resume: ", "resume: logs/x.pt")], "resumed from step"),
-        ([(r"changed:\S+ ", "changed:train_gpt.py ")], "commit it"),
-    ],
-)
-def test_what_bars_a_sound_log_from_being_a_record(log, tmp_path, changes, reason):
-    run = runs.read_log(forge(log, tmp_path / "forged.txt", *changes))
-    assert any(reason in line for line in audit.ineligible(run))
-
-
 def test_validate_says_yes_to_a_record_and_no_with_reasons(log, tmp_path):
     record = shutil.copytree(ROOT / "records/embedded/2026-11-22_Muon", tmp_path / "a")
     shutil.copytree(record, tmp_path / "below/b")
     good, bad = runs.find_logs(record)[0], tmp_path / "bad.txt"
     bad.write_text(log.read_text().replace("step:9/20", "step:8/20"))
     done = tool("validate", record, tmp_path / "below")
-    assert done.returncode == 0 and done.stdout.count("sound, eligible") == 10, done.stdout
+    assert done.returncode == 0 and done.stdout.count("5 sound logs, eligible") == 2, done.stdout
     assert "hashes show damage, not forgery" in done.stdout
     assert tool("validate", log).returncode == 1
-    done = tool("validate", good, bad, log)
+    done = tool("validate", good, bad, log)  # a log alone is not the attempt that was declared
     assert done.returncode == 4 and re.search(rf"INVALID   {bad}:\d+: ", done.stdout)
-    last = "3 logs: 2 sound, 1 of them eligible for a record (a try need not be); 1 invalid"
+    assert "5 runs were declared, 1 are there" in done.stdout
+    last = "3 logs: 2 sound, 1 invalid; 3 attempts: 0 eligible for a record (a try need not be)"
     assert done.stdout.splitlines()[-1] == last
 
 
@@ -228,6 +217,18 @@ step:0/20 val_loss:10.82584 train_time:0.000s step_avg:0.21ms
 step:10/20 train_time:339.101s step_avg:33910.10ms
 step:20/20 val_loss:3.27710 train_time:678.200s step_avg:33910.00ms
 """
+PUBLIC_RUNS = """import os
+{rule}
+Running PyTorch 2.11.0+cu128 compiled for CUDA 12.8
+{rule}
+step:0/30 val_loss:10.8 train_time:0.000s step_avg:nanms
+step:20/30 val_loss:3.3 val_ema_loss:3.2 beta:-1e-3 train_time:9.500s step_avg:475.00ms x:y
+step:0/30 val_loss:10.8 train_time:0.000s step_avg:nanms
+step:20/30 val_loss:3.4 train_time:9.600s step_avg:480.00ms
+step:0/30 val_loss:10.8 train_time:0.000s step_avg:nanms
+step:10/30 val_loss:3.9 train_time:5.000s step_avg:500.00ms
+step:15/30 train_time:7.500s step_avg:500.00ms
+"""
 
 
 def test_every_public_format_is_read_or_named(tmp_path):
@@ -243,15 +244,23 @@ def test_every_public_format_is_read_or_named(tmp_path):
     assert not runs.source_changes(one, two) and one.finished
     assert new.val_curve == [(0, 0.0, 10.8258), (20, 1800.0, 3.2771)] and new.finished
     assert new.environment["torch"] == "2.9.0+cu126" and new.environment["world_size"] == "2"
-    assert new.number("peak_memory") == 28769 and audit.ineligible(new)
+    assert new.number("peak_memory") == 28769 and audit.objections([new])
     assert seconds.val_curve[-1] == (20, 678200.0, 3.2771) and seconds.finished
     assert seconds.environment["world_size"] == "8"
+    many = tmp_path / "many.txt"
+    many.write_text(PUBLIC_RUNS.format(rule="=" * 100))
+    first, second, broken = runs.read_arm(many)
+    assert first.val_curve[-1] == (20, 9500.0, 3.3) and second.val_loss == 3.4
+    assert first.finished and second.finished and not broken.finished  # it ends in training
+    assert len({first.name, second.name, broken.name}) == 3 and first.environment["torch"]
+    with pytest.raises(InvalidLog, match="it holds 3 runs"):
+        runs.read_log(many)
     (tmp_path / "main.log").write_text("s:0 tel:11.0092\ns:0 trl:11.0091 lr:0.000001 norm:15.37\n")
     with pytest.raises(InvalidLog, match="llm.c"):
         runs.read_log(tmp_path / "main.log")
 
 
-def test_public_logs_are_compared_only_on_the_users_word(tmp_path):
+def test_public_logs_are_compared_and_claim_nothing(tmp_path):
     """Two arms of one folder, beside notes that are no log."""
     for name, ms in (("a", (1800, 1802, 1801, 1803, 1799)), ("b", (1700, 1702, 1699, 1701, 1703))):
         for i, x in enumerate(ms):
@@ -260,38 +269,28 @@ def test_public_logs_are_compared_only_on_the_users_word(tmp_path):
     (tmp_path / "metadata.txt").write_text("8xH100\n")
     assert len(runs.read_arm(tmp_path)) == 10
     done = tool("diff", tmp_path / "a*", tmp_path / "b*", "--target=3.28")
-    assert done.returncode == 3 and "--same_host" in done.stdout and "n=5" in done.stdout
-    done = tool("diff", tmp_path / "a*", tmp_path / "b*", "--target=3.28", "--same_host")
-    assert done.returncode == 0 and "B FASTER by 5.55%" in done.stdout
+    assert done.returncode == 5 and "VERDICT   B INCONCLUSIVE -5.55%" in done.stdout
+    assert "hosts unknown" in done.stdout and "n=5" in done.stdout
+    assert "order by hand" in done.stdout and "logs of the public speedrun" in done.stdout
 
 
 # ------------------------------------------------------------------------------ Statistics
 
 
-def test_welch_is_that_of_the_textbook():
+@pytest.mark.parametrize("paired", [False, True])
+def test_the_t_tests_are_those_of_scipy(paired):
     rng = np.random.default_rng(0)
-    a, b = rng.normal(10, 1, 8), rng.normal(10.5, 2, 11)
-    va, vb = a.var(ddof=1) / len(a), b.var(ddof=1) / len(b)
-    t = (b.mean() - a.mean()) / math.sqrt(va + vb)
-    freedom = (va + vb) ** 2 / (va**2 / 7 + vb**2 / 10)
-    found = stats.absolute(a, b)
-    assert found.p == pytest.approx(2 * special.stdtr(freedom, -abs(t)), rel=1e-9)
-    half = special.stdtrit(freedom, 0.975) * math.sqrt(va + vb)
-    assert (found.low, found.high) == pytest.approx((found.change - half, found.change + half))
-
-
-def test_pairs_are_tested_by_their_differences():
-    rng = np.random.default_rng(0)
-    a = rng.normal(10, 3, 8)
-    b = a + rng.normal(0.1, 0.2, 8)
-    d = b - a
-    error = d.std(ddof=1) / math.sqrt(8)
-    found = stats.absolute(a, b, paired=True)
-    assert found.p == pytest.approx(2 * special.stdtr(7, -abs(d.mean() / error)), rel=1e-9)
-    half = special.stdtrit(7, 0.975) * error
-    assert (found.low, found.high) == pytest.approx((d.mean() - half, d.mean() + half))
-    not_worse = special.stdtr(7, (d.mean() - stats.LOSS_MARGIN) / error)
-    assert stats.not_worse(a, b, paired=True) == pytest.approx(not_worse, rel=1e-9)
+    a = rng.normal(10, 1, 8)
+    b = a + rng.normal(0.1, 0.2, 8) if paired else rng.normal(10.5, 2, 11)
+    test = scipy.stats.ttest_rel if paired else partial(scipy.stats.ttest_ind, equal_var=False)
+    found, expected = stats.absolute(a, b, paired), test(b, a)
+    interval = expected.confidence_interval(0.95)
+    assert (found.low, found.high) == pytest.approx((interval.low, interval.high))
+    assert found.p == pytest.approx(expected.pvalue, rel=1e-9)
+    not_worse = test(b - stats.LOSS_MARGIN, a, alternative="less").pvalue
+    assert stats.not_worse(a, b, paired) == pytest.approx(not_worse, rel=1e-9)
+    above = scipy.stats.ttest_1samp(a, 9.5, alternative="greater").pvalue
+    assert stats.missed_p(a, 9.5) == pytest.approx(above, rel=1e-9)
 
 
 def test_relative_differences_are_ratios_of_geometric_means():
@@ -299,12 +298,6 @@ def test_relative_differences_are_ratios_of_geometric_means():
     assert stats.relative(a, b).change == pytest.approx(-0.5)
     swapped = stats.relative(b, a)
     assert swapped.change == pytest.approx(1.0) and swapped.low < 1 < swapped.high
-
-
-def test_blocks_are_told_from_interleaved_orders():
-    blocks = "AABB AAAAABBBBB AAAA AAAAABBBBBBBBBBAAAAA AAAABBBBAAAABBBB".split()
-    for order in ("ABBA", "ABAB", "ABBAABBAAB", "ABAABAABA", *blocks):
-        assert stats.is_interleaved(order) == (order not in blocks), order
 
 
 @pytest.mark.parametrize("paired", [False, True])
@@ -329,16 +322,27 @@ def test_what_never_varies_and_what_ran_twice_prove_nothing():
     losses = np.array([1.1, 1.2, 1.3])
     assert stats.not_worse(losses, losses, paired=True) == 0
     assert stats.not_worse(losses, losses + 1e-4, paired=True) == 1
-    assert stats.target_p(same, 1.3) == stats.target_p(two, 1.0) == 1
+    assert stats.target_p(same, 1.3) == stats.missed_p(same, 1.2) == stats.missed_p(two, 0.5) == 1
     assert stats.relative(two, two - 0.1).p == stats.not_worse(two, two) == 1
     assert math.isnan(stats.sd(two[:1]))
 
 
-def test_the_target_is_tested_from_either_side():
-    below, above = (
-        stats.target_p(np.array([0.9, 0.91, 0.89]), 1.0, x) for x in ("less", "greater")
-    )
-    assert below < 0.01 and below + above == pytest.approx(1)
+def test_the_target_is_tested_with_room_for_bad_seeds_that_did_not_show():
+    """One of 20 worse by 0.02, in five runs of which 77% have none, and losses of all scales."""
+    rng = np.random.default_rng(0)
+    for sd, allowance in ((0.0005, 0.001), (0.01, 0.008)):
+        losses = rng.normal(1, sd, 10)
+        losses = 1 + (losses - losses.mean()) * sd / stats.sd(losses)
+        t = (0.01 - allowance) / (sd / 10**0.5)
+        assert stats.target_p(losses, 1.01) == pytest.approx(special.stdtr(9, -t), rel=1e-6)
+    assert stats.target_p(losses[:4], 2.0) == 1  # of fewer than five
+    assert stats.missed_p(losses, 0.99) < 0.01 < 0.5 < stats.missed_p(losses, 1.01)
+    samples = rng.standard_normal((2, 1000, 10))
+    bad = samples[0, :, :5] + ((rng.random((1000, 5)) < 0.05) - 0.05) * 0.02 / 0.0014
+    skewed = rng.lognormal(0, 0.8, (1000, 5)) - np.exp(0.32)
+    better = samples[1] - 0.003 / 0.0014
+    for losses, low, high in ((bad, 0, 19), (skewed, 0, 19), (better, 800, 1000)):
+        assert low <= sum(stats.target_p(0.0014 * x, 0.0) < 0.01 for x in losses) <= high
 
 
 def test_equivalence_is_two_tests_at_the_level_of_one():
@@ -366,7 +370,20 @@ def test_an_outlier_is_named_in_one_of_a_hundred_samples_without_any():
 # ------------------------------------------------------------------------------ Verdicts
 
 
-ORDER = "ABBAABBAAB"
+REFEREE = {"referee/harness.py": (ROOT / "referee/harness.py").read_text()}
+
+
+def made_sources(letter: str) -> dict[str, str]:
+    return {"train_gpt.py": letter, **REFEREE}
+
+
+def drawn(pairs: int, arms: str = "AB") -> str:
+    """The order in which race.py runs the arms that made_runs makes."""
+    seed = stats.order_seed([(made_sources(letter), []) for letter in arms])
+    return "".join(arms[i] for i, _ in stats.draw_order(2, pairs, seed))
+
+
+ORDER = drawn(5)
 
 
 def made_runs(letter: str, seconds, losses, order=ORDER, **config) -> list:
@@ -374,9 +391,13 @@ def made_runs(letter: str, seconds, losses, order=ORDER, **config) -> list:
     places, made = [i for i, x in enumerate(order) if x == letter], []
     for place, s, loss in zip(places, seconds, losses, strict=True):
         entries = {"utc": f"2026-01-01T{place:02}:00:00Z", "target_val_loss": "1.0",
-                  "declared_runs": str(len(places)), "seed": str(len(made)), **config}  # fmt: skip
+                   "num_steps": "100", "declared_runs": str(len(places)),
+                   "seed": str(len(made)), **config}  # fmt: skip
         curve = [(0, 0.0, 5.0), (100, 1000.0 * s, loss)]
-        run = runs.LoggedRun(Path(f"{letter}{place}.txt"), config=entries, val_curve=curve)
+        sources = {path: runs.Source(text, text) for path, text in made_sources(letter).items()}
+        run = runs.LoggedRun(Path(f"{letter}{place}.txt"), config=entries, val_curve=curve,
+                             sources=sources, train_curve=[(1, 0.0, 5.0)])  # fmt: skip
+        run.ledger = {"train": s}
         run.environment = {"host": "h", "device": "cpu", "threads": "2", "matmul_dtype": "f"}
         run.result = {"status": "success"}
         made.append(run)
@@ -413,8 +434,6 @@ def compared(a_seconds=80, b_seconds=76, a_loss=0.98, b_loss=0.98, order=ORDER, 
         (dict(a_loss=1.05, b_loss=1.10), "REGRESSION", 1),
         (dict(b_loss=0.9995), "REGRESSION", 1),
         (dict(a_loss=0.9995, b_loss=0.9995), "INCONCLUSIVE", 5),
-        (dict(b_seconds=76, order="AAAAABBBBB"), "INCONCLUSIVE", 5),
-        (dict(b_seconds=84, order="AAAAABBBBB"), "INCONCLUSIVE", 5),
     ],
 )
 def test_verdicts_follow_time_target_and_loss(settings, verdict, code):
@@ -430,7 +449,7 @@ def test_what_claims_time_reaches_the_target_or_keeps_the_loss(
     seconds, claim, a_loss, b_loss, keeps
 ):
     """The target is 1.0, the margin 0.002; losses scatter by 0.0008."""
-    c = compared(80, seconds, a_loss, b_loss, "ABBABAAB" * 2, None, 3e-4, 8e-4, seed=1)
+    c = compared(80, seconds, a_loss, b_loss, drawn(8), None, 3e-4, 8e-4, seed=1)
     assert (c.verdict == claim) == bool(keeps), c.reason
 
 
@@ -452,21 +471,26 @@ def on_a_wandering_host(order=ORDER, seeds="01234", status="success"):
 
 def test_pairs_by_seed_find_what_a_wandering_host_hides():
     c, apart = on_a_wandering_host(), on_a_wandering_host(seeds="56789")
-    assert c.in_pairs and c.verdict == "FASTER" and c.time.change == pytest.approx(-0.04, abs=0.006)
+    assert c.drawn and c.verdict == "FASTER" and c.time.change == pytest.approx(-0.04, abs=0.006)
     assert not apart.in_pairs and apart.verdict == "INCONCLUSIVE"
     sds = (stats.noise(np.log(x.a.times), np.log(x.b.times), x.in_pairs) for x in (c, apart))
     few, many = (stats.runs_needed(sd, 0.04, paired=k == 0) for k, sd in enumerate(sds))
     assert few <= 5 < 50 < many
 
 
-@pytest.mark.parametrize(
-    "order, seeds, status, pairs",
-    [("ABBABAABAB", "01234", "success", True), ("ABBBAABAAB", "01234", "success", False),
-     ("ABBAABBAAB", "01243", "success", False), ("ABBAABBAAB", "01234", "aborted", False),
-     ("BABABABABA", "01234", "success", False)],  # which a drift would favour
-)  # fmt: skip
-def test_only_finished_neighbours_of_one_seed_are_pairs(order, seeds, status, pairs):
-    assert on_a_wandering_host(order, seeds, status).in_pairs == pairs
+def test_only_the_order_that_race_py_draws_claims_anything():
+    """Fixed orders cancel a drift, but a host that beats with them favours an arm."""
+    swapped = ORDER.translate(str.maketrans("AB", "BA"))
+    for order in ("ABBAABBAAB", "ABABABABAB", "AAAAABBBBB", swapped):
+        for b_seconds in (70, 90):
+            c = compared(b_seconds=b_seconds, order=order)
+            assert c.verdict == "INCONCLUSIVE" and "but order by hand" in c.reason, c.reason
+            assert f"order by hand: {order}" in " ".join(c.warnings)
+            assert c.in_pairs == (order != "AAAAABBBBB") and math.isfinite(c.time.low)
+    assert compared(b_seconds=70, order=drawn(5, "BA")).verdict == "FASTER"  # race.py B A
+    assert compared(b_loss=1.05, order="AAAAABBBBB").verdict == "REGRESSION"  # losses know no drift
+    assert not on_a_wandering_host(seeds="01243").drawn
+    assert not on_a_wandering_host(status="aborted").in_pairs
 
 
 def test_what_makes_times_incomparable():
@@ -480,13 +504,13 @@ def test_what_makes_times_incomparable():
                     dict(matmul_dtype="b", host="other")):  # fmt: skip
         assert code(environment(**changed)) == 3, changed
     dtypes = iter("fffbb")  # one arm may multiply in bf16, where all its runs do
-    assert code(lambda run: run.environment.update(matmul_dtype=next(dtypes))) == 3
+    assert code(lambda run: run.environment.update(matmul_dtype=next(dtypes))) == 5
     assert compared(change=environment(matmul_dtype="b")).verdict == "FASTER"
     assert code(lambda run: run.data.append("data_sha256: f (x)")) == 3
     for name in ("target_val_loss", "val_tokens", "val_seq_len", "val_spread"):
         assert code(lambda run, n=name: run.config.update({n: "2"})) == 3, name
     mixed = iter("12345")
-    assert code(lambda run: run.config.update(muon_lr=next(mixed))) == 3
+    assert code(lambda run: run.config.update(muon_lr=next(mixed))) == 5
 
 
 def test_runs_that_did_not_finish_are_never_dropped():
@@ -504,15 +528,15 @@ def test_runs_that_did_not_finish_are_never_dropped():
         (lambda run: run.config.update(declared_runs="10"), "10 runs were declared, 5 are there"),
         (lambda run: run.seed == "3" and run.config.update(seed="0"), "seed 0 ran more than once"),
         (lambda run: run.seed == "3" and run.config.update(seed="8"), "the seeds are not 0 to 4"),
-        (lambda run: run.result.update(resumed_from="50"), "5 of 5 runs were resumed"),
+        (lambda run: run.result.update(resumed_from="50"), "told the train time (5 of 5 runs)"),
     ],
 )
 def test_runs_taken_away_repeated_or_resumed_prove_no_gain(changed, words):
     assert compared(b_seconds=70).verdict == "FASTER"
     assert compared(b_seconds=70).level == stats.ALPHA_DECLARED
     c = compared(b_seconds=70, change=changed)
-    assert c.verdict == "INCONCLUSIVE" and words in c.reason, c.reason
-    assert c.b.target_status()[0] == "open"
+    assert c.verdict == "INCONCLUSIVE" and words in " ".join(c.warnings), c.warnings
+    assert c.b.target_status()[0] == "open" and any(words in what for what in c.b.obstacles)
     if "declared" in words:  # two declared numbers do not mix
         assert c.level == comparison.Comparison(c.b, c.a).level == stats.ALPHA_LOOK
 
@@ -530,7 +554,7 @@ def test_a_run_is_never_compared_with_itself(log, tmp_path):
     shutil.copy(log, tmp_path / "one.txt")
     shutil.copy(log, tmp_path / "two.txt")
     done = tool("diff", tmp_path, REAL / "same")
-    assert done.returncode == 4 and "is there more than once" in done.stderr
+    assert done.returncode == 3 and "A: seed 0 ran more than once" in done.stdout
 
 
 def test_outliers_and_undeclared_counts_are_warned_of():
@@ -539,8 +563,8 @@ def test_outliers_and_undeclared_counts_are_warned_of():
 
     times = {x: [80 + 2 * i for i, y in enumerate(ORDER) if y == x] for x in "AB"}
     a, b = (made_runs(x, times[x], [0.98] * 5) for x in "AB")
-    b[2].environment["torch"] = "other"
-    assert "torch changed between its runs" in warnings(a, b)
+    b[2].environment["numpy"] = "other"
+    assert "numpy changed between its runs" in warnings(a, b)
     for run in b:
         run.config.pop("declared_runs")
     b[3].val_curve[-1] = (100, 300e3, 0.98)
@@ -581,24 +605,21 @@ def test_identical_runs_do_not_differ(tmp_path, first, second):
 
 
 def test_fewer_steps_are_faster_where_they_stand_out_of_the_noise():
-    ladder = ROOT / "records/embedded"
-    modern, muon = ladder / "2026-11-22_ModernBlock-Adam", ladder / "2026-11-22_Muon"
-    done = tool("diff", modern, muon)
-    assert done.returncode == 0 and "VERDICT   B FASTER by" in done.stdout, done.stdout
-    assert "same host, interleaved" in done.stdout
-    done = tool("diff", muon, modern)
+    record = ROOT / "records/embedded/2026-11-26_EarlyCopying"
+    done = tool("diff", record / "before", record)
+    assert done.returncode == 0 and "VERDICT   B FASTER by 52.93% [51.97, 53.87]" in done.stdout
+    assert "same host, interleaved, in pairs by seed, in turns of 10 steps" in done.stdout
+    done = tool("diff", record, record / "before")
     assert done.returncode == 1 and "VERDICT   B REGRESSION slower by" in done.stdout
 
 
-def test_five_percent_fewer_steps_are_faster_in_turns():
+def test_five_percent_fewer_steps_show_in_turns_and_claim_nothing_in_an_order_by_hand():
     """Of the same host, whose runs differ by 10%: its speed cancels within a pair."""
     a, b = REAL / "turns_120", REAL / "turns_114"
     done = tool("diff", a, b)
-    assert done.returncode == 0 and "VERDICT   B FASTER by 6.00% [4.68, 7.30]" in done.stdout
-    assert "in turns of 10 steps" in done.stdout and "num_steps 120 -> 114" in done.stdout
-    assert "higher by 0.0235" in done.stdout
-    done = tool("diff", b, a)
-    assert done.returncode == 1 and "VERDICT   B REGRESSION slower by" in done.stdout
+    assert done.returncode == 5, done.stdout
+    assert "INCONCLUSIVE -6.00% [-7.30, -4.68], but order by hand" in done.stdout
+    assert "num_steps 120 -> 114" in done.stdout and "higher by 0.0235" in done.stdout
     arms = [comparison.Arm.read(folder) for folder in (a, b)]
     gains = np.log(arms[1].times) - np.log(arms[0].times)
     assert gains.std() < 0.02 < 0.05 < np.log(np.concatenate([arm.times for arm in arms])).std()
@@ -615,7 +636,7 @@ def test_equal_runs_in_turns_are_not_told_apart():
     assert interval[0] < 0 < interval[1]
     done = tool("diff", a, b)
     assert done.returncode == 5, done.stdout
-    assert re.search(r"^NEXT      \d+ runs per arm would show a difference", done.stdout, re.M)
+    assert "NEXT      race them: ./run.sh tools/race.py" in done.stdout
 
 
 def test_learning_rates_ten_times_too_low_are_a_regression():
@@ -772,7 +793,7 @@ def test_a_try_is_kept_as_a_diff_and_goes_on(tmp_path):
     assert tool("race", attempt, "-n", 2).returncode == 0
     assert {path.name for path in attempt.iterdir()} == {"Try.diff", "logs"}
     arm = comparison.Arm.read(attempt)
-    assert arm.losses == pytest.approx([2.8, 2.81]) and not arm.mixture()
+    assert arm.losses == pytest.approx([2.8, 2.81]) and not audit.mixture(arm.runs)
     done = tool("replay", runs.find_logs(attempt)[1])
     assert done.returncode == 0 and "REPRODUCED" in done.stdout, done.stderr
 
@@ -802,7 +823,7 @@ def test_a_new_attempt_gets_this_checkouts_source(tmp_path):
 
 
 def test_the_order_of_a_race_is_drawn_and_balanced():
-    orders = {seed: list(attempts.draw_order(2, 10, str(seed))) for seed in range(200)}
+    orders = {seed: list(stats.draw_order(2, 10, str(seed))) for seed in range(200)}
     first = {seed: [arm for arm, _ in order[::2]] for seed, order in orders.items()}
     assert {order[0][0] for order in orders.values()} == {0, 1}
     assert all(abs(sum(x) - 5) <= 1 for x in first.values())  # within one of half
@@ -810,9 +831,8 @@ def test_the_order_of_a_race_is_drawn_and_balanced():
     for order in orders.values():
         arms = np.array([arm for arm, _ in order])
         assert abs(beat[arms == 0].mean() - beat[arms == 1].mean()) <= 0.4
-        assert stats.is_interleaved("".join("AB"[arm] for arm in arms))
-    assert orders[3][:8] == list(attempts.draw_order(2, 4, "3"))  # longer ones begin the same
-    three = list(attempts.draw_order(3, 4, "0"))
+    assert orders[3][:8] == list(stats.draw_order(2, 4, "3"))  # longer ones begin the same
+    three = list(stats.draw_order(3, 4, "0"))
     assert sorted(three) == [(arm, turn) for arm in range(3) for turn in range(4)]
 
 
@@ -836,7 +856,7 @@ def test_a_ledger_that_its_process_contradicts_claims_no_gain(tmp_path):
     (b / "source/train_gpt.py").write_text(texts.replace("ms: int = 20 ", "ms: int = 99000 "))
     done = tool("race", a, b, "-n", 3)
     assert "its ledger adds up to 99.0 s, its process took" in done.stdout, done.stdout
-    assert re.search("WARN      B: .* its ledger adds up to 99.0 s", done.stdout)
+    assert re.search("WARN      B: its ledger adds up to 99.0 s", done.stdout)
 
 
 def test_attempts_interleave_and_go_on(tmp_path):
@@ -846,7 +866,7 @@ def test_attempts_interleave_and_go_on(tmp_path):
     both = [comparison.Arm.read(folder) for folder in (a, b)]
     assert [r.seed for r in both[0].runs] == ["0", "1", "2", "3"] == [r.seed for r in both[1].runs]
     c = comparison.Comparison(*both)
-    assert c.in_pairs and f"order {c.order}, random with seed" in done.stdout
+    assert c.drawn and f"order {c.order}, random with seed" in done.stdout
     assert done.returncode == 5 and "A: 4 runs, not declared before the first" in done.stdout
     done = tool("race", a, "-n", 4)
     assert done.returncode == 0 and "WARN      4 runs, not declared" in done.stdout
@@ -1055,7 +1075,7 @@ def test_a_log_of_each_layout_runs_again(folder, tmp_path, embedded_data):
 def test_flags_of_a_run_leave_out_what_names_the_run():
     words = "--seed 3 --muon_lr=0.1 --slug=x --turn_steps=9 --log_dir y --fp32 true".split()
     run = runs.LoggedRun(Path("x"), config={"argv": json.dumps(words)})
-    assert attempts.flags_of(run) == ["--muon_lr", "0.1", "--fp32", "true"]
+    assert run.shared_flags == ["--muon_lr", "0.1", "--fp32", "true"]
 
 
 def test_a_checked_in_log_is_reproduced_digit_for_digit(log, embedded_data):

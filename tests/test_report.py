@@ -95,7 +95,7 @@ def test_a_comparison_says_what_diff_says_and_draws_the_raw_logs(made, monkeypat
     )
     page = made(*TURNS)
     said = diff.text_report(comparison.compare(*map(comparison.Arm.read, TURNS)))
-    assert "VERDICT   B FASTER by 6.00% [4.68, 7.30]" in said
+    assert "VERDICT   B INCONCLUSIVE -6.00% [-7.30, -4.68], but order by hand" in said
     assert " ".join(said.split()) in page.text
     for words in ("num_steps: 120 -> 114", "Source: train_gpt.py +2 -2", "+ val_every=114,"):
         assert words in page.text, words
@@ -143,7 +143,7 @@ def test_every_kind_of_comparison_has_its_page(made, tmp_path):
         "turns": ((REAL / "same", TURNS[0]), "NOT COMPARABLE"),
         "sources in logs": ((EMBEDDED / "2026-11-22_Default", TURNS[0]), "NOT COMPARABLE"),
         "aborted": ((TURNS[0], aborted(tmp_path)), "REGRESSION"),
-        "public": (public_logs(tmp_path), "NOT COMPARABLE"),
+        "public": (public_logs(tmp_path), "INCONCLUSIVE"),
         "itself": ((TURNS[0], TURNS[0]), "NOT COMPARABLE"),
     }
     for name, (arms, verdict) in cases.items():
@@ -187,7 +187,7 @@ def test_misuse_is_told_in_words(monkeypatch, tmp_path, capsys):
     page = tmp_path / "x.html"
     with pytest.raises(ToolError, match="to compare two attempts name both"):
         main(monkeypatch, EMBEDDED / "2026-11-22_Muon", "-o", page)
-    for words in ((EMBEDDED, "-o", page, "--same_host"), (EMBEDDED,)):
+    for words in ((EMBEDDED, "-o", page, "--target=1"), (EMBEDDED,)):
         with pytest.raises(SystemExit, match="2"):
             main(monkeypatch, *words)
     with pytest.raises(ToolError, match="No such file"):

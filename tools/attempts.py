@@ -6,9 +6,7 @@ Every run starts from a scratch copy of its source, so edits of the checkout cha
 import ast
 import ctypes
 import fcntl
-import json
 import os
-import random
 import re
 import shutil
 import signal
@@ -28,11 +26,9 @@ from referee.host import host_id
 from referee.sources import GIT, sha256_of, source_texts
 from tools import sources
 from tools.cli import ToolError
-from tools.runs import LoggedRun, find_logs, flag_pairs, read_log
+from tools.runs import SINGLE_RUN_FLAGS, LoggedRun, find_logs, flag_pairs, read_log
 from tools.sources import ENTRIES, ROOT, entry_of, kept_texts
 
-SINGLE_RUN_FLAGS = {"--seed", "--slug", "--log_dir", "--source_dir", "--declared_runs", "--resume",
-                    "--turn_steps", "--cpu_dtype"}  # fmt: skip
 PRCTL, PR_SET_PDEATHSIG = getattr(ctypes.CDLL(None), "prctl", None), 1  # of Linux alone
 
 
@@ -136,9 +132,8 @@ def copy_of(origin: Path, folder: Path, flags: list[str], entry: str | None = No
     if run.is_public or run.faults:
         why = "it is of the public speedrun" if run.is_public else run.faults[0][1]
         raise ToolError(f"{run.path} cannot be run again: {why}")
-    texts = {path: source.text for path, source in run.sources.items()}
     processes = int(run.environment.get("world_size", 1))
-    return Attempt(name, folder, texts, [*flags_of(run), *flags], processes)
+    return Attempt(name, folder, run.source_texts, [*run.shared_flags, *flags], processes)
 
 
 def require_own_flags(flags: list[str]) -> None:
@@ -147,17 +142,12 @@ def require_own_flags(flags: list[str]) -> None:
         raise ToolError(f"{taken[0]} is given to each run by this tool; leave it out")
 
 
-def flags_of(run: LoggedRun) -> list[str]:
-    """A run's flags in single words, without those that name the single run."""
-    return [word for pair in run.flags if pair[0] not in SINGLE_RUN_FLAGS for word in pair]
-
-
 def settle_flags(attempts: list[Attempt]) -> None:
     """An attempt without flags keeps those of its runs; ToolError if it has others."""
     for attempt in attempts:
         attempt.flags = list(chain(*flag_pairs(attempt.flags)))
         for run in map(read_log, attempt.log_paths):
-            had = flags_of(run)
+            had = run.shared_flags
             attempt.flags = attempt.flags or had
             if "argv" in run.config and had != attempt.flags:
                 raise ToolError(f"the runs of {attempt.name} have other flags of the trainer: "
@@ -191,25 +181,6 @@ def check_turns(attempts: list[Attempt], turn_steps: int) -> None:
     if turn_steps and len(counts := {len(runs) for runs in arms}) > 1:
         raise ToolError(f"one attempt has {min(counts)} runs, the other {max(counts)}, so a run "
                         "would lack its pair; name new folders")  # fmt: skip
-
-
-def draw_order(count: int, rounds: int, seed: str) -> Iterator[tuple[int, int]]:
-    """(arm, round), each arm once per round, in random order; more rounds begin the same.
-
-    Of each four rounds two are drawn, and the other two are these reversed. So a linear drift
-    cancels, and a disturbance in every other round does not always meet the same arm, as it would
-    in a fixed A B B A.
-    """
-    rng, orders = random.Random(seed), []
-    for turn in range(rounds):
-        order = rng.sample(range(count), count) if turn % 4 < 2 else orders[-2][::-1]
-        orders.append(order)
-        yield from ((arm, turn) for arm in order)
-
-
-def order_seed(attempts: list[Attempt]) -> str:
-    """What the order is drawn with: the same for the same race, interrupted or not."""
-    return sha256_of(json.dumps([(a.texts, a.flags) for a in attempts]))[:8]
 
 
 @dataclass

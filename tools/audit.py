@@ -1,28 +1,24 @@
-"""What bars a sound log from proving something: broken rules, and traces of a forgery.
+"""The one judgment of an attempt: why its runs prove neither a record nor a gain.
 
-Hashes show damage, not forgery: whoever edits a log can hash it anew. A trace is a figure that a
-forger must keep consistent with others and did not. A record needs logs without traces; with one,
-a comparison claims no gain. docs/cheats.md lists what is found, and what no log can show.
+Hashes show damage, not forgery: a program that edits a log hashes it anew and keeps its figures
+consistent. So the rules here are about what ran, not about figures that such a program sets.
+docs/cheats.md says what guards, and what is out of reach.
 """
 
-import ast
 import hashlib
 import math
 import re
 import subprocess
-import sys
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
-from datetime import datetime
 from functools import cache
-from itertools import combinations
 
 from referee.sources import GIT
-from tools.cli import ToolError
-from tools.runs import LoggedRun
-from tools.sources import ROOT, imported_modules, sha256_of, top_name
+from tools import stats
+from tools.runs import LoggedRun, changes, config_changes, read_log, source_changes
+from tools.sources import ROOT
 
-MISSED = "it missed the target"
 ACCOUNTS = {"startup", "compile", "turn", "validation", "checkpoint", "train", "end", "total"}
 FIRST_LOSS = 0.3  # nats below a uniform guess: no untrained network starts there
 FIRST_TRAIN_LOSS = 0.5  # the same of a batch; the lowest of an honest run was 0.30 below
@@ -31,7 +27,8 @@ VALIDATION_TIMES = 2.0  # of its tokens' time in training; honest runs took 0.24
 REFEREE = re.compile(  # its files, now and in earlier layouts
     r"referee/\w+\.py|(records/)?harness\.py|(ranks|flags|environment|checkpoints)\.py|data/shards\.py"
 )
-LOADERS = {"exec", "eval", "__import__", "import_module", "run_path", "run_module"}
+SETUP = ("compile", "torch", "os", "python", "threads")
+NEW_LAYOUT = "2026-12-01"  # later runs have the referee in referee/, unless their source is older
 # A source's own word on its data is no evidence, so the tools know each track's task.
 EMBEDDED = {"data": "46ee993abd300d89907f21f46b034c6dad65e35e87b50afcdc9668e0617695f9",
             "val_tokens": "262144", "val_seq_len": "1024", "val_spread": "True"}  # fmt: skip
@@ -41,35 +38,66 @@ OPTIONS = {"track", "task", "seed", "slug", "log_dir", "save_every", "resume", "
            "rank_timeout_s"}  # fmt: skip
 
 
-def ineligible(run: LoggedRun) -> list[str]:
-    """Why a sound run is no record, a reason each; empty for an eligible one."""
-    if run.is_public:
-        return ["a log of the public speedrun: no seed, no data hash, no result line"]
-    reasons, status = [], run.result.get("status", "none")
-    if status != "success":
-        reasons.append(MISSED if status == "missed" else f"status is {status}, not success")
-    if overridden := overrides(run) | {name[2:] for name, _ in run.flags} - OPTIONS:
-        reasons.append(f"hyperparameters were overridden: {' '.join(sorted(overridden))}")
-    if run.number("resumed_from") > 0 or run.config.get("resume"):
-        reasons.append(f"resumed from step {run.result['resumed_from']}")
-    changed, kept = run.git.get("changed", "none"), [s.kept for s in run.sources.values()]
-    if run.git.get("commit", "none") == "none" and not all(kept):
-        reasons.append("no git commit")
-    elif changed != "none" and not all(kept):
-        reasons.append(f"{changed} differs from commit {run.git['commit'][:10]}: commit it")
-    if run.number("recompiled") > 0:
-        reasons.append(f"{run.result['recompiled']} graphs were compiled inside the timed part")
-    if unknown := set(run.ledger) - ACCOUNTS:
-        reasons.append(f"untimed work of an unknown kind: {', '.join(sorted(unknown))}")
-    return [*reasons, *check_task(run), *traces(run), *check_sources(run), *run.warnings]
+def objections(runs: list[LoggedRun]) -> list[str]:
+    """Why the runs of one attempt prove nothing; with one reason no record and no gain."""
+    if public := [run for run in runs if run.is_public]:
+        return [f"{len(public)} of {len(runs)} are logs of the public speedrun, without seed, "
+                "data hash and order"]  # fmt: skip
+    checks = (check_clocks, check_first_losses, check_course, check_referee)
+    found = Counter(what for run in runs for check in checks for what in check(run))
+    of_runs = [f"{what} ({count} of {len(runs)} runs)" for what, count in found.items()]
+    return [*check_set(runs), *of_runs]
 
 
-def overrides(run: LoggedRun) -> set[str]:
-    return set(run.config.get("overrides", "none").split()) - {"none"}
+def check_set(runs: list[LoggedRun]) -> Iterator[str]:
+    """What is wrong with the choice of runs."""
+    declared, n = declared_runs(runs), len(runs)
+    if declared not in (0, n):
+        yield f"{declared} runs were declared, {n} are there"
+    if not declared and n not in stats.LOOKS:
+        yield (f"{n} runs, not declared before the first; without that the allowed looks are "
+               f"n = {', '.join(map(str, stats.LOOKS))}")  # fmt: skip
+    seeds = Counter(run.seed for run in runs)
+    if twice := [seed for seed, count in seeds.items() if count > 1]:
+        yield f"seed {', '.join(twice)} ran more than once"
+    elif n > 1 and set(seeds) != set(map(str, range(n))):
+        yield f"the seeds are not 0 to {n - 1}: some may have been left out"
+    if mixed := mixture(runs):
+        yield f"its runs differ in {', '.join(mixed)}"
 
 
-def check_task(run: LoggedRun) -> Iterator[str]:
-    """How data and validation differ from those of the track."""
+def declared_runs(runs: list[LoggedRun]) -> int:
+    """How many runs were declared before the first; 0: unknown."""
+    declared = {int(run.config.get("declared_runs", 0)) for run in runs}
+    return declared.pop() if len(declared) == 1 else 0
+
+
+def mixture(runs: list[LoggedRun]) -> list[str]:
+    """What differs between runs that should differ in their seeds alone."""
+    first, found = runs[0], set()
+    conditions = first.task | setup(first) | {"class": first.machine_class}
+    for run in runs[1:]:
+        found |= source_changes(first, run).keys() | config_changes(first, run).keys()
+        own = run.task | setup(run) | {"class": run.machine_class}
+        found |= changes(conditions, own).keys()
+    return sorted(found)
+
+
+def setup(run: LoggedRun) -> dict[str, str]:
+    """What a run shares with those that it is compared with, beside host, class and task."""
+    env = {"compile": run.config.get("compile", "none"), **run.environment}
+    waits = re.search(r'"OMP_WAIT_POLICY": "(\w*)"', env.get("variables", ""))
+    flags = [f"{name}={value}" for name, value in run.flags if name[2:] not in OPTIONS]
+    found = {name: env.get(name, "none") for name in SETUP}
+    found["OMP_WAIT_POLICY"] = waits[1] if waits else "none"
+    return found | {"flags": " ".join(sorted(flags)) or "none"}
+
+
+def off_track(run: LoggedRun) -> Iterator[str]:
+    """How flags, data and validation differ from those of its track, as no record's may."""
+    overridden = set(run.config.get("overrides", "none").split()) - {"none"}
+    if overridden := overridden | {name[2:] for name, _ in run.flags} - OPTIONS:
+        yield f"hyperparameters were overridden: {' '.join(sorted(overridden))}"
     track = run.config.get("track", "unknown")
     if track not in TASKS:
         yield f"no data hash is known of the track {track}"
@@ -78,156 +106,105 @@ def check_task(run: LoggedRun) -> Iterator[str]:
             yield f"{name} is {run.task[name][:16]}, on the track {track} it is {value[:16]}"
 
 
-def traces(run: LoggedRun) -> list[str]:
-    """What no honest run shows, in a log whose hashes may fit all the same."""
-    checks = (check_clock, check_wall_time, check_untimed, check_steps, check_data)
-    return [] if run.is_public else [what for check in checks for what in check(run)]
-
-
-def check_clock(run: LoggedRun) -> Iterator[str]:
-    rate, tokens = run.number("tokens_per_s"), run.number("tokens")
-    seconds = run.number("train_time") / 1000
-    rounding = 0.5 * seconds + 0.0005 * rate  # to a token per second, and to a millisecond
-    fresh = run.finished and not run.number("resumed_from") > 0
-    if fresh and not abs(rate * seconds - tokens) <= 0.001 * tokens + rounding:
-        yield "tokens / train_time is not tokens_per_s"
-
-
-def check_wall_time(run: LoggedRun) -> Iterator[str]:
+def check_clocks(run: LoggedRun) -> Iterator[str]:
+    """What the outside clock says, and untimed accounts that hold more than what they are for."""
     if (noted := run.path.with_suffix(".doubt")).exists():  # by race.py, by its own clock
         yield noted.read_text(encoding="utf-8")
-
-
-def check_untimed(run: LoggedRun) -> Iterator[str]:
-    """Accounts that hold more than what they are for."""
+    if run.finished and not run.ledger:
+        yield "the ledger of untimed work is missing"
+    if unknown := run.ledger.keys() - ACCOUNTS:
+        yield f"untimed work of an unknown kind: {', '.join(sorted(unknown))}"
     for account, most in UNTIMED_S.items():
-        if (seconds := run.ledger.get(account, 0)) > most:
-            yield f"{seconds:.0f} s of {account}: no work of that kind takes over {most} s"
+        if run.ledger.get(account, 0) > most:
+            yield f"over {most} s of {account}: no work of that kind takes so long"
     tokens = len(run.val_curve) * float(run.config.get("val_tokens", "nan"))
     times = run.ledger.get("validation", 0) * run.number("tokens_per_s") / tokens if tokens else 0
     if not run.number("resumed_from") > 0 and times > VALIDATION_TIMES:
-        yield f"validation took {times:.1f} times as long as training on its tokens"
+        yield f"validation took over {VALIDATION_TIMES:g} times as long as training on its tokens"
 
 
-def check_steps(run: LoggedRun) -> Iterator[str]:
-    guess = math.log(max(float(run.config.get("vocab_size", "nan")), 1))
-    starts = [
-        ("val", 0, run.val_curve, FIRST_LOSS),
-        ("train", 1, run.train_curve, FIRST_TRAIN_LOSS),
-    ]
-    for kind, step, curve, most in starts:
-        if curve and curve[0][0] == step and curve[0][2] < guess - most:
-            yield f"{kind}_loss at step {step} is {curve[0][2]}: trained before the clock started"
-    if not run.finished:
+def check_first_losses(run: LoggedRun) -> Iterator[str]:
+    """Traces of training before the clock started."""
+    if run.number("resumed_from") > 0:
         return
-    if not run.number("resumed_from") > 0 and run.val_curve[0][0] != 0:
-        yield "no validation before its first step"
-    if (planned := run.config.get("num_steps")) != str(run.steps):
+    guess = math.log(max(float(run.config.get("vocab_size", "nan")), 1))
+    for kind, step, curve, most in (("val", 0, run.val_curve, FIRST_LOSS),
+                                    ("train", 1, run.train_curve, FIRST_TRAIN_LOSS)):  # fmt: skip
+        if run.finished and (not curve or curve[0][0] != step):
+            yield f"no {kind}_loss at step {step}"
+        elif curve and curve[0][0] == step and curve[0][2] < guess - most:
+            yield f"{kind}_loss at step {step} is that of a trained network"
+
+
+def check_course(run: LoggedRun) -> Iterator[str]:
+    """Runs that did not go from the first planned step to the last one by themselves."""
+    if run.number("resumed_from") > 0 or run.config.get("resume"):
+        yield "resumed: a checkpoint told the train time"
+    if run.finished and (planned := run.config.get("num_steps")) != str(run.steps):
         yield f"it took {run.steps} steps of num_steps {planned}"
-    resumed = run.number("resumed_from")
-    first = int(resumed) + 1 if resumed > 0 else 1
-    if [step for step, *_ in run.train_curve] != list(range(first, run.steps + 1)):
-        yield "lines with train_loss are missing"
-    if not run.ledger or len(run.calibrations) != 2:
-        yield "the ledger or a calibration is missing"
+    if run.number("recompiled") > 0:
+        yield "graphs were compiled inside the timed part"
+    if run.modules:
+        yield f"modules from outside were loaded: {run.modules}"
 
 
-def check_data(run: LoggedRun) -> Iterator[str]:
-    shards = re.findall(r"^(train|val)_shard: .* sha256:(\S+)", "\n".join(run.data), re.M)
-    train, val = ({digest for kind, digest in shards if kind == k} for k in ("train", "val"))
-    if train & val:
-        yield "a validation shard is a training shard"
-    if shards and sha256_of(" ".join(digest for _, digest in shards)) != run.task["data"]:
-        yield "data_sha256 is not that of the shards"
+def check_referee(run: LoggedRun) -> Iterator[str]:
+    """A referee that no commit has, or one of an earlier layout after its time.
+
+    The sources of published records may run again at any time.
+    """
+    files = referee_of(run)
+    if not any(path.endswith("harness.py") for path, _ in files):
+        yield "no referee is logged"
+        return
+    known = any(files <= commit for commit in known_referees())
+    is_old = not all(path.startswith("referee/") for path, _ in files)
+    if known and not (is_old and run.config.get("utc", "") >= NEW_LAYOUT):
+        return
+    if whole_source(run) not in published():
+        each = {file for commit in known_referees() for file in commit}
+        names = ", ".join(sorted(path for path, _ in files - each)) or "its files together"
+        yield (f"the referee is of a layout that ended before {NEW_LAYOUT}" if known else
+               f"the referee ({names}) is in no commit of this repository: read it; in a fork of "
+               "your own, commit it")  # fmt: skip
 
 
-def check_sources(run: LoggedRun) -> list[str]:
-    """Modules that no log holds, and referee files of no known version."""
-    logged = frozenset(run.sources)
-    found = [what for path, source in run.sources.items()
-             for what in unfollowed(path, source.text, logged)]  # fmt: skip
-    return found + [f"the referee's {path} is not in this repository's history"
-                    for path in unknown_referees(run)]  # fmt: skip
+def referee_of(run: LoggedRun) -> frozenset[tuple[str, str]]:
+    """(path, git's id) of the referee's files in a log."""
+    return frozenset((path, git_blob(source.text)) for path, source in run.sources.items()
+                     if REFEREE.fullmatch(path))  # fmt: skip
 
 
-def unknown_referees(run: LoggedRun) -> dict[str, str]:
-    """sha256 by path of the referee's files in a log that this repository never committed."""
-    if run.is_public:
-        return {}
-    files = {path: source for path, source in run.sources.items() if REFEREE.fullmatch(path)}
-    if not any(path.endswith("harness.py") for path in files):
-        return {"harness.py": "not logged"}
-    return {path: source.sha256 for path, source in files.items()
-            if git_blob(source.text) not in known_referees()}  # fmt: skip
+def whole_source(run: LoggedRun) -> frozenset[tuple[str, str]]:
+    return frozenset((path, source.sha256) for path, source in run.sources.items())
 
 
 @cache
-def known_referees() -> set[str]:
-    """Git's ids of the referee's files: every version in history, and those of published records.
-
-    A shallow clone, or a machine without git, knows the latter alone.
-    """
-    published = (ROOT / "records/sources").glob("*.py")
-    known = {git_blob(path.read_text(encoding="utf-8")) for path in published}
-    command = [*GIT, "log", "--format=", "--raw", "--no-abbrev", "--no-renames", "-m"]
+def known_referees() -> set[frozenset[tuple[str, str]]]:
+    """The referee's files, as in referee_of, of each commit; of none without git."""
+    files, known = {}, set()
+    command = [*GIT, "log", "--first-parent", "-m", "--reverse", "--format=%%", "--raw",
+               "--no-abbrev", "--no-renames"]  # fmt: skip
     with suppress(FileNotFoundError):
         history = subprocess.run(command, cwd=ROOT, capture_output=True, encoding="utf-8").stdout
-        changes = re.findall(r"^:\S+ \S+ \S+ (\w+) [AM]\t(.+)$", history, re.M)
-        known |= {blob for blob, path in changes if REFEREE.fullmatch(path)}
+        for commit in history.split("%\n"):
+            for blob, path in re.findall(r"^:\S+ \S+ \S+ (\w+) \w\t(.+)$", commit, re.M):
+                if REFEREE.fullmatch(path):
+                    files[path] = blob  # zeros, if it was deleted
+            known.add(frozenset(files.items()))
     return known
 
 
+@cache
+def published() -> set[frozenset[tuple[str, str]]]:
+    """The sources of records, as in whole_source, from before the present layout."""
+    logs = sorted((ROOT / "records").glob("**/logs/*.txt"), reverse=True)
+    firsts = map(read_log, {log.parent: log for log in logs}.values())
+    return {whole_source(run) for run in firsts if run.config.get("utc", "") < NEW_LAYOUT}
+
+
+@cache
 def git_blob(text: str) -> str:
     """Git's id of a file with this text."""
     data = text.encode()
     return hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
-
-
-@cache
-def pinned() -> frozenset[str]:
-    """Names of the modules that a run may import from outside."""
-    names = re.findall(r"^([\w-]+)==", (ROOT / "requirements.txt").read_text("utf-8"), re.M)
-    return frozenset(name.replace("-", "_") for name in names) | {"triton"}  # of torch's CUDA build
-
-
-@cache
-def unfollowed(path: str, text: str, logged: frozenset[str]) -> list[str]:
-    """What a source loads that is neither in its log nor a pinned package."""
-    try:
-        modules, tree = imported_modules(path, text), ast.parse(text)
-    except ToolError as error:
-        return [str(error)]
-    outside = {top_name(places[0]) for places in modules if not logged & set(places)}
-    unknown = outside - pinned() - sys.stdlib_module_names
-    found = [f"{path} imports {name}, neither pinned nor logged" for name in sorted(unknown)]
-    called = [node.func for node in ast.walk(tree) if isinstance(node, ast.Call)]
-    names = {f.id for f in called if isinstance(f, ast.Name)}
-    names |= {f.attr for f in called if isinstance(f, ast.Attribute)} - {"eval"}  # a module's
-    relative = [n for n in ast.walk(tree) if isinstance(n, ast.ImportFrom) and n.level]
-    loaders = sorted(names & LOADERS) + ["a relative import"] * bool(relative)
-    return found + [f"{path} loads code by {name}, which nobody can follow" for name in loaders]
-
-
-def traces_between(runs: list[LoggedRun]) -> list[str]:
-    """What the runs of one attempt show together and no honest attempt does."""
-    own = [run for run in runs if not run.is_public]
-    curves = [(run, [point[::2] for point in run.val_curve + run.train_curve]) for run in own]
-    same = [f"seeds {one.seed} and {other.seed} have the same losses, digit for digit"
-            for (one, a), (other, b) in combinations(curves, 2)
-            if len(a) > 1 and a == b and one.seed != other.seed]  # fmt: skip
-    return same[:1] + overlaps(own)
-
-
-def overlaps(runs: list[LoggedRun]) -> list[str]:
-    """Runs that shared their host, except the two of a pair that takes turns."""
-    spans = []
-    for run in runs:
-        if "utc" in run.config:
-            start = datetime.fromisoformat(run.config["utc"]).timestamp()
-            waited = run.ledger.get("startup", 0) + run.ledger.get("turn", 0)
-            spans.append((start, start + run.ledger.get("total", 0) - waited, run))
-    spans.sort(key=lambda span: span[0])
-    return [f"{one.name} and {other.name} overlap"
-            for (_, end, one), (start, _, other) in combinations(spans, 2)
-            if start < end - 1 and one.host == other.host and one.name != other.name
-            and not (one.turn_steps and other.turn_steps and one.seed == other.seed)]  # fmt: skip

@@ -1,12 +1,14 @@
 """The verdict on two sets of runs, with its reasons and warnings.
 
-records/README.md states the rules, stats.py has the thresholds, audit.py the traces of forged logs.
+records/README.md states the rules, stats.py has the thresholds, audit.py judges each attempt.
 """
 
 import math
 import re
 from collections import Counter
 from dataclasses import dataclass
+from functools import cached_property
+from itertools import permutations
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +18,6 @@ from tools.runs import (
     InvalidLog,
     LoggedRun,
     changes,
-    config_changes,
     environment_changes,
     read_arm,
     source_changes,
@@ -27,18 +28,8 @@ EXIT_CODES = {"FASTER": 0, "EQUIVALENT": 0, "REGRESSION": 1, "NOT COMPARABLE": 3
               "INCONCLUSIVE": 5}  # fmt: skip
 VOLATILE = {"temperature.gpu", "clocks.sm", "clocks.mem", "gpu_processes"}
 RACE = "./run.sh tools/race.py A B -n 10"
-UNKNOWN_REFEREE = "not in this repository's history: read it; in a fork of your own, commit it"
+BY_HAND = "order by hand"  # any but the one that race.py draws
 SLOWDOWN = 0.10  # change of a calibration within a run that is worth a warning
-
-
-def repeated(values) -> list:
-    return [value for value, count in Counter(values).items() if count > 1]
-
-
-def summed_up(doubts: list[str]) -> list[str]:
-    """The first doubt and the number of the others: all say that the logs must be read."""
-    more = f", and {len(doubts) - 1} more, which tools/validate.py names"
-    return [doubts[0] + (more if len(doubts) > 1 else "")] if doubts else []
 
 
 class Arm:
@@ -49,31 +40,23 @@ class Arm:
         self.finished = [run for run in runs if run.finished]
         self.times = self.values(lambda run: run.train_s)
         self.losses = self.values(lambda run: run.val_loss)
-        self.traces: list[str] = []  # doubts that do not show in the figures
         self.target = target if math.isnan(runs[0].target) else runs[0].target
-        declared = {int(run.config.get("declared_runs", 0)) for run in runs}
-        self.declared = declared.pop() if len(declared) == 1 else 0  # 0: unknown
+        self.declared = audit.declared_runs(runs)
         self.level = stats.alpha(len(runs), len(runs), self.declared)
 
     @classmethod
     def read(cls, path: Path, target: float = math.nan, name: str = "") -> "Arm":
-        """An attempt's logs and the traces of forgery in them."""
+        """The attempt in a folder or a log."""
         path = path.resolve()
         folder = path.parent if path.name == "logs" else path
         name = name or (folder.name if folder.is_dir() else path.stem)
-        arm = cls(name, read_arm(path), target)
-        sound = [run for run in arm.runs if not run.faults]
-        of_one = [f"{run.name}: {what}" for run in sound for what in audit.traces(run)]
-        arm.traces = summed_up([*of_one, *audit.traces_between(sound)])
-        return arm
+        return cls(name, read_arm(path), target)
 
     def require_sound(self) -> None:
-        """Raise InvalidLog if a log has a fault or is there twice."""
+        """Raise InvalidLog if a log has a fault."""
         for run in self.runs:
             if run.faults:
                 raise InvalidLog(run.path, *run.faults[0])
-        if names := repeated(run.name for run in self.runs):
-            raise InvalidLog(self.runs[0].path.parent, 0, f"{names[0]} is there more than once")
 
     def values(self, figure) -> np.ndarray:
         """A figure of every finished run."""
@@ -83,32 +66,22 @@ class Arm:
     def unfinished(self) -> Counter:
         return Counter(r.result.get("status", "killed") for r in self.runs if not r.finished)
 
-    @property
-    def doubts(self) -> list[str]:
-        """Why these runs prove no gain, however their figures look."""
-        found, n = list(self.traces), len(self.runs)
-        if self.declared not in (0, n):
-            found.append(f"{self.declared} runs were declared, {n} are there")
-        if not self.declared and n not in stats.LOOKS:
-            found.append(f"{n} runs, not declared before the first; without that the allowed looks "
-                         f"are n = {', '.join(map(str, stats.LOOKS))}")  # fmt: skip
-        seeds = [run.seed for run in self.runs if not run.is_public]
-        if twice := repeated(seeds):
-            found.append(f"seed {', '.join(twice)} ran more than once")
-        elif len(seeds) > 1 and set(seeds) != set(map(str, range(n))):
-            found.append(f"the seeds are not 0 to {n - 1}: some may have been left out")
-        if resumed := sum(run.number("resumed_from") > 0 for run in self.runs):
-            found.append(f"{resumed} of {n} runs were resumed: a checkpoint told their time")
-        return found
+    @cached_property
+    def objections(self) -> list[str]:
+        """Why these runs prove neither a record nor a gain, however their figures look."""
+        return audit.objections(self.runs)
 
-    def mixture(self) -> list[str]:
-        """What differs between its runs in source, configuration, task or class."""
-        first, found = self.runs[0], set()
-        for run in self.runs[1:]:
-            found |= source_changes(first, run).keys() | config_changes(first, run).keys()
-            found |= changes(first.task, run.task).keys()
-            found |= {"class"} if run.machine_class != first.machine_class else set()
-        return sorted(found)
+    @property
+    def obstacles(self) -> list[str]:
+        """Why it is no record."""
+        status, p = self.target_status()
+        off_track = dict.fromkeys(what for run in self.runs for what in audit.off_track(run))
+        found = [*self.objections, *off_track]
+        if len(self.runs) < min(stats.LOOKS):
+            found.append(f"{len(self.runs)} runs, at least {min(stats.LOOKS)} are needed")
+        elif status != "PASS":
+            found.append(f"the target is not shown to be reached ({status}, p={p:.2g})")
+        return found
 
     def reaches_target(self) -> bool:
         """Whether the mean loss is shown to lie below the target; every run must have finished."""
@@ -121,7 +94,7 @@ class Arm:
         p = stats.target_p(self.losses, self.target)
         if self.unfinished or not len(self.losses) or self.losses.mean() > self.target:
             return "FAIL", p
-        return ("PASS" if p < self.level and not self.doubts else "open"), p
+        return ("PASS" if p < self.level and not self.objections else "open"), p
 
 
 @dataclass
@@ -130,7 +103,6 @@ class Comparison:
 
     a: Arm
     b: Arm
-    trust: bool = False  # that both ran on one host, interleaved, though the logs do not say so
     verdict: str = "INCONCLUSIVE"
     reason: str = ""
     time: stats.Difference = stats.NO_DIFFERENCE
@@ -154,47 +126,54 @@ class Comparison:
     def times_comparable(self) -> bool:
         return self.verdict != "NOT COMPARABLE"
 
-    @property
+    @cached_property
     def in_order(self) -> list[tuple[str, LoggedRun]]:
         """(A or B, run) of every run, in the order of their starts."""
         runs = [(letter, run) for letter, arm in self.arms for run in arm.runs]
         return sorted(runs, key=lambda pair: pair[1].started)
 
-    @property
+    @cached_property
     def order(self) -> str:
         """Such as ABBA; empty where the logs do not tell."""
         return "".join(letter for letter, run in self.in_order if "utc" in run.config)
 
-    @property
+    @cached_property
     def in_pairs(self) -> bool:
-        """Whether runs alternate between A and B with equal seeds, all finished, as race.py does.
+        """Whether runs alternate between A and B with equal seeds, all finished.
 
         What the two runs of a pair share, such as the state of the host and the order of the data,
-        cancels in their difference. A drift within pairs cancels only between pairs, so A and B
-        must begin equally many of them, give or take two.
+        cancels in their difference.
         """
         runs = self.in_order
         if len(self.order) < len(runs) or len(self.a.runs) != len(self.b.runs):
             return False
-        pairs = list(zip(runs[::2], runs[1::2], strict=True))
-        first = [x for (x, _), _ in pairs]
-        return abs(first.count("A") - first.count("B")) <= 2 and all(
+        return all(
             x != y and one.seed == other.seed and one.finished and other.finished
-            for (x, one), (y, other) in pairs
+            for (x, one), (y, other) in zip(runs[::2], runs[1::2], strict=True)
         )
 
-    @property
-    def interleaved(self) -> bool:
-        return self.trust or stats.is_interleaved(self.order)
+    @cached_property
+    def drawn(self) -> bool:
+        """Whether the runs came in the order that race.py draws for these sources and flags.
+
+        Any other order may have been chosen to favour an arm, so no claim about times rests on it.
+        """
+        ran = [(letter, run.seed) for letter, run in self.in_order]
+        for arms in permutations(self.arms):
+            first = [arm.runs[0] for _, arm in arms]
+            seed = stats.order_seed([(run.source_texts, run.shared_flags) for run in first])
+            order = stats.draw_order(2, len(self.a.runs), seed)
+            if ran == [(arms[i][0], str(turn)) for i, turn in order]:
+                return len(self.order) == len(ran)
+        return False
 
     @property
-    def doubts(self) -> list[str]:
+    def objections(self) -> list[str]:
         """Why these arms prove no gain, however their figures look."""
-        found = [f"{x}: {doubt}" for x, arm in self.arms for doubt in arm.doubts]
-        referees = [audit.unknown_referees(arm.runs[0]) for _, arm in self.arms]
-        if referees[0] != referees[1]:
-            found.append(f"A and B had different referees, one {UNKNOWN_REFEREE}")
-        return found + summed_up(audit.overlaps([*self.a.runs, *self.b.runs]))
+        found = [f"{x}: {what}" for x, arm in self.arms for what in arm.objections]
+        setups = (audit.setup(arm.runs[0]) for _, arm in self.arms)
+        return found + [f"A and B differ in {name}: {x} and {y}"
+                        for name, (x, y) in changes(*setups).items()]  # fmt: skip
 
     @property
     def keeps_the_loss(self) -> bool:
@@ -206,8 +185,9 @@ class Comparison:
     @property
     def warnings(self) -> list[str]:
         found = []
-        if self.order and not self.interleaved:
-            found.append(f"order {self.order} is not interleaved: a drift looks like a gain")
+        if self.times_comparable and not self.drawn:
+            found.append(f"{BY_HAND}: {self.order or 'unknown'}, not drawn by race.py; it shows no "
+                         "difference of times")  # fmt: skip
         for letter, arm in self.arms:
             found += [f"{letter}: {warning}" for warning in arm_warnings(arm)]
         return found
@@ -216,7 +196,7 @@ class Comparison:
     def next_steps(self) -> list[str]:
         if not self.times_comparable:
             return [f"run both on one host: {RACE}"]
-        steps = [f"interleave them: {RACE}"] if self.order and not self.interleaved else []
+        steps = [] if self.drawn else [f"race them: {RACE}"]
         n = min(len(self.a.finished), len(self.b.finished))
         if n < stats.MIN_RUNS:
             return [*steps, f"more runs: {RACE}"]
@@ -234,13 +214,13 @@ class Comparison:
         return steps
 
 
-def compare(a: Arm, b: Arm, trust: bool = False) -> Comparison:
-    """B against A; InvalidLog if a log has a fault. trust: see Comparison."""
+def compare(a: Arm, b: Arm) -> Comparison:
+    """B against A; InvalidLog if a log has a fault."""
     for arm in (a, b):
         arm.require_sound()
-    result = Comparison(a, b, trust)
+    result = Comparison(a, b)
     result.loss = stats.absolute(a.losses, b.losses, result.in_pairs)
-    if obstacles := what_forbids_comparing(a, b, trust):
+    if obstacles := what_forbids_comparing(a, b):
         result.verdict, result.reason = "NOT COMPARABLE", "; ".join(obstacles)
     else:
         result.time = stats.relative(a.times, b.times, result.in_pairs)
@@ -248,11 +228,8 @@ def compare(a: Arm, b: Arm, trust: bool = False) -> Comparison:
     return result
 
 
-def what_forbids_comparing(a: Arm, b: Arm, trust: bool) -> list[str]:
+def what_forbids_comparing(a: Arm, b: Arm) -> list[str]:
     reasons = []
-    for letter, arm in (("A", a), ("B", b)):
-        if mixture := arm.mixture():
-            reasons.append(f"{letter} mixes runs that differ in {', '.join(mixture)}")
     if {r.name for r in a.runs} & {r.name for r in b.runs}:
         reasons.append("A and B share runs")
     for name, (x, y) in changes(a.runs[0].task, b.runs[0].task).items():
@@ -264,12 +241,8 @@ def what_forbids_comparing(a: Arm, b: Arm, trust: bool) -> list[str]:
     if classes[0] != classes[1]:
         names = [" and ".join(sorted({r.machine_class for r in arm.runs})) for arm in (a, b)]
         reasons.append(f"different classes, {names[0]} and {names[1]}")
-    elif not trust:
-        hosts = {r.host for arm in (a, b) for r in arm.runs}
-        if "unknown" in hosts:
-            reasons.append("the logs do not name their host; if it is one, add --same_host")
-        elif len(hosts) > 1:
-            reasons.append("different hosts")
+    if len({r.host for arm in (a, b) for r in arm.runs}) > 1:
+        reasons.append("different hosts")
     return reasons
 
 
@@ -279,23 +252,23 @@ def judge(c: Comparison) -> tuple[str, str]:
     percent = f"{abs(c.time.change):.2%} {interval(c.time)}"
     if c.b.unfinished["diverged"] > c.a.unfinished["diverged"]:
         return "REGRESSION", f"{c.b.unfinished['diverged']} of {len(c.b.runs)} runs diverged"
-    misses = stats.target_p(c.b.losses, c.b.target, "greater") < c.level
-    if misses and c.a.target_status()[0] == "PASS":
+    reached = c.a.target_status()[0] == "PASS"
+    if reached and stats.missed_p(c.b.losses, c.b.target) < c.level:
         return "REGRESSION", f"B's mean loss is above the target {c.b.target}"
     if c.loss.p < c.level and c.loss.change > 0 and not c.b.reaches_target():
         return "REGRESSION", f"the loss is higher by {c.loss.change:.4f}"
     if c.a.unfinished or c.b.unfinished:
         return "INCONCLUSIVE", "runs that did not finish count, and have no time"
-    if speed != "unclear" and not c.interleaved:
-        why = "but A and B ran in blocks: it may be drift"
-        return "INCONCLUSIVE", f"{speed}, {signed(c.time, 2)}, {why}"
-    if speed == "slower":
-        return "REGRESSION", f"slower by {percent}"
     if not math.isfinite(c.time.low):
         few = f"fewer than {stats.MIN_RUNS} runs per arm"
         return "INCONCLUSIVE", f"{few}, or equal times, show no spread"
-    if doubts := c.doubts:
-        return "INCONCLUSIVE", f"{signed(c.time, 2)}, but {'; '.join(doubts)}"
+    if not c.drawn:
+        return "INCONCLUSIVE", f"{signed(c.time, 2)}, but {BY_HAND}: it may be drift"
+    if speed == "slower":
+        return "REGRESSION", f"slower by {percent}"
+    if found := c.objections:
+        more = f" and {len(found) - 1} more reasons" if len(found) > 1 else ""
+        return "INCONCLUSIVE", f"{signed(c.time, 2)}, but {found[0]}{more}"
     if speed in ("faster", "equivalent") and not c.keeps_the_loss:
         why = "but B is neither shown to reach the target, nor to keep A's loss"
         return "INCONCLUSIVE", f"{speed}, {signed(c.time, 2)}, {why}"
@@ -318,15 +291,13 @@ def signed(d: stats.Difference, digits: int) -> str:
 
 
 def arm_warnings(arm: Arm) -> list[str]:
-    found, n = arm.doubts, len(arm.runs)
-    if unknown := audit.unknown_referees(arm.runs[0]):
-        found.append(f"the referee ({', '.join(unknown)}) is {UNKNOWN_REFEREE}")
+    found, n = list(arm.objections), len(arm.runs)
     found += [f"{count} of {n} runs {how}, they count" for how, count in arm.unfinished.items()]
     if far := stats.outlier(arm.times):
         i, share = far
         found.append(f"run {i + 1} outlier {arm.times[i]:.3f} s ({share:+.1%} of the others), kept")
     changed = {k for run in arm.runs[1:] for k in environment_changes(arm.runs[0], run)}
-    if changed := sorted(k for k in changed if not k.startswith("gpu")):
+    if changed := sorted(k for k in changed - audit.setup(arm.runs[0]).keys() if k[:3] != "gpu"):
         found.append(f"{', '.join(changed)} changed between its runs")
     said = [what for run in arm.runs for what in [*run.warnings, *slowdown(run)]]
     troubles = Counter(re.sub(r" \(cpu_share \S+\)", "", what) for what in said)

@@ -18,7 +18,14 @@ import math
 
 from tools import stats
 from tools.cli import EXIT_MISUSE, flag_parser
-from tools.comparison import Arm, Comparison, code_difference, compare, environment_difference
+from tools.comparison import (
+    BY_HAND,
+    Arm,
+    Comparison,
+    code_difference,
+    compare,
+    environment_difference,
+)
 from tools.runs import config_changes
 
 COLUMNS = ("", "A", "B", "B vs A", "95% CI", "p")
@@ -77,15 +84,14 @@ def loss_text(c: Comparison) -> str:
 
 
 def order_text(c: Comparison) -> str:
-    if c.trust:
-        return "same host and order, says the user"
     if not c.times_comparable:
         return ""
-    if c.in_pairs and c.interleaved:
-        turns = c.a.runs[0].turn_steps
-        how = f"in pairs by seed, in turns of {turns} steps" if turns else "in pairs by seed"
-        return f"same host, interleaved, {how}"
-    return f"same host, {'interleaved' if c.interleaved else 'in blocks'}"
+    host = "hosts unknown" if c.a.runs[0].host == "unknown" else "same host"
+    if not c.drawn:
+        return f"{host}, {BY_HAND}"
+    turns = c.a.runs[0].turn_steps
+    how = f", in turns of {turns} steps" if turns else ""
+    return f"{host}, interleaved, in pairs by seed{how}"
 
 
 def summary(changes: list[str]) -> str:
@@ -128,7 +134,7 @@ def json_report(c: Comparison) -> str:
             for letter, arm in c.arms}  # fmt: skip
     report = {"verdict": c.verdict, "exit_code": c.exit_code, "reason": c.reason, **arms,
               "time": dataclasses.asdict(c.time), "loss": dataclasses.asdict(c.loss),
-              "order": c.order, "in_pairs": c.in_pairs, "environment": different,
+              "order": c.order, "drawn": c.drawn, "in_pairs": c.in_pairs, "environment": different,
               "config": config_changes(c.a.runs[0], c.b.runs[0]), "code": code_difference(c),
               "warnings": c.warnings, "next": c.next_steps}  # fmt: skip
     # JSON lacks nan and infinities: they are null.
@@ -142,11 +148,9 @@ def main() -> int:
     parser.add_argument("b", type=Path, metavar="B", help="candidate: a log or a folder of logs")
     parser.add_argument("--json", action="store_true", help="print everything for programs")
     parser.add_argument("--target", type=float, default=math.nan, help="of logs that name none")
-    trust = "both ran on one host, interleaved, though the logs do not say so"
-    parser.add_argument("--same_host", action="store_true", help=trust)
     args = parser.parse_args()
     a, b = (Arm.read(path, args.target) for path in (args.a, args.b))
-    c = compare(a, b, args.same_host)
+    c = compare(a, b)
     print(json_report(c) if args.json else text_report(c))
     return c.exit_code
 

@@ -17,9 +17,8 @@ if __name__ == "__main__":
 
 from referee.files import write_text
 from tools import stats
-from tools.audit import MISSED, ineligible
 from tools.cli import ToolError, flag_parser
-from tools.comparison import Arm, compare, signed
+from tools.comparison import BY_HAND, Arm, compare, signed
 from tools.runs import find_logs
 from tools.sources import ROOT, share
 
@@ -42,16 +41,9 @@ class Record:
 
     def obstacles(self) -> list[str]:
         """Why it does not rank; empty for a record."""
-        runs, (status, p) = self.arm.runs, self.arm.target_status()
-        found = [f"its runs differ in {what}" for what in self.arm.mixture()] + self.arm.doubts
-        if (track := runs[0].config.get("track")) != self.track:
+        found = list(self.arm.obstacles)
+        if (track := self.arm.runs[0].config.get("track")) != self.track:
             found.append(f"its logs are of the track {track}, its folder of {self.track}")
-        if len(runs) < min(stats.LOOKS):
-            found.append(f"{len(runs)} runs, at least {min(stats.LOOKS)} are needed")
-        if status != "PASS":
-            found.append(f"the target is not shown to be reached ({status}, p={p:.2g})")
-        for run in runs:  # one may miss a target that the mean is shown to reach
-            found += [x for x in ineligible(run) if x not in (MISSED, *run.warnings, *found)]
         return found
 
     @property
@@ -80,7 +72,7 @@ def gain_over(previous: Record, record: Record) -> str:
     if not c.times_comparable:
         return "-"
     verdict = "" if c.exit_code == 0 else f", {c.verdict.lower()}"
-    return signed(c.time, 1) + verdict + ("" if c.interleaved else " (not interleaved)")
+    return signed(c.time, 1) + (verdict if c.drawn else f" ({BY_HAND})")
 
 
 def groups(records: list[Record]) -> dict[tuple, list[Record]]:

@@ -31,8 +31,6 @@ from tools.attempts import (
     Attempt,
     check_turns,
     copy_of,
-    draw_order,
-    order_seed,
     require_own_flags,
     run_jobs,
     scratch_folder,
@@ -96,8 +94,10 @@ def line_up(args, flags: list[str], out: Path) -> list[Attempt]:
 def run_all(attempts: list[Attempt], count: int, turn_steps: int) -> None:
     """Run every attempt until it has count logs, interleaved; print how each run ended."""
     have = [len(attempt.log_paths) for attempt in attempts]
-    seed = order_seed(attempts)
-    order = list(draw_order(len(attempts), count, seed))
+    sources = [source_texts(attempt.source, attempt.entry) for attempt in attempts]
+    flags = [attempt.flags for attempt in attempts]
+    seed = stats.order_seed(list(zip(sources, flags, strict=True)))
+    order = list(stats.draw_order(len(attempts), count, seed))
     todo = [(attempts[i], turn) for i, turn in order if turn >= have[i]]
     if todo and len(attempts) > 1:
         letters = "".join(chr(ord("A") + i) for i, _ in order)

@@ -104,11 +104,11 @@ def comparison_section(c: Comparison) -> str:
     return "\n".join(parts)
 
 
-def section(title: str, arms: list[Arm], table: str = "", same_host: bool = False) -> str:
+def section(title: str, arms: list[Arm], table: str = "") -> str:
     """Attempts of one class, in the order of their dates, each compared with the one before."""
     charts = [curves(arms, by_time) for by_time in (True, False)]
     parts = [f"<h2>{escape(title)}</h2>", table, '<div class="charts">', *charts, "</div>"]
-    parts += [comparison_section(compare(a, b, same_host)) for a, b in pairwise(arms)]
+    parts += [comparison_section(compare(a, b)) for a, b in pairwise(arms)]
     return "\n".join(parts)
 
 
@@ -148,15 +148,13 @@ def main() -> int:
     parser.add_argument("b", type=Path, metavar="B", nargs="?", help="a candidate against A")
     parser.add_argument("-o", "--out", type=Path, metavar="PAGE.html", required=True)
     parser.add_argument("--target", type=float, default=math.nan, help="of logs that name none")
-    trust = "A and B ran on one host, interleaved, though the logs do not say so"
-    parser.add_argument("--same_host", action="store_true", help=trust)
     args = parser.parse_args()
-    if not args.b and (args.same_host or not math.isnan(args.target)):
-        parser.error("--target and --same_host are for A and B")
+    if not args.b and not math.isnan(args.target):
+        parser.error("--target is for A and B")
     if args.b:
         arms = [Arm.read(path, args.target) for path in (args.a, args.b)]
         title = f"{arms[1].name} against {arms[0].name}"
-        sections = [section("Both attempts", arms, same_host=args.same_host)]
+        sections = [section("Both attempts", arms)]
     else:
         title = "photofinish: the records"
         sections = record_sections(args.a.resolve(), args.out.resolve())

@@ -1,11 +1,10 @@
 #!/usr/bin/env python3
-"""Check each log: is it sound, and can it be a record?
+"""Check logs: is each one sound, and can each attempt be a record?
 
-A sound log is whole and does not contradict itself: hashes, required fields, sources, ledger,
-clock, status. A record also needs: no override, no resume, committed or kept source, a known
-referee, the track's data and validation, the target reached, and no trace of a forgery
-(tools/audit.py), in a log or between those of one folder. Exit code: 0 all eligible, 1 some sound
-but not eligible, 2 misuse, 4 some invalid.
+A sound log is whole: its hashes fit, its sources are there. Each folder of logs is an attempt, and
+so is a log that is named alone. Why one is no record is what leaderboard.py says; what concerns
+more than its target and track also keeps diff.py and race.py from claiming a gain. Exit code:
+0 all eligible, 1 some sound but not eligible, 2 misuse, 4 some invalid.
 """
 
 import sys
@@ -15,62 +14,62 @@ if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parent.parent)  # the project's root
     from referee.start import finish
 
-from tools.audit import ineligible, overlaps, traces_between
 from tools.cli import EXIT_FAILED, EXIT_INVALID, EXIT_MISUSE, InvalidLog, flag_parser
-from tools.runs import LoggedRun, find_logs, read_log
+from tools.comparison import Arm
+from tools.runs import LoggedRun, find_logs, read_runs
 
-CAVEAT = (
-    "hashes show damage, not forgery: these checks find careless forgers; people read the source"
-)
+CAVEAT = "hashes show damage, not forgery: people read the source, and race it again on their host"
 
 
-def print_findings(path: Path) -> tuple[int, LoggedRun | None]:
-    """Print the findings on one log; return (exit code, the run if it is sound)."""
+def sound_runs(log: Path) -> list[LoggedRun]:
+    """The runs of a log, if it is sound; else print its faults."""
     try:
-        run = read_log(path)
+        runs = read_runs(log)
     except InvalidLog as error:
         print(f"INVALID   {error}")
-        return EXIT_INVALID, None
-    for line, what in run.faults:
-        print(f"INVALID   {path}:{line}: {what}")
-    if run.faults:
-        return EXIT_INVALID, None
-    reasons = ineligible(run)
-    print(f"{path}    sound, {'not ' if reasons else ''}eligible for a record")
-    for reason in reasons:
-        print(f"    {reason}")
-    return EXIT_FAILED if reasons else 0, run
+        return []
+    faults = [fault for run in runs for fault in run.faults]
+    for line, what in faults:
+        print(f"INVALID   {log}:{line}: {what}")
+    return [] if faults else runs
 
 
-def print_findings_between(runs: list[LoggedRun]) -> int:
-    """Print what runs show only together; return the exit code."""
-    folders = dict.fromkeys(run.path.parent for run in runs)
-    found = [f"{folder}    {what}" for folder in folders
-             for what in traces_between([r for r in runs if r.path.parent == folder])]  # fmt: skip
-    found = found or overlaps(runs)  # of different folders
-    print("\n".join([*found, CAVEAT]))
-    return EXIT_FAILED if found else 0
+def judge(name: Path, logs: list[Path]) -> tuple[int, int]:
+    """Print the judgment of one attempt; return (exit code, number of its sound logs)."""
+    sound = [runs for runs in map(sound_runs, logs) if runs]
+    if not sound:
+        return EXIT_INVALID, 0
+    arm = Arm("", [run for runs in sound for run in runs])
+    obstacles, whole = arm.obstacles, len(sound) == len(logs)
+    able = "eligible" if whole and not obstacles else "not eligible"
+    print(f"{name}    {len(sound)} sound logs, {able} for a record")
+    for obstacle in obstacles:
+        print(f"    {obstacle}")
+    return EXIT_FAILED if whole and obstacles else 0 if whole else EXIT_INVALID, len(sound)
 
 
-def logs_of(path: Path) -> list[Path]:
-    """A log, or the logs of a folder and of every folder logs/ below it."""
+def attempts_of(path: Path) -> dict[Path, list[Path]]:
+    """A log, or the logs of a folder and of every folder logs/ below it, by folder."""
+    if not path.is_dir():
+        return {log: [log] for log in find_logs(path)}
     folders = [path, *(below for below in path.rglob("logs") if below.is_dir())]
-    return sorted({log for folder in folders for log in find_logs(folder)})
+    found = {log for folder in folders for log in find_logs(folder)}
+    return {folder: sorted(log for log in found if log.parent == folder)
+            for folder in sorted({log.parent for log in found})}  # fmt: skip
 
 
 def main() -> int:
     parser = flag_parser(__doc__)
     parser.add_argument("logs", nargs="+", type=Path, metavar="LOG", help="or a folder of them")
     args = parser.parse_args()
-    paths = [log for path in args.logs for log in logs_of(path)]
-    if not paths:
+    attempts = {name: logs for path in args.logs for name, logs in attempts_of(path).items()}
+    if not attempts:
         parser.error("no logs (*.txt) there; name logs, or a folder such as records")
-    codes, runs = zip(*map(print_findings, paths), strict=True)
-    code = max(*codes, print_findings_between([run for run in runs if run]))
-    sound = sum(map(bool, runs))
-    print(f"{len(paths)} logs: {sound} sound, {codes.count(0)} of them eligible for a record (a "
-          f"try need not be); {len(paths) - sound} invalid")  # fmt: skip
-    return code
+    codes, sound = zip(*(judge(*attempt) for attempt in attempts.items()), strict=True)
+    count = sum(map(len, attempts.values()))
+    print(f"{CAVEAT}\n{count} logs: {sum(sound)} sound, {count - sum(sound)} invalid; {len(codes)} "
+          f"attempts: {codes.count(0)} eligible for a record (a try need not be)")  # fmt: skip
+    return max(codes)
 
 
 if __name__ == "__main__":
