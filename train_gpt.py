@@ -791,7 +791,7 @@ class Bank:
 
     def __init__(self, group: Group, item: torch.Size, hp: Hyperparameters, rt: Runtime):
         """item: shape of what is updated as one, such as a matrix; () for single numbers."""
-        self.group, self.item, self.hp, self.rt = group, item, hp, rt
+        self.group, self.item, self.hp, self.rt, self.exchange = group, item, hp, rt, None
         items = torch.cat([p.data.view(-1, *item) for p in group.params]).float()
         self.count, self.items = len(items), self.padded(items)
         part = len(self.items) // rt.world_size
@@ -822,7 +822,7 @@ class Bank:
         whole = torch.cat(gradients) if len(gradients) > 1 else gradients[0]
         for p in self.group.params:
             p.grad = None
-        self.gradients, self.exchange = whole, None
+        self.gradients = whole
         if self.rt.world_size > 1:
             whole = self.padded(whole.to(self.rt.stream_dtype)).contiguous()
             self.gradients = whole.new_zeros(len(whole) // self.rt.world_size, *whole.shape[1:])

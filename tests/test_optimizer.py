@@ -255,6 +255,8 @@ groups = {
 }
 optimizers = {name: (Adam if group.betas else Muon)(group, TRACKS["embedded"], rt, lambda f: f)
               for name, group in groups.items()}
+for o in optimizers.values():
+    o.gather_state()  # as before warm-up, when nothing was exchanged yet
 for step in range(6):
     due = [o for o in optimizers.values() if (step + 1) % o.group.every == 0]
     for o in optimizers.values():
