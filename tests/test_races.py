@@ -115,7 +115,7 @@ def test_an_end_that_a_source_dates_back_does_not_hide_its_slow_clock(tmp_path):
     attempt = stand_in(tmp_path / "A", **changed)
     done = tool("race", attempt, "-n", 1)
     assert "  its ledger adds up to 0.0 s, its process took 2." in done.stdout, done.stderr
-    assert any("its ledger adds up to 0.0 s" in doubt for doubt in Arm.read(attempt).doubts)
+    assert any("its ledger adds up to 0.0 s" in doubt for doubt in Arm.read(attempt).objections)
 
 
 def logged(first: int, last: int, status: str, loss=2.5) -> LoggedRun:

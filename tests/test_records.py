@@ -176,11 +176,6 @@ def test_a_line_that_cannot_be_read_is_named(log, tmp_path, pattern, new):
     assert (at, "cannot be read") in [(line, what.partition(":")[0]) for line, what in faults]
 
 
-def test_forging_nothing_leaves_a_sound_log(log, tmp_path):
-    assert runs.read_log(forge(log, tmp_path / "same.txt")).faults == []
-    assert (tmp_path / "same.txt").read_bytes() == log.read_bytes()
-
-
 def test_validate_says_yes_to_a_record_and_no_with_reasons(log, tmp_path):
     record = shutil.copytree(ROOT / "records/embedded/2026-11-22_Muon", tmp_path / "a")
     shutil.copytree(record, tmp_path / "below/b")
@@ -188,7 +183,6 @@ def test_validate_says_yes_to_a_record_and_no_with_reasons(log, tmp_path):
     bad.write_text(log.read_text().replace("step:9/20", "step:8/20"))
     done = tool("validate", record, tmp_path / "below")
     assert done.returncode == 0 and done.stdout.count("5 sound logs, eligible") == 2, done.stdout
-    assert "hashes show damage, not forgery" in done.stdout
     assert tool("validate", log).returncode == 1
     done = tool("validate", good, bad, log)  # a log alone is not the attempt that was declared
     assert done.returncode == 4 and re.search(rf"INVALID   {bad}:\d+: ", done.stdout)
@@ -226,7 +220,6 @@ step:20/30 val_loss:3.3 val_ema_loss:3.2 beta:-1e-3 train_time:9.500s step_avg:4
 step:0/30 val_loss:10.8 train_time:0.000s step_avg:nanms
 step:20/30 val_loss:3.4 train_time:9.600s step_avg:480.00ms
 step:0/30 val_loss:10.8 train_time:0.000s step_avg:nanms
-step:10/30 val_loss:3.9 train_time:5.000s step_avg:500.00ms
 step:15/30 train_time:7.500s step_avg:500.00ms
 """
 
@@ -370,11 +363,11 @@ def test_an_outlier_is_named_in_one_of_a_hundred_samples_without_any():
 # ------------------------------------------------------------------------------ Verdicts
 
 
-REFEREE = {"referee/harness.py": (ROOT / "referee/harness.py").read_text()}
+audit.known_referees().add(frozenset({("referee/harness.py", audit.git_blob(""))}))
 
 
 def made_sources(letter: str) -> dict[str, str]:
-    return {"train_gpt.py": letter, **REFEREE}
+    return {"train_gpt.py": letter, "referee/harness.py": ""}
 
 
 def drawn(pairs: int, arms: str = "AB") -> str:
@@ -458,15 +451,11 @@ def test_the_next_step_does_not_deny_what_was_shown():
     assert c.loss.p < c.level and not any("loss" in step for step in c.next_steps)
 
 
-def on_a_wandering_host(order=ORDER, seeds="01234", status="success"):
+def on_a_wandering_host(seeds="01234"):
     """A B that is 4% faster, on a host whose pairs of runs differ by 10%."""
     host = np.exp(np.repeat(0.1 * np.random.default_rng(5).standard_normal(5), 2))
-    own, statuses = iter(seeds), iter(["success"] * 4 + [status])
-
-    def change(run):
-        run.config["seed"], run.result["status"] = next(own), next(statuses)
-
-    return compared(80, 76.8, order=order, change=change, host=host)
+    own = iter(seeds)
+    return compared(80, 76.8, change=lambda run: run.config.update(seed=next(own)), host=host)
 
 
 def test_pairs_by_seed_find_what_a_wandering_host_hides():
@@ -490,7 +479,6 @@ def test_only_the_order_that_race_py_draws_claims_anything():
     assert compared(b_seconds=70, order=drawn(5, "BA")).verdict == "FASTER"  # race.py B A
     assert compared(b_loss=1.05, order="AAAAABBBBB").verdict == "REGRESSION"  # losses know no drift
     assert not on_a_wandering_host(seeds="01243").drawn
-    assert not on_a_wandering_host(status="aborted").in_pairs
 
 
 def test_what_makes_times_incomparable():
@@ -541,13 +529,6 @@ def test_runs_taken_away_repeated_or_resumed_prove_no_gain(changed, words):
         assert c.level == comparison.Comparison(c.b, c.a).level == stats.ALPHA_LOOK
 
 
-def test_a_mean_just_above_the_target_is_no_regression_by_itself():
-    """An attempt against itself, its true mean on the target."""
-    verdicts = [compared(80, 80, 1.0, 1.0, time_sd=0.0125, loss_sd=0.004, seed=seed).verdict
-                for seed in range(100)]  # fmt: skip
-    assert verdicts.count("REGRESSION") <= 3 and verdicts.count("FASTER") <= 3
-
-
 def test_a_run_is_never_compared_with_itself(log, tmp_path):
     done = tool("diff", log, log)
     assert done.returncode == 3 and "A and B share runs" in done.stdout
@@ -561,7 +542,7 @@ def test_outliers_and_undeclared_counts_are_warned_of():
     def warnings(a, b) -> str:
         return " ".join(arms_compared(a, b).warnings)
 
-    times = {x: [80 + 2 * i for i, y in enumerate(ORDER) if y == x] for x in "AB"}
+    times = {"A": [80, 86, 88, 94, 96], "B": [82, 84, 90, 92, 98]}
     a, b = (made_runs(x, times[x], [0.98] * 5) for x in "AB")
     b[2].environment["numpy"] = "other"
     assert "numpy changed between its runs" in warnings(a, b)
@@ -609,6 +590,8 @@ def test_fewer_steps_are_faster_where_they_stand_out_of_the_noise():
     done = tool("diff", record / "before", record)
     assert done.returncode == 0 and "VERDICT   B FASTER by 52.93% [51.97, 53.87]" in done.stdout
     assert "same host, interleaved, in pairs by seed, in turns of 10 steps" in done.stdout
+    rerun = record.with_name("2026-11-26_EarlyCopying_1.34")  # both with --fp32 true
+    assert tool("diff", rerun / "taps", rerun).returncode == 0
     done = tool("diff", record, record / "before")
     assert done.returncode == 1 and "VERDICT   B REGRESSION slower by" in done.stdout
 
@@ -634,9 +617,7 @@ def test_equal_runs_in_turns_are_not_told_apart():
     interval = np.expm1([logs.mean() - half, logs.mean() + half])
     assert [report["time"]["low"], report["time"]["high"]] == pytest.approx(interval)
     assert interval[0] < 0 < interval[1]
-    done = tool("diff", a, b)
-    assert done.returncode == 5, done.stdout
-    assert "NEXT      race them: ./run.sh tools/race.py" in done.stdout
+    assert "race them: ./run.sh tools/race.py A B -n 10" in report["next"]
 
 
 def test_learning_rates_ten_times_too_low_are_a_regression():
@@ -832,6 +813,8 @@ def test_the_order_of_a_race_is_drawn_and_balanced():
         arms = np.array([arm for arm, _ in order])
         assert abs(beat[arms == 0].mean() - beat[arms == 1].mean()) <= 0.4
     assert orders[3][:8] == list(stats.draw_order(2, 4, "3"))  # longer ones begin the same
+    texts = {"b": "1", "a": "2"}  # a frozen source is read in another order than a checkout
+    assert stats.order_seed([(texts, [])]) == stats.order_seed([(dict(sorted(texts.items())), [])])
     three = list(stats.draw_order(3, 4, "0"))
     assert sorted(three) == [(arm, turn) for arm in range(3) for turn in range(4)]
 
@@ -1070,12 +1053,6 @@ def test_a_log_of_each_layout_runs_again(folder, tmp_path, embedded_data):
         path: source.text for path, source in old.sources.items()
     }
     assert new.train_curve[0][2] == pytest.approx(old.train_curve[0][2], abs=1e-3)
-
-
-def test_flags_of_a_run_leave_out_what_names_the_run():
-    words = "--seed 3 --muon_lr=0.1 --slug=x --turn_steps=9 --log_dir y --fp32 true".split()
-    run = runs.LoggedRun(Path("x"), config={"argv": json.dumps(words)})
-    assert run.shared_flags == ["--muon_lr", "0.1", "--fp32", "true"]
 
 
 def test_a_checked_in_log_is_reproduced_digit_for_digit(log, embedded_data):

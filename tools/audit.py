@@ -45,8 +45,7 @@ def objections(runs: list[LoggedRun]) -> list[str]:
                 "data hash and order"]  # fmt: skip
     checks = (check_clocks, check_first_losses, check_course, check_referee)
     found = Counter(what for run in runs for check in checks for what in check(run))
-    of_runs = [f"{what} ({count} of {len(runs)} runs)" for what, count in found.items()]
-    return [*check_set(runs), *of_runs]
+    return [*check_set(runs), *(f"{what} ({n} of {len(runs)} runs)" for what, n in found.items())]
 
 
 def check_set(runs: list[LoggedRun]) -> Iterator[str]:

@@ -14,21 +14,13 @@ from pathlib import Path
 import numpy as np
 
 from tools import audit, stats
-from tools.runs import (
-    InvalidLog,
-    LoggedRun,
-    changes,
-    environment_changes,
-    read_arm,
-    source_changes,
-)
+from tools.runs import InvalidLog, LoggedRun, changes, environment_changes, read_arm, source_changes
 
 TARGET_RANKS = {"unknown": 0, "FAIL": 0, "open": 1, "PASS": 2}
 EXIT_CODES = {"FASTER": 0, "EQUIVALENT": 0, "REGRESSION": 1, "NOT COMPARABLE": 3,
               "INCONCLUSIVE": 5}  # fmt: skip
 VOLATILE = {"temperature.gpu", "clocks.sm", "clocks.mem", "gpu_processes"}
 RACE = "./run.sh tools/race.py A B -n 10"
-BY_HAND = "order by hand"  # any but the one that race.py draws
 SLOWDOWN = 0.10  # change of a calibration within a run that is worth a warning
 
 
@@ -186,8 +178,8 @@ class Comparison:
     def warnings(self) -> list[str]:
         found = []
         if self.times_comparable and not self.drawn:
-            found.append(f"{BY_HAND}: {self.order or 'unknown'}, not drawn by race.py; it shows no "
-                         "difference of times")  # fmt: skip
+            ran = self.order or "unknown"
+            found.append(f"{stats.BY_HAND}: {ran}; it shows no difference of times")
         for letter, arm in self.arms:
             found += [f"{letter}: {warning}" for warning in arm_warnings(arm)]
         return found
@@ -263,7 +255,7 @@ def judge(c: Comparison) -> tuple[str, str]:
         few = f"fewer than {stats.MIN_RUNS} runs per arm"
         return "INCONCLUSIVE", f"{few}, or equal times, show no spread"
     if not c.drawn:
-        return "INCONCLUSIVE", f"{signed(c.time, 2)}, but {BY_HAND}: it may be drift"
+        return "INCONCLUSIVE", f"{signed(c.time, 2)}, but {stats.BY_HAND}: it may be drift"
     if speed == "slower":
         return "REGRESSION", f"slower by {percent}"
     if found := c.objections:

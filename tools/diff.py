@@ -18,14 +18,7 @@ import math
 
 from tools import stats
 from tools.cli import EXIT_MISUSE, flag_parser
-from tools.comparison import (
-    BY_HAND,
-    Arm,
-    Comparison,
-    code_difference,
-    compare,
-    environment_difference,
-)
+from tools.comparison import Arm, Comparison, code_difference, compare, environment_difference
 from tools.runs import config_changes
 
 COLUMNS = ("", "A", "B", "B vs A", "95% CI", "p")
@@ -88,7 +81,7 @@ def order_text(c: Comparison) -> str:
         return ""
     host = "hosts unknown" if c.a.runs[0].host == "unknown" else "same host"
     if not c.drawn:
-        return f"{host}, {BY_HAND}"
+        return f"{host}, {stats.BY_HAND}"
     turns = c.a.runs[0].turn_steps
     how = f", in turns of {turns} steps" if turns else ""
     return f"{host}, interleaved, in pairs by seed{how}"

@@ -18,7 +18,7 @@ if __name__ == "__main__":
 from referee.files import write_text
 from tools import stats
 from tools.cli import ToolError, flag_parser
-from tools.comparison import BY_HAND, Arm, compare, signed
+from tools.comparison import Arm, compare, signed
 from tools.runs import find_logs
 from tools.sources import ROOT, share
 
@@ -72,7 +72,7 @@ def gain_over(previous: Record, record: Record) -> str:
     if not c.times_comparable:
         return "-"
     verdict = "" if c.exit_code == 0 else f", {c.verdict.lower()}"
-    return signed(c.time, 1) + (verdict if c.drawn else f" ({BY_HAND})")
+    return signed(c.time, 1) + (verdict if c.drawn else f" ({stats.BY_HAND})")
 
 
 def groups(records: list[Record]) -> dict[tuple, list[Record]]:

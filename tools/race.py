@@ -94,9 +94,7 @@ def line_up(args, flags: list[str], out: Path) -> list[Attempt]:
 def run_all(attempts: list[Attempt], count: int, turn_steps: int) -> None:
     """Run every attempt until it has count logs, interleaved; print how each run ended."""
     have = [len(attempt.log_paths) for attempt in attempts]
-    sources = [source_texts(attempt.source, attempt.entry) for attempt in attempts]
-    flags = [attempt.flags for attempt in attempts]
-    seed = stats.order_seed(list(zip(sources, flags, strict=True)))
+    seed = stats.order_seed([(source_texts(a.source, a.entry), a.flags) for a in attempts])
     order = list(stats.draw_order(len(attempts), count, seed))
     todo = [(attempts[i], turn) for i, turn in order if turn >= have[i]]
     if todo and len(attempts) > 1:

@@ -382,25 +382,20 @@ def read_public_log(path: Path, text: str) -> list[LoggedRun]:
         run.result["status"] = "missed" if kind == "val" else "aborted"
     if not all(run.val_curve for run in found) or not found:
         raise InvalidLog(path, text.count("\n") + 1, "the log has no line with val_loss")
-    environment = public_environment(system)
+    environment = {}
+    if version := re.search(r"Running PyTorch (\S+)", system, re.I):
+        environment["torch"] = version[1]
+    gpus = re.findall(r"NVIDIA ([A-Z]+\d+[^|]*?)\s{2,}", system)
+    if named := re.search(r"device_name=NVIDIA (.+) with world_size=(\d+)", system):
+        gpus = [named[1]] * int(named[2])
+    if gpus:
+        environment |= {"device": gpus[0], "gpu0": gpus[0], "world_size": str(len(gpus))}
     memory = re.search(r"peak memory \w+: (\d+) MiB", rest)
     for number, run in enumerate(found, 1):
         run.sources = {"train_gpt.py": Source(sha256_of(source), source)}
         run.environment = environment
         run.config = {"run": f"{path} run {number}"} if len(found) > 1 else {}
         run.result |= {"peak_memory": f"{memory[1]}MiB"} if memory else {}
-    return found
-
-
-def public_environment(system: str) -> dict[str, str]:
-    found = {}
-    if version := re.search(r"Running PyTorch (\S+)", system, re.I):
-        found["torch"] = version[1]
-    gpus = re.findall(r"NVIDIA ([A-Z]+\d+[^|]*?)\s{2,}", system)
-    if named := re.search(r"device_name=NVIDIA (.+) with world_size=(\d+)", system):
-        gpus = [named[1]] * int(named[2])
-    if gpus:
-        found |= {"device": gpus[0], "gpu0": gpus[0], "world_size": str(len(gpus))}
     return found
 
 

@@ -16,6 +16,7 @@ ALPHA_LOOK = 0.003  # of each look, where one may stop early; 0.004 would let 1.
 LOOKS = (5, 10, 20)  # runs per arm after which one may look
 FLOOR = 0.002  # a smaller relative difference of times is no gain, however significant
 LOSS_MARGIN = 0.002  # nats per token: what counts as the same loss
+BY_HAND = "order by hand"  # any but the one that race.py draws
 MIN_RUNS = 3  # fewer show no spread
 # What rare bad seeds may add to a mean that no run shows: one of 20 runs worse by 0.02 adds 0.001.
 HIDDEN_LOSS, HIDDEN_SDS = 0.001, 0.8  # nats per token, or so many sd if that is more
