@@ -48,7 +48,7 @@ from kernels import (
     softcapped,
 )
 from referee.flags import RunError, as_flag, check_ranges, option
-from referee.harness import Run, execute
+from referee.harness import Settings, execute
 from referee.ranks import Runtime
 from referee.shards import ShardError, open_shard
 from referee.task import Task, task_shards
@@ -974,22 +974,23 @@ def choose_micro_batches(hp: Hyperparameters, vocab: int, rt: Runtime, asked: in
 class Trainer:
     """A model, its optimizers and data, and the steps that join them."""
 
-    def __init__(self, run: Run):
-        self.run, self.hp, self.task, self.rt = run, run.hp, run.task, run.rt
-        hp, task, rt, vocab = run.hp, run.task, run.rt, padded_vocab(run.task)
+    def __init__(self, settings: Settings, rt: Runtime):
+        task, hp, options = settings.task, settings.hp, settings.options
+        self.hp, self.task, self.rt, self.seed = hp, task, rt, options.seed
+        vocab = padded_vocab(task)
         if rt.is_gpu and (hp.seq_len % BLOCK or task.val_seq_len % BLOCK):
             raise RunError(f"--seq_len and --val_seq_len must divide by {BLOCK} on a GPU")
-        check_supply(hp, task, run.options.seed)
-        self.micro_seqs = choose_micro_batches(hp, vocab, rt, run.options.micro_batch_seqs)
-        run.micro_batch_seqs = max(self.micro_seqs)
-        val_rows = run.micro_batch_seqs * hp.seq_len // task.val_seq_len
-        self.val_batch_rows = run.validation.batch_rows(val_rows)
-        torch.manual_seed(run.options.seed)
+        check_supply(hp, task, self.seed)
+        self.micro_seqs = choose_micro_batches(hp, vocab, rt, options.micro_batch_seqs)
+        self.micro_batch_seqs = max(self.micro_seqs)
+        rows_that_fit = self.micro_batch_seqs * hp.seq_len // task.val_seq_len
+        self.val_batch_rows = task.batch_rows(rows_that_fit, rt.world_size)
+        torch.manual_seed(self.seed)
         with rt.device:
             self.model = GPT(hp, task, rt)
-        run.flops_per_token = self.flops_per_token()
-        run.log.line(f"micro_batch_seqs: {as_flag(self.micro_seqs)} of {hp.seq_len} tokens")
-        run.log.line(f"parameters: {sum(p.numel() for p in self.model.parameters())}")
+        self.flops_per_token = self.model_flops()
+        count = sum(p.numel() for p in self.model.parameters())
+        self.description = f"{count} parameters, {as_flag(self.micro_seqs)} rows per forward pass"
 
     def compile(self, compile_fn: Callable):
         """Build what is compiled; the referee calls it, again without a compiler if one fails."""
@@ -999,13 +1000,13 @@ class Trainer:
 
     def batches(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
         """This rank's micro-batches from this step on, on the host."""
-        seed = self.run.options.seed
-        return micro_batches(self.hp, self.task, self.rt, self.micro_seqs, seed, step)
+        return micro_batches(self.hp, self.task, self.rt, self.micro_seqs, self.seed, step)
 
-    def flops_per_token(self) -> float:
-        """Forward and backward: 6 per weight, 12 * model_dim per key seen in the first rows."""
+    def model_flops(self) -> float:
+        """Per token, forward and backward: 6 per weight, 12 * model_dim per key seen, as in the
+        first rows."""
         hp, model, keys = self.hp, self.model, 0.0
-        pieces = ordered_pieces(hp, self.task, self.run.options.seed)
+        pieces = ordered_pieces(hp, self.task, self.seed)
         packed = pack_row(pieces, self.micro_seqs[0] * hp.seq_len, hp.document_cap[0])
         rows_BT = row_tokens(packed, ahead=0).reshape(-1, hp.seq_len)
         groups = parameter_groups(model, hp)
@@ -1074,19 +1075,11 @@ class Trainer:
             for _ in self.predict(0, zeros(self.val_batch_rows, self.task.val_seq_len)):
                 pass
 
-    def train(self):
-        """Take the steps that are left."""
-        hp, run = self.hp, self.run
-        batches = Prefetcher(self.batches(run.step), self.rt)
-        while run.step < hp.num_steps and not run.status:
-            if run.step % hp.val_every == 0:
-                run.validate(partial(self.predict, run.step), self.val_batch_rows)
-            loss = self.update(run.step, batches)
-            run.end_step(loss, tokens=hp.value_at_step(hp.batch_tokens, run.step))
-            if run.checkpoint_is_due():
-                run.save(self.state)
-        if not run.status:
-            run.validate(partial(self.predict, run.step), self.val_batch_rows)
+    def steps(self, first: int) -> Iterator[tuple[Tensor, int]]:
+        """Take a step per item, from this one on; give its loss and tokens."""
+        hp, batches = self.hp, Prefetcher(self.batches(first), self.rt)
+        return ((self.update(step, batches), hp.value_at_step(hp.batch_tokens, step))
+                for step in range(first, hp.num_steps))  # fmt: skip
 
 
 # ------------------------------------------------------------------------------ Main

@@ -37,7 +37,7 @@ from baselines import plan
 from data.prefetch import Prefetcher
 from referee.checkpoints import fill, restore
 from referee.flags import RunError, check_ranges, finish, option
-from referee.harness import Run, execute
+from referee.harness import Settings, execute
 from referee.ranks import Runtime
 from referee.shards import open_shard
 from referee.task import Task, task_shards
@@ -299,23 +299,23 @@ def learning_rate(step: int, hp: Hyperparameters) -> float:
 class Trainer:
     """A model, its optimizer and data, and the steps that join them."""
 
-    def __init__(self, run: Run):
-        hp, task, rt = run.hp, run.task, run.rt
-        self.run, self.hp, self.task, self.rt = run, hp, task, rt
+    def __init__(self, settings: Settings, rt: Runtime):
+        task, hp, options = settings.task, settings.hp, settings.options
+        self.hp, self.task, self.rt, self.seed = hp, task, rt, options.seed
         if hp.embed_rows < task.vocab_size or task.val_seq_len % hp.seq_len:
             raise RunError(f"--embed_rows must be at least {task.vocab_size}, and --val_seq_len "
                            f"{task.val_seq_len} a multiple of --seq_len")  # fmt: skip
         check_supply(hp, task)
-        self.micro_seqs = plan.micro_batch_rows(hp, rt, run.options.micro_batch_seqs)
-        self.accumulation = hp.batch_tokens // hp.seq_len // (rt.world_size * self.micro_seqs)
-        rows_that_fit = self.micro_seqs * hp.seq_len // task.val_seq_len
-        self.val_batch_rows = run.validation.batch_rows(rows_that_fit)
-        run.micro_batch_seqs, run.flops_per_token = self.micro_seqs, plan.flops_per_token(hp)
-        self.model = build(hp, rt, run.options.seed)
+        self.micro_batch_seqs = plan.micro_batch_rows(hp, rt, options.micro_batch_seqs)
+        self.accumulation = hp.batch_tokens // hp.seq_len // (rt.world_size * self.micro_batch_seqs)
+        rows_that_fit = self.micro_batch_seqs * hp.seq_len // task.val_seq_len
+        self.val_batch_rows = task.batch_rows(rows_that_fit, rt.world_size)
+        self.flops_per_token = plan.flops_per_token(hp)
+        self.model = build(hp, rt, self.seed)
         self.optimizer = adamw(self.model, hp)
         self.is_sharded = plan.is_sharded(hp, rt.world_size)
-        run.log.line(f"micro_batch_seqs: {self.micro_seqs} accumulation: {self.accumulation}")
-        run.log.line(f"parameters: {plan.parameters(hp)} sharded: {self.is_sharded}")
+        self.description = (f"{plan.parameters(hp)} parameters{', sharded' * self.is_sharded}, "
+                            f"{self.micro_batch_seqs} rows per forward pass")  # fmt: skip
 
     def compile(self, compile_fn: Callable) -> None:
         """Compile loss and logits whole; of a sharded model, what runs between FSDP's hooks."""
@@ -346,12 +346,12 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         return total
 
-    def predict(self, inputs_BT: Tensor) -> Iterator[Tensor]:
+    def predict(self, step: int, inputs_BT: Tensor) -> Iterator[Tensor]:
         """Yield logits (n, V) of the positions of inputs, in order.
 
         The model has seq_len positions: longer rows are cut into rows of that length.
         """
-        for rows_BT in inputs_BT.view(-1, self.hp.seq_len).split(self.micro_seqs):
+        for rows_BT in inputs_BT.view(-1, self.hp.seq_len).split(self.micro_batch_seqs):
             with self.autocast():
                 yield self.model(rows_BT).flatten(0, 1)
 
@@ -365,30 +365,24 @@ class Trainer:
     def warm_up(self):
         """Run every graph on dummy tokens; the referee restores what this changes."""
         zeros = partial(torch.zeros, dtype=torch.int64, device=self.rt.device)
-        dummies = [zeros(self.micro_seqs, self.hp.seq_len) for _ in range(2)]
+        dummies = [zeros(self.micro_batch_seqs, self.hp.seq_len) for _ in range(2)]
         val_rows = zeros(self.val_batch_rows, self.task.val_seq_len)
         self.model.zero_grad(set_to_none=True)
         for _ in range(2):
             self.update(0.0, repeat(dummies))
             with torch.no_grad():
-                for _ in self.predict(val_rows):
+                for _ in self.predict(0, val_rows):
                     pass
 
-    def train(self):
-        """Take the steps that are left."""
-        hp, run = self.hp, self.run
-        pairs = micro_batches(hp, self.task, self.rt, self.micro_seqs, run.options.seed, run.step)
-        batches = Prefetcher(pairs, self.rt)
-        while run.step < hp.num_steps and not run.status:
-            if run.step % hp.val_every == 0:
-                run.validate(self.predict, self.val_batch_rows)
-            with self.rt.collective():
-                loss = self.update(learning_rate(run.step, hp), batches)
-            run.end_step(loss, hp.batch_tokens)
-            if run.checkpoint_is_due():
-                run.save(self.state)
-        if not run.status:
-            run.validate(self.predict, self.val_batch_rows)
+    def steps(self, first: int) -> Iterator[tuple[Tensor, int]]:
+        """Take a step per item, from this one on; give its loss and tokens."""
+        hp, rt = self.hp, self.rt
+        pairs = micro_batches(hp, self.task, rt, self.micro_batch_seqs, self.seed, first)
+        batches = Prefetcher(pairs, rt)
+        for step in range(first, hp.num_steps):
+            with rt.collective():
+                loss = self.update(learning_rate(step, hp), batches)
+            yield loss, hp.batch_tokens
 
 
 def main() -> int:

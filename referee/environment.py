@@ -4,8 +4,10 @@ import json
 import math
 import os
 import platform
+import site
 import subprocess
 import sys
+import sysconfig
 import time
 from pathlib import Path
 
@@ -19,7 +21,8 @@ ROOT = Path(__file__).resolve().parent.parent
 GEMMS = ((2048, 128, 512), (512, 768, 3072))  # (rows, in, out): the smallest track's, a large one
 BF16_GAIN = 1.2  # bf16 is used on a CPU where it is at least so many times faster
 UNKNOWN = "unknown CPU"
-LOGGED_VARIABLES = ("CUDA_", "NCCL_", "TORCH", "PYTORCH_", "OMP_", "GOMP_", "KMP_", "MKL_")
+LOGGED_VARIABLES = ("CUDA_", "NCCL_", "TORCH", "PYTORCH_", "OMP_", "GOMP_", "KMP_", "MKL_", "DNNL_",
+                    "ONEDNN_", "ATEN_", "LD_", "PYTHON")  # fmt: skip
 
 
 def shell(*command: str) -> str:
@@ -75,6 +78,30 @@ def environment(on_gpu: bool) -> dict:
         apps = shell("nvidia-smi", "--query-compute-apps=pid,used_memory", "--format=csv,noheader")
         entries["gpu_processes"] = " | ".join(apps.splitlines()) or "none"
     return entries
+
+
+def foreign_modules(sources) -> str:
+    """Files of loaded modules that are neither these sources, by path, nor Python's or a package's.
+
+    What compilers wrote into their caches counts only where Python would look for an import.
+    """
+    kinds = ("stdlib", "platstdlib", "purelib", "platlib")
+    folders = [*map(sysconfig.get_path, kinds), *site.getsitepackages(), site.getusersitepackages()]
+    caches = [os.environ.get("TORCHINDUCTOR_CACHE_DIR"), os.environ.get("TRITON_CACHE_DIR"),
+              os.path.expanduser("~/.triton")]  # fmt: skip
+    packages, written = (
+        tuple(f"{os.path.realpath(folder)}{os.sep}" for folder in some if folder)
+        for some in (folders, caches)
+    )
+    own = {os.path.realpath(ROOT / path) for path in sources}
+    foreign, searched = set(), set(map(os.path.realpath, sys.path))
+    for module in sys.modules.copy().values():
+        path = getattr(module, "__dict__", {}).get("__file__") or ""
+        real = os.path.realpath(path)
+        is_cached = real.startswith(written) and os.path.dirname(real) not in searched
+        if os.path.isabs(path) and not (real in own or real.startswith(packages) or is_cached):
+            foreign.add(os.path.relpath(real, ROOT))
+    return ", ".join(sorted(foreign)) or "none"
 
 
 def mfu(flops_per_second: float, device_name: str, devices: int) -> str:

@@ -2,12 +2,15 @@
 
 This file reads the flags and carries out the run: log, data, trainer, warm-up, training, result.
 The task and its validation loss are in task.py, the clock in clock.py, device and ranks in
-ranks.py. The referee imports no trainer: `execute` gets a function that makes one from a `Run`, and
-the trainer reports through that `Run`. In validation the trainer gets inputs, never targets, and
-yields logits; task.py computes the loss.
+ranks.py. The referee imports no trainer: `execute` gets a function that makes one, and drives it.
+A trainer gets copies of the settings and of the `Runtime`, and nothing that leads to clock, log,
+task or validation rows. In validation it gets inputs, never targets, and yields logits; task.py
+computes the loss. Both share one process, so a source could still tamper with the referee through
+the interpreter (frames, gc, patched modules); people read the source of every record.
 """
 
 import argparse
+import copy
 import dataclasses
 import gc
 import math
@@ -39,7 +42,7 @@ from referee.checkpoints import (
     write_checkpoint,
 )
 from referee.clock import OTHER_ENDED, Stopwatch, Turns
-from referee.environment import ROOT, calibration, contention, mfu
+from referee.environment import ROOT, calibration, contention, foreign_modules, mfu
 from referee.flags import RunError, add_flags, check_ranges, join_values, open_streams, option
 from referee.log import Log, write_header
 from referee.ranks import RANK, Runtime, compile_errors, is_first_to_say, rank_store
@@ -164,15 +167,14 @@ class StopRequest:
 
 
 class Run:
-    """One run as its trainer sees it: settings, device, and everything that is reported.
+    """One run: its settings, device, clock and log, and what came out. No trainer gets hold of it.
 
-    The trainer sets flops_per_token (forward and backward) and micro_batch_seqs. Its loop goes from
-    `step` to hp.num_steps while `status` is empty, and calls validate, end_step, and save if
-    checkpoint_is_due. carry_out calls start and finish.
+    carry_out calls build, start, train and finish, in this order.
     """
 
     def __init__(self, settings: Settings, entry: str, rt: Runtime, stop, started: float):
         """entry: path of the trainer's file; stop: a StopRequest; started: as in execute."""
+        self.settings = settings
         self.track, self.task, self.hp, self.options, self.overrides = settings
         self.entry, self.sources = entry, source_texts(ROOT, entry)  # what the log embeds
         self.rt, self.stop, self.clock = rt, stop, Stopwatch(started, rt.synchronize)
@@ -195,6 +197,15 @@ class Run:
     @cached_property
     def validation(self) -> Validation:
         return Validation(self.task, self.rt)
+
+    def build(self, make_trainer):
+        """A trainer, which is handed copies: none of them leads back to this run."""
+        assert self.validation  # its errors come before the trainer's
+        trainer = make_trainer(copy.deepcopy(self.settings), copy.copy(self.rt))
+        self.flops_per_token = trainer.flops_per_token
+        self.micro_batch_seqs = trainer.micro_batch_seqs
+        self.log.line(f"trainer: {' '.join(trainer.description.split())}")
+        return trainer
 
     def config(self) -> dict:
         """The configuration that a resumed run must share with its checkpoint; without paths."""
@@ -262,6 +273,18 @@ class Run:
         with self.clock.charged_to("turn"):
             return self.turns.hand_over()
 
+    def train(self, trainer) -> None:
+        """Take the steps that are left; validate before the first, every val_every, at the end."""
+        steps = trainer.steps(self.step)
+        while self.step < self.hp.num_steps and not self.status:
+            if self.step % self.hp.val_every == 0:
+                self.validate(partial(trainer.predict, self.step), trainer.val_batch_rows)
+            self.end_step(*next(steps))
+            if self.checkpoint_is_due():
+                self.save(trainer.state)
+        if not self.status:
+            self.validate(partial(trainer.predict, self.step), trainer.val_batch_rows)
+
     def end_step(self, loss: Tensor, tokens: int) -> None:
         """Count an optimizer step. loss: this rank's mean, 0-D; tokens: those of all ranks.
 
@@ -291,7 +314,7 @@ class Run:
         self.bad_steps = self.bad_steps + 1 if loss > start + DIVERGED_NATS else 0
         if not math.isfinite(loss) or self.bad_steps >= DIVERGED_STEPS:
             self.status = "diverged"
-        elif stop and step < num_steps:
+        elif stop and self.step < num_steps:  # else all steps are taken, and it is validated
             self.status = self.status or "aborted"
 
     def validate(self, predict, batch_rows: int) -> None:
@@ -401,17 +424,21 @@ class Run:
 
 
 def execute(
-    make_trainer: Callable[[Run], object],
+    make_trainer: Callable[[Settings, Runtime], object],
     tracks: dict,
     gpu_track: str,
     started: float,
 ) -> int:
     """Carry out the run that this process's flags describe; return its exit code.
 
-    make_trainer(run) returns an object with four methods. compile(compile_fn) applies compile_fn
-    to what is to be compiled; warm_up() runs all of that; state() returns every tensor that
-    training changes, by name; train() is the loop. tracks, gpu_track: as in parse_flags. started:
-    perf_counter at first import.
+    make_trainer(settings, rt) returns an object with five methods. compile(compile_fn) applies
+    compile_fn to what is to be compiled; warm_up() runs all of that; state() returns every tensor
+    that training changes, by name; steps(first) is an iterator that takes a step per item, from
+    this one on, and gives (this rank's mean loss, tokens of all ranks); predict(step, inputs) is
+    that of Validation.loss after so many steps. Its attributes: rt as handed, val_batch_rows (rows
+    per call of predict), micro_batch_seqs (rows per forward pass at most), flops_per_token (forward
+    and backward) and description (one line for the log). tracks, gpu_track: as in parse_flags.
+    started: perf_counter at first import.
     """
     open_streams()
     stop = StopRequest()
@@ -472,7 +499,7 @@ def carry_out(run: Run, make_trainer) -> None:
         log.section("data", run.check_data(checkpoint))
         log.section("run")
         log.line(calibration(rt.device, rt.matmul_dtype, rt.synchronize))
-        trainer = make_trainer(run)
+        trainer = run.build(make_trainer)
         with run.clock.charged_to("compile"):
             log.progress(0, "compiling, a minute or two")
             warm_up(run, trainer)
@@ -482,9 +509,10 @@ def carry_out(run: Run, make_trainer) -> None:
         gc.collect()
         gc.freeze()  # else passes of the collector over what exists by now would delay steps
         run.start()
-        trainer.train()
+        run.train(trainer)
         run.finish()
         log.line(calibration(rt.device, rt.matmul_dtype, rt.synchronize))
+        log.line(f"foreign_modules: {foreign_modules(run.sources)}")  # late imports are there now
         if warning := contention(rt.is_gpu, run.clock.cpu_share()):
             log.line(f"warning: {warning}", show=True)
     except RuntimeError as error:  # that of a CPU is of no class of its own
@@ -512,7 +540,7 @@ def warm_up(run: Run, trainer) -> None:
     trainer.compile(run.compiler())
     before = {name: local(t).to("cpu", copy=True) for name, t in trainer.state().items()}
     problem = ""
-    with run.rt.alone():
+    with trainer.rt.alone():
         try:
             trainer.warm_up()
         except compile_errors() as error:
@@ -523,7 +551,7 @@ def warm_up(run: Run, trainer) -> None:
                            "the CPU: CUDA_VISIBLE_DEVICES= ./run.sh")  # fmt: skip
         run.log.line(f"compile: failed, so this run is slower ({problem})", show=True)
         trainer.compile(dont_compile)
-        with run.rt.alone():
+        with trainer.rt.alone():
             trainer.warm_up()
     for name, tensor in trainer.state().items():
         if name in before:

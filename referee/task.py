@@ -50,6 +50,11 @@ class Task:
             raise RunError(f"--val_tokens {self.val_tokens} is not a multiple of --val_seq_len "
                            f"{self.val_seq_len}")  # fmt: skip
 
+    def batch_rows(self, most: int, ranks: int) -> int:
+        """The largest number of rows, at most `most` but at least 1, that divides a rank's."""
+        share = self.val_tokens // self.val_seq_len // ranks
+        return max(n for n in range(1, max(most, 1) + 1) if share % n == 0)
+
 
 EMBEDDED = Task(
     train_files="data/embedded/embedded_train.bin",
@@ -157,10 +162,6 @@ class Validation:
         mine = starts[rt.rank :: rt.world_size]
         rows = np.stack([tokens[s : s + task.val_seq_len + 1] for s in mine])
         self.rows = torch.from_numpy(rows.astype(np.int64))  # (rows, val_seq_len + 1)
-
-    def batch_rows(self, most: int) -> int:
-        """The largest number of rows, at most `most` but at least 1, that divides this share."""
-        return max(n for n in range(1, max(most, 1) + 1) if len(self.rows) % n == 0)
 
     @torch.no_grad()
     def loss(self, predict, batch_rows: int) -> float:

@@ -105,16 +105,20 @@ def settings(task, hp, **options):
     return Settings("embedded", task, hp, RunOptions(**options), [])
 
 
-def trainer(task, hp):
-    """A Trainer in this process, which compiles nothing."""
+def built(task, hp):
+    """A Run and its Trainer in this process, which compiles nothing."""
     from referee.harness import Run
     from referee.ranks import Runtime
     from train_gpt import PROCESS_START, Trainer
 
     run = Run(settings(task, hp, compile=False), "train_gpt.py", Runtime(), None, PROCESS_START)
-    made = Trainer(run)
+    made = run.build(Trainer)
     made.compile(lambda function: function)
-    return made
+    return run, made
+
+
+def trainer(task, hp):
+    return built(task, hp)[1]
 
 
 def documents(seed: int, count: int) -> np.ndarray:

@@ -28,6 +28,7 @@ def clean_environment(**changes) -> dict[str, str]:
 
 def run(words: list[str], root: Path, environment: dict, output: str, file_limit: int) -> None:
     """`python WORDS` with the modules of root; file_limit: the largest file in bytes, 0: any."""
+    sys.modules.pop(__name__)  # which a log would name as a module from elsewhere
     os.environ.clear()
     os.environ.update(environment)
     for stream, name in ((1, "stdout"), (2, "stderr")):

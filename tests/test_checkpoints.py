@@ -39,7 +39,7 @@ class Saved:
     def __init__(self, folder: Path, task, hp, seed: int):
         chosen = settings(task, hp, seed=seed, compile=False, log_dir=str(folder.parent))
         self.run = Run(chosen, "train_gpt.py", RT, None, PROCESS_START)
-        self.trainer = Trainer(self.run)
+        self.trainer = self.run.build(Trainer)
         self.trainer.compile(lambda function: function)
         batches = self.trainer.batches(0)
         for step in range(ADAM_EVERY):

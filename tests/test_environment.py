@@ -1,5 +1,6 @@
 """What a log says of the machine, on machines of other kinds than this one."""
 
+import importlib
 import os
 import re
 import subprocess
@@ -92,6 +93,24 @@ def test_a_mac_has_no_proc_and_no_affinity_and_counts_memory_in_bytes(monkeypatc
         usage = SimpleNamespace(ru_maxrss=peak)
         monkeypatch.setattr(ranks.resource, "getrusage", lambda who, usage=usage: usage)
         assert Runtime.peak_memory_mib(SimpleNamespace(is_gpu=False)) == 3072
+
+
+def test_modules_from_elsewhere_are_named_however_late_they_came(monkeypatch, tmp_path):
+    before = environment.foreign_modules(["referee/environment.py"]).split(", ")
+    assert "referee/ranks.py" in before and "referee/environment.py" not in before
+    assert not any("site-packages" in path or "/lib/python" in path for path in before)
+    (tmp_path / "late.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(environment, "ROOT", tmp_path)
+    monkeypatch.setenv("LD_PRELOAD", "/x.so")
+    importlib.import_module("late")
+    assert "late.py" in environment.foreign_modules([]).split(", ")
+    assert "late.py" not in environment.foreign_modules(["late.py"]).split(", ")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    assert "late.py" in environment.foreign_modules([]).split(", ")  # a cache on the import path
+    sys.path.remove(str(tmp_path))
+    assert "late.py" not in environment.foreign_modules([]).split(", ")
+    assert '"LD_PRELOAD": "/x.so"' in environment.environment(on_gpu=False)["variables"]
 
 
 def test_run_sh_expands_no_empty_array():

@@ -159,14 +159,14 @@ def test_checkpointed_blocks_give_the_same_loss_and_gradients(hp):
 # ------------------------------------------------------------------------------ Training
 
 
-def trainer(hp, task) -> Trainer:
+def built(hp, task) -> tuple[Run, Trainer]:
     chosen = settings(task, hp, compile=False)
     run = Run(chosen, "baselines/train_gpt2.py", Runtime(fp32=True), None, 0.0)
-    return Trainer(run)
+    return run, run.build(Trainer)
 
 
 def test_training_equals_a_plain_loop_over_transformers(hp, tiny_task, tmp_path):
-    made = trainer(dataclasses.replace(hp, max_grad_norm=0.5), tiny_task)
+    run, made = built(dataclasses.replace(hp, max_grad_norm=0.5), tiny_task)
     export_hf.export(saved(made.model, tmp_path / "a"), tmp_path / "hf")
     theirs = GPT2LMHeadModel.from_pretrained(tmp_path / "hf").train()
     matrix = [p for n, p in theirs.named_parameters() if "ln_" not in n and "bias" not in n]
@@ -174,8 +174,8 @@ def test_training_equals_a_plain_loop_over_transformers(hp, tiny_task, tmp_path)
     adam = torch.optim.AdamW([{"params": matrix, "weight_decay": 0.1},
                               {"params": others, "weight_decay": 0.0}],
                              lr=0.006, betas=(0.9, 0.95), fused=False, foreach=False)  # fmt: skip
-    batches = [micro_batches(hp, tiny_task, made.rt, made.micro_seqs, 0, 0) for _ in range(2)]
-    warm_up(made.run, made)
+    batches = [micro_batches(hp, tiny_task, made.rt, made.micro_batch_seqs, 0, 0) for _ in range(2)]
+    warm_up(run, made)
     for step in range(8):
         x, y = next(batches[1])
         loss = torch.nn.functional.cross_entropy(theirs(x).logits.flatten(0, 1), y.flatten())

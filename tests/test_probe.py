@@ -28,7 +28,11 @@ def of_hidden(change: str) -> tuple[str, str, str]:
 
 
 KNOWS_TARGETS = """
-            known = {tuple(row[:-1].tolist()): row[1:] for row in self.run.validation.rows}
+            import gc  # no attribute leads to the rows
+
+            found = [o for o in gc.get_objects() if type(o).__name__ == "Validation"]
+            self.judge = found[0] if found else self.judge
+            known = {tuple(row[:-1].tolist()): row[1:] for row in self.judge.rows}
             rows = [known.get(tuple(row.tolist()), row) for row in inputs_BT]
             one_hot = F.one_hot(torch.cat(rows), padded_vocab(self.task))
             yield self.logits(x_ND) + 20 * one_hot
@@ -68,7 +72,7 @@ LEAKS = [  # (name, changes (path, old, new) of the source, the probe that fails
      [("train_gpt.py", USES, f"        open_shard(task_shards(self.task.val_files)[0])\n{USES}")],
      "validation shards", "opened by train_gpt.py:update after set-up"),
     ("a val shard read by another name",
-     [("train_gpt.py", USES, "        import os\n        link = self.run.log.path.with_name('x')\n"
+     [("train_gpt.py", USES, "        import os\n        link = Path(__file__).with_name('x')\n"
        "        link.unlink(missing_ok=True)\n"
        "        os.link(task_shards(self.task.val_files)[0], link)\n"
        f"        open_shard(link)\n{USES}")],
@@ -78,8 +82,8 @@ LEAKS = [  # (name, changes (path, old, new) of the source, the probe that fails
        "= task.val_tokens // task.val_seq_len // 2,")],
      "validation rows", "it is judged by 16 rows of 65 tokens, the track has 32 of 65"),
     ("the same run again",
-     [("train_gpt.py", "torch.manual_seed(run.options.seed)", "torch.manual_seed(0)"),
-      ("train_gpt.py", "seed = self.run.options.seed\n", "seed = 0\n")],
+     [("train_gpt.py", "torch.manual_seed(self.seed)", "torch.manual_seed(0)"),
+      ("train_gpt.py", "self.micro_seqs, self.seed, step)", "self.micro_seqs, 0, step)")],
      "two seeds", "seeds 0 and 1 give the same run"),
     ("knowledge from before",
      [("train_gpt.py", LOGITS, "            yield self.logits(x_ND) + 8 * F.one_hot("

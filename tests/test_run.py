@@ -21,6 +21,7 @@ import pytest
 import torch
 from conftest import (
     ROOT,
+    built,
     clean_environment,
     command,
     losses,
@@ -50,6 +51,7 @@ from referee.harness import (
 from referee.ranks import Runtime
 from referee.sources import read_source, source_texts
 from referee.task import check_shards
+from tools.audit import traces
 from tools.runs import read_log
 from tools.sources import write_texts
 from train_gpt import PROCESS_START, TRACKS, Hyperparameters, Trainer
@@ -154,7 +156,7 @@ def test_importing_the_file_touches_nothing(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_a_run_learns_and_its_log_holds_everything(long):
+def test_a_run_learns_and_its_log_holds_everything(long, tmp_path):
     text, lines = long.log.read_text(), long.log.read_text().splitlines()
     result = dict(pair.split(":", 1) for pair in lines[-1].split()[1:])
     assert lines[-1].startswith("result status:success")
@@ -172,6 +174,9 @@ def test_a_run_learns_and_its_log_holds_everything(long):
         assert re.search(rf"^=== {name}\b", text, re.M)
     assert re.search(r"^overrides: .*\bnum_steps\b", text, re.M) and "\nnum_steps: 60\n" in text
     assert len(re.findall(r"^train_shard: \S+ tokens:\d+ sha256:[0-9a-f]{64}$", text, re.M)) == 3
+    assert traces(read_log(long.log)) == [] and text.count("\nforeign_modules: none\n") == 1
+    (tmp_path / "log.txt").write_text(text.replace("modules: none", "modules: tqdm.py, ../x.py"))
+    assert traces(read_log(tmp_path / "log.txt"))[0].endswith("no log holds: tqdm.py, ../x.py")
 
 
 def test_timed_and_untimed_seconds_add_up_to_the_wall_time(finished):
@@ -181,9 +186,27 @@ def test_timed_and_untimed_seconds_add_up_to_the_wall_time(finished):
     assert float(ledger[2]) < finished.wall_s  # which holds the start of the process, too
 
 
+def test_no_attribute_of_what_a_trainer_is_handed_leads_to_the_referee(fresh_run):
+    """Neither to an object of the run nor to anything that one refers to."""
+    handed = []
+    with pytest.raises(ZeroDivisionError):
+        carry_out(fresh_run, lambda *parts: handed.append(parts) or 1 / 0)
+    reached, waiting = {}, [handed]
+    while waiting:
+        thing = waiting.pop()
+        if id(thing) in reached or isinstance(thing, type | torch.dtype | torch.device):
+            continue
+        reached[id(thing)] = thing
+        waiting += thing if isinstance(thing, list | tuple) else vars(thing).values() if hasattr(
+            thing, "__dict__") else ()  # fmt: skip
+    run = fresh_run
+    owned = run, run.rt, run.clock, run.log, run.task, run.options, run.curve, run.validation
+    assert len(reached) > 50 and not reached.keys() & set(map(id, owned))
+
+
 def test_warm_up_leaves_no_trace(tiny_task, tiny_hp):
-    warm, cold = trainer(tiny_task, tiny_hp), trainer(tiny_task, tiny_hp)
-    warm_up(warm.run, warm)
+    (run, warm), cold = built(tiny_task, tiny_hp), trainer(tiny_task, tiny_hp)
+    warm_up(run, warm)
     batches = [cold.batches(0) for _ in range(2)]
     for step in range(3):
         assert torch.equal(warm.update(step, batches[0]), cold.update(step, batches[1]))
@@ -217,8 +240,9 @@ def test_the_collector_leaves_what_exists_alone_while_training(fresh_run):
     frozen = []
 
     class Watched(Trainer):
-        def train(self):
+        def steps(self, first):
             frozen.append(gc.get_freeze_count())
+            return super().steps(first)
 
     fresh_run.compiler = lambda: dont_compile
     carry_out(fresh_run, Watched)
@@ -588,10 +612,12 @@ def test_a_run_that_is_asked_to_end_logs_the_step_under_way(run, tmp_path):
     assert re.findall(r"^step:(\d+)", text, re.M) == list("12345") and "steps:5 " in text
 
 
-def test_a_stop_in_the_last_step_leaves_the_run_to_its_last_validation(run):
+@pytest.mark.parametrize("in_flight", [0, 1])  # on a CPU, on a GPU
+def test_a_stop_in_the_last_step_leaves_the_run_to_its_last_validation(run, in_flight):
+    run.rt.steps_in_flight = in_flight
     run.start()
     for step in range(1, run.hp.num_steps + 1):
-        run.stop.signal = signal.SIGTERM if step == run.hp.num_steps else 0
+        run.stop.signal = signal.SIGTERM if step + in_flight >= run.hp.num_steps else 0
         run.end_step(torch.tensor(3.0), 512)
     assert run.step == run.hp.num_steps and not run.status
 
@@ -614,7 +640,9 @@ def test_logits_that_could_answer_for_themselves_are_refused(run):
 
         @classmethod
         def __torch_function__(cls, func, types, args=(), kwargs=None):
-            return torch.zeros(len(args[0]) if args[0].ndim else 1)
+            if func is torch.nn.functional.cross_entropy:
+                return torch.zeros(len(args[1]))
+            return super().__torch_function__(func, types, args, kwargs or {})
 
     def predict(inputs_BT):
         yield torch.zeros(inputs_BT.numel(), run.task.vocab_size).as_subclass(Kind)
@@ -718,6 +746,8 @@ def test_all_ranks_compile_or_none_does(run):
         assert (run.compiler() is not dont_compile) == compiles
 
     class Compiled:
+        rt = Runtime()
+
         def compile(self, compile_fn):
             asked.append(compile_fn)
 
@@ -725,10 +755,10 @@ def test_all_ranks_compile_or_none_does(run):
             return {}
 
         def warm_up(self):
-            assert run.rt.is_alone, "a rank whose compiler fails would leave the others waiting"
+            assert self.rt.is_alone, "a rank whose compiler fails would leave the others waiting"
 
     run.rt = TwoRanks("C++ compile error")  # which the other one meets in warm-up
-    run.rt.is_alone = False
+    Compiled.rt.is_alone = False
     run.compiler = lambda: torch.compile
     warm_up(run, Compiled())
     assert asked == [torch.compile, dont_compile]
@@ -744,10 +774,10 @@ def test_machines_with_other_shards_are_refused(run, tiny_task):
 
 
 def test_a_parameter_that_nothing_uses_is_named(tiny_task, tiny_hp):
-    unused = trainer(tiny_task, tiny_hp)
+    run, unused = built(tiny_task, tiny_hp)
     unused.model.layers = [layer._replace(value_embed=None) for layer in unused.model.layers]
     with pytest.raises(RunError, match=r"the loss does not depend on blocks\.0\.attn\.value_gate"):
-        warm_up(unused.run, unused)
+        warm_up(run, unused)
 
 
 @pytest.mark.parametrize("text", ["x = 1", "x = 1\n\x0cy = 2\n", "x = 1\n\n"])
@@ -761,12 +791,12 @@ def test_a_source_with_a_form_feed_or_no_last_newline_gives_a_sound_log(run, tmp
 
 
 def test_a_broken_device_leaves_the_result_line(fresh_run, tmp_path):
-    def broken(run):
+    def broken(settings, rt):
         def synchronize():
             raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
-        run.clock.synchronize = synchronize
-        run.log.line("step:1/20")
+        fresh_run.clock.synchronize = synchronize
+        fresh_run.log.line("step:1/20")
         raise RuntimeError("the first error")
 
     with pytest.raises(RuntimeError):
@@ -776,7 +806,7 @@ def test_a_broken_device_leaves_the_result_line(fresh_run, tmp_path):
 
 def test_a_model_beyond_a_cpu_s_memory_is_one_line(fresh_run):
     with pytest.raises(RunError, match="out of memory on .*; lower --seq_len or the model's size"):
-        carry_out(fresh_run, lambda run: torch.empty(1 << 50))
+        carry_out(fresh_run, lambda settings, rt: torch.empty(1 << 50))
 
 
 @pytest.mark.parametrize("vocab_size, in_fp8", [(64, True), (257, False)])

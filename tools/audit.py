@@ -143,8 +143,8 @@ def check_course(run: LoggedRun) -> Iterator[str]:
         yield f"it took {run.steps} steps of num_steps {planned}"
     if run.number("recompiled") > 0:
         yield "graphs were compiled inside the timed part"
-    if run.modules:
-        yield f"modules from outside were loaded: {run.modules}"
+    if run.foreign_modules:
+        yield f"modules from outside were loaded: {run.foreign_modules}"
 
 
 def check_referee(run: LoggedRun) -> Iterator[str]:

@@ -473,13 +473,13 @@ def dry_run(
         stack.enter_context(recording(recorder))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
         stack.enter_context(recorder)
-        trainer = make_trainer(run)
+        trainer = run.build(make_trainer)
         recorder.begin("warm-up")
         warm_up(run, trainer)
         trace.graphs = compiled_graphs()
         for optimizer in getattr(trainer, "optimizers", {}).values():
             optimizer.step = recorder.part("optimizer")(optimizer.step)
-        trainer.train()
+        run.train(trainer)
         trace.rows, trace.recompiled = run.micro_batch_seqs, compiled_graphs() - trace.graphs
         recorder.finish_compiling()
     if trace.recompiled:

@@ -190,9 +190,9 @@ def wrap_referee(harness, probe: Probe) -> None:
     carry_out, validate = harness.carry_out, harness.Run.validate
 
     def carry_out_probed(run, make_trainer):
-        def make(run):
+        def make(*handed):  # in older records the run itself
             run.validation.rows = probe.take_rows(run.validation.rows, run.task)
-            probe.trainer = make_trainer(run)
+            probe.trainer = make_trainer(*handed)
             return probe.trainer
 
         carry_out(run, make)

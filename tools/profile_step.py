@@ -81,7 +81,7 @@ def report(trainer: Trainer, first: int, steps: int, prof, seconds: float, waite
         names[part, name] += microseconds
     first += steps
     tokens = sum(hp.value_at_step(hp.batch_tokens, first + i) for i in range(steps)) / seconds
-    share = mfu(trainer.run.flops_per_token * tokens, rt.device_name, rt.world_size)
+    share = mfu(trainer.flops_per_token * tokens, rt.device_name, rt.world_size)
     print(f"{rt.device_name}, steps {first} to {first + steps - 1}: {1e3 * seconds / steps:.2f} ms "
           f"per step under the profiler, {tokens:.0f} tokens/s, MFU {share}")  # fmt: skip
     busy = sum(parts.values())
@@ -98,7 +98,7 @@ def make_trainer(settings) -> Trainer:
     rt = Runtime(settings.options.fp32)
     run = Run(settings, "train_gpt.py", rt, StopRequest(), started=time.perf_counter())
     run.choose_arithmetic()
-    trainer = Trainer(run)
+    trainer = run.build(Trainer)
     warm_up(run, trainer)
     if trainer.loss is trainer.model:
         print("not compiled: these are the times of eager operations", file=sys.stderr)

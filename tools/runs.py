@@ -83,7 +83,7 @@ class LoggedRun:
     ledger: dict[str, float] = field(default_factory=dict)  # seconds by account
     calibrations: list[float] = field(default_factory=list)  # TFLOP/s of a matmul
     warnings: list[str] = field(default_factory=list)
-    modules: str = ""  # that it loaded from outside the project and the installed packages
+    foreign_modules: str = ""  # from outside the project and the installed packages
     result: dict[str, str] = field(default_factory=dict)
     faults: list[tuple[int, str]] = field(default_factory=list)  # (line number, what)
 
@@ -338,10 +338,10 @@ class OwnLog:
         elif key == "calibration":
             rates = dict(word.split(":") for word in value.split())
             run.calibrations.append(float(rates["matmul_tflops"]))
+        elif key == "foreign_modules":
+            run.foreign_modules = value.removesuffix("none")
         elif key == "warning":
             run.warnings.append(value)
-        elif key == "modules":
-            run.modules = value.removesuffix("none")
 
     def read_step(self, line: str) -> None:
         found = STEP.match(line)

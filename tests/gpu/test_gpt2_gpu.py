@@ -38,7 +38,7 @@ def result(tmp_path, track: str, *flags) -> dict[str, str]:
     assert done.returncode == 0, done.stderr
     log = only_log(tmp_path / "logs").read_text()
     fields = dict(pair.split(":", 1) for pair in log.splitlines()[-1].split()[1:])
-    return fields | {"rows": re.search(r"^micro_batch_seqs: ([1-9]\d*) acc", log, re.M)[1]}
+    return fields | {"rows": re.search(r"^trainer: .* (\d+) rows per", log, re.M)[1]}
 
 
 def test_124m_uses_55_percent_of_an_h200(tmp_path):

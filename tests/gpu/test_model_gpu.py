@@ -84,11 +84,12 @@ HP = dataclasses.replace(
 )
 
 
-def trainer(task, **options) -> Trainer:
+def built(task, **options) -> tuple[Run, Trainer]:
     gc.collect()
     torch.cuda.empty_cache()
     chosen = settings(task, HP, **options)
-    return Trainer(Run(chosen, "train_gpt.py", Runtime(), StopRequest(), PROCESS_START))
+    run = Run(chosen, "train_gpt.py", Runtime(), StopRequest(), PROCESS_START)
+    return run, run.build(Trainer)
 
 
 def on_gpu(made: Trainer):
@@ -96,12 +97,12 @@ def on_gpu(made: Trainer):
 
 
 def test_nothing_recompiles_after_warm_up(task):
-    made = trainer(task)
-    warm_up(made.run, made)
+    run, made = built(task)
+    warm_up(run, made)
     before, batches = compiled_graphs(), on_gpu(made)
     for step in range(HP.num_steps):
         if step % 4 == 0:
-            made.run.validation.loss(lambda x, at=step: made.predict(at, x), made.val_batch_rows)
+            run.validation.loss(lambda x, at=step: made.predict(at, x), made.val_batch_rows)
         made.update(step, batches)
     assert compiled_graphs() == before
 
@@ -109,14 +110,14 @@ def test_nothing_recompiles_after_warm_up(task):
 def test_two_steps_are_the_same_with_and_without_warm_up(task):
     losses = []
     for warm in (True, False):
-        made = trainer(task)
+        run, made = built(task)
         if warm:
-            warm_up(made.run, made)
+            warm_up(run, made)
         else:
-            made.compile(made.run.compiler())
+            made.compile(run.compiler())
         batches = on_gpu(made)
         losses.append([made.update(step, batches).item() for step in range(2)])
-        del made
+        del run, made
     assert losses[0] == pytest.approx(losses[1], abs=2e-3)  # atomics of the embedding gradients
 
 
@@ -126,8 +127,8 @@ def test_peak_memory_stays_below_the_estimate_and_near_it(task, rows):
     estimate = memory_estimate(HP, vocab, rows)
     if estimate > 0.9 * torch.cuda.get_device_properties(0).total_memory:
         pytest.skip("more than this GPU has")
-    made = trainer(task, micro_batch_seqs=rows)
-    warm_up(made.run, made)
+    run, made = built(task, micro_batch_seqs=rows)
+    warm_up(run, made)
     torch.cuda.reset_peak_memory_stats()
     batches = on_gpu(made)
     for step in range(2):
@@ -144,8 +145,8 @@ def test_orthogonalize_in_bf16_levels_singular_values():
 
 
 def test_gradients_of_tables_stand_above_adams_eps(task):
-    made = trainer(task)
-    warm_up(made.run, made)
+    run, made = built(task)
+    warm_up(run, made)
     batches = on_gpu(made)
     for step in range(4):
         made.update(step, batches)
