@@ -16,8 +16,8 @@ import torch
 
 from referee.cards import card_of
 from referee.host import host_id
+from referee.sources import ROOT
 
-ROOT = Path(__file__).resolve().parent.parent
 GEMMS = ((2048, 128, 512), (512, 768, 3072))  # (rows, in, out): the smallest track's, a large one
 BF16_GAIN = 1.2  # bf16 is used on a CPU where it is at least so many times faster
 UNKNOWN = "unknown CPU"

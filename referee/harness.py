@@ -1,12 +1,12 @@
 """The referee: everything about a run that an idea must not touch.
 
 This file reads the flags and carries out the run: log, data, trainer, warm-up, training, result.
-The task and its validation loss are in task.py, the clock in clock.py, device and ranks in
+The task is in task.py, its loss in validation.py, the clock in clock.py, device and ranks in
 ranks.py. The referee imports no trainer: `execute` gets a function that makes one, and drives it.
 A trainer gets copies of the settings and of the `Runtime`, and nothing that leads to clock, log,
-task or validation rows. In validation it gets inputs, never targets, and yields logits; task.py
-computes the loss. Both share one process, so a source could still tamper with the referee through
-the interpreter (frames, gc, patched modules); people read the source of every record.
+task or validation rows. In validation it gets inputs, never targets, and yields logits, of which
+validation.py computes the loss. Both share one process, so a source could still tamper with the
+referee through the interpreter (frames, gc, patched modules); people read each record's source.
 """
 
 import argparse
@@ -48,7 +48,8 @@ from referee.log import Log, write_header
 from referee.ranks import RANK, Runtime, compile_errors, is_first_to_say, rank_store
 from referee.shards import absolute_glob
 from referee.sources import source_texts
-from referee.task import DATA_FIELDS, TASKS, Task, Validation, check_shards, tokenizer_sha256
+from referee.task import DATA_FIELDS, TASKS, Task, check_shards, tokenizer_sha256
+from referee.validation import Validation
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
 SAME_REQUEST_S = 1.0  # keys bounce, and launchers pass on what their children got too

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from referee.flags import RunError
 
+ROOT = Path(__file__).resolve().parent.parent
 GIT = ("git", "-c", "safe.directory=*")  # a checkout may be another user's, as in a container
 
 

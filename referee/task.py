@@ -1,4 +1,4 @@
-"""What a run is measured by: its data, its validation rows, its target loss."""
+"""What a run is measured by: its data, its validation rows, its target loss. No torch here."""
 
 import dataclasses
 import glob
@@ -7,17 +7,13 @@ import json
 import os
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 
-from referee.environment import ROOT
 from referee.flags import RunError, check_ranges, option
-from referee.ranks import Runtime
 from referee.shards import ShardError, check_tokens, find_shards, open_shard
+from referee.sources import ROOT
 
 DATA = ROOT / "data"
 DATA_FIELDS = ("train_files", "val_files", "data_sha256")
@@ -140,56 +136,20 @@ def tokenizer_sha256(task: Task) -> str:
     return ""
 
 
-class Validation:
-    """This rank's share of a task's validation rows, and the mean loss over all of them."""
+def validation_rows(task: Task, ranks: int = 1) -> np.ndarray:
+    """All validation rows, (rows, val_seq_len + 1) uint16.
 
-    logits_type = torch.Tensor  # itself, for another class could answer for its own loss
-
-    def __init__(self, task: Task, rt: Runtime):
-        """ShardError where the shards do not hold the rows, or ranks cannot share them equally."""
-        self.task, self.rt = task, rt
-        tokens = np.concatenate([open_shard(path) for path in task_shards(task.val_files)])
-        count, last = task.val_tokens // task.val_seq_len, len(tokens) - task.val_seq_len - 1
-        if (count - 1) * task.val_seq_len > last or count % rt.world_size:
-            raise ShardError(
-                f"{task.val_files} holds {len(tokens)} tokens, from which {count} validation rows "
-                f"of {task.val_seq_len + 1} cannot be dealt to {rt.world_size} ranks equally",
-                "get the whole validation shard, or change --val_tokens or --nproc_per_node",
-            )
-        starts = np.arange(count) * task.val_seq_len
-        if task.val_spread:
-            starts = np.arange(count) * last // max(count - 1, 1)
-        mine = starts[rt.rank :: rt.world_size]
-        rows = np.stack([tokens[s : s + task.val_seq_len + 1] for s in mine])
-        self.rows = torch.from_numpy(rows.astype(np.int64))  # (rows, val_seq_len + 1)
-
-    @torch.no_grad()
-    def loss(self, predict, batch_rows: int) -> float:
-        """Mean cross-entropy over the rows of all ranks, nats per token.
-
-        predict(inputs (batch_rows, T) int64, on the device) yields logits (n, V) for the positions
-        of inputs.flatten() in order, any n per chunk; only one chunk need be in memory at a time.
-        """
-        total = torch.zeros((), device=self.rt.device, dtype=torch.float64)
-        for batch in self.rows.split(batch_rows):
-            # Copies, so that strides do not depend on the number of rows: they would recompile.
-            kept = partial(torch.clone, memory_format=torch.contiguous_format)
-            inputs_BT, targets_BT = kept(batch[:, :-1]), kept(batch[:, 1:])
-            targets_N, done = targets_BT.flatten().to(self.rt.device), 0
-            for logits_NV in predict(inputs_BT.to(self.rt.device)):
-                if type(logits_NV) is not self.logits_type:
-                    raise RunError(f"logits are of {type(logits_NV).__name__}, not of Tensor "
-                                   "itself; mend what the trainer yields")  # fmt: skip
-                end = done + len(logits_NV)
-                if end > len(targets_N) or logits_NV.size(1) < self.task.vocab_size:
-                    raise RunError(f"logits {tuple(logits_NV.shape)} at position {done} do not fit "
-                                   f"{len(targets_N)} positions and {self.task.vocab_size} tokens; "
-                                   "fix what the trainer yields")  # fmt: skip
-                losses_N = F.cross_entropy(logits_NV.float(), targets_N[done:end], reduction="none")
-                total += losses_N.double().sum()
-                done = end
-            if done < len(targets_N):
-                raise RunError(f"logits of {done} of {len(targets_N)} positions were yielded; mend "
-                               "what the trainer yields in validation")  # fmt: skip
-        self.rt.average([total])
-        return total.item() / (len(self.rows) * self.task.val_seq_len)
+    ShardError where the shards do not hold them, or so many ranks cannot share them equally.
+    """
+    tokens = np.concatenate([open_shard(path) for path in task_shards(task.val_files)])
+    count, last = task.val_tokens // task.val_seq_len, len(tokens) - task.val_seq_len - 1
+    if (count - 1) * task.val_seq_len > last or count % ranks:
+        raise ShardError(
+            f"{task.val_files} holds {len(tokens)} tokens, from which {count} validation rows "
+            f"of {task.val_seq_len + 1} cannot be dealt to {ranks} ranks equally",
+            "get the whole validation shard, or change --val_tokens or --nproc_per_node",
+        )
+    starts = np.arange(count) * task.val_seq_len
+    if task.val_spread:
+        starts = np.arange(count) * last // max(count - 1, 1)
+    return np.stack([tokens[s : s + task.val_seq_len + 1] for s in starts])

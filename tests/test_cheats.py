@@ -256,17 +256,6 @@ def test_every_checked_in_log_is_sound_and_not_suspected():
             assert not any(list(audit.off_track(run)) for run in arm.runs), folder
 
 
-def test_the_tools_know_the_tasks_of_the_harness():
-    from referee.task import TASKS
-
-    for track, known in audit.TASKS.items():
-        task = TASKS[track]
-        own = {"data": task.data_sha256} | {n: str(getattr(task, n)) for n in list(known)[1:]}
-        assert known == own
-    hashed = {name.partition("_")[0] for name, task in TASKS.items() if task.data_sha256}
-    assert hashed == audit.TASKS.keys()
-
-
 def test_options_of_a_run_are_no_overrides_that_a_log_would_have_to_name():
     from referee.harness import RunOptions
 

@@ -16,7 +16,8 @@ from data.prefetch import Prefetcher
 from kernels import mean_visible_keys
 from referee.flags import RunError
 from referee.shards import ShardError, check_tokens, open_shard, write_shard
-from referee.task import Validation, check_shards
+from referee.task import check_shards
+from referee.validation import Validation
 from train_gpt import (
     TRACKS,
     check_supply,

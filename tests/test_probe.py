@@ -1,6 +1,6 @@
 """The probes of tools/probe.py, on leaks that are planted in copies of the source."""
 
-import hashlib
+import dataclasses
 import re
 from pathlib import Path
 
@@ -10,6 +10,7 @@ from conftest import ROOT, tiny_flags
 from forked import run_forked
 
 from referee.shards import open_shard, write_shard
+from referee.task import check_shards
 from tools import probe
 from tools.attempts import copy_of
 from tools.cli import ToolError
@@ -61,12 +62,12 @@ LEAKS = [  # (name, changes (path, old, new) of the source, the probe that fails
        "            yield self.kept[:len(x_ND)].expand(len(x_ND), -1)\n")],
      "weights count", "other weights give the same logits"),
     ("cached validation loss",
-     [("referee/task.py", "        return total.item()",
+     [("referee/validation.py", "        return total.item()",
        "        total = self.kept = getattr(self, 'kept', total)\n        return total.item()")],
      "loss as reported", "it reports a loss of 4.1"),
     ("shuffled rows",
-     [("referee/task.py", "starts[rt.rank :: rt.world_size]",
-       "np.random.default_rng(0).permutation(starts)")],
+     [("referee/task.py", "for s in starts]",
+       "for s in np.random.default_rng(0).permutation(starts)]")],
      "validation rows", "not those of the track, or in another order"),
     ("a val shard read while training",
      [("train_gpt.py", USES, f"        open_shard(task_shards(self.task.val_files)[0])\n{USES}")],
@@ -103,12 +104,10 @@ def forked(words: list[str], folder: Path) -> str:
 
 
 @pytest.fixture
-def tiny(shards, tmp_path, monkeypatch):
+def tiny(shards, tiny_task, tmp_path, monkeypatch):
     """Makes an attempt of a source with changes (path, old, new), for the tiny task."""
-    tokens = open_shard(shards / "val.bin")
-    starts = [i * (len(tokens) - 65) // 31 for i in range(32)]
-    rows = np.stack([tokens[s : s + 65] for s in starts])
-    monkeypatch.setitem(probe.ROWS, "embedded", [32, 65, hashlib.sha256(rows).hexdigest()])
+    task = dataclasses.replace(tiny_task, data_sha256=check_shards(tiny_task)[0])
+    monkeypatch.setitem(probe.TASKS, "embedded", task)
 
     def attempt(*changes, source=ROOT):
         flags = tiny_flags(shards, tmp_path)

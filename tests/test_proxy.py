@@ -9,7 +9,8 @@ import pytest
 from conftest import documents
 
 from referee.shards import open_shard, write_shard
-from referee.task import TASKS, Validation
+from referee.task import TASKS
+from referee.validation import Validation
 from tools import proxy
 from tools.cli import ToolError
 from train_gpt import TRACKS, micro_batches

@@ -22,8 +22,8 @@ from referee.files import whole
 from referee.harness import parse_flags
 from referee.ranks import Runtime
 from referee.shards import open_shard, write_shard
-from referee.task import Validation
 from referee.task import check_shards as check_shards_of
+from referee.validation import Validation
 from train_gpt import TRACKS, check_supply
 
 START = 50256

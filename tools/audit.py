@@ -15,6 +15,7 @@ from contextlib import suppress
 from functools import cache
 
 from referee.sources import GIT
+from referee.task import TASKS
 from tools import stats
 from tools.runs import LoggedRun, changes, config_changes, read_log, source_changes
 from tools.sources import ROOT
@@ -29,10 +30,6 @@ REFEREE = re.compile(  # its files, now and in earlier layouts
 )
 SETUP = ("compile", "torch", "os", "python", "threads")
 NEW_LAYOUT = "2026-12-01"  # later runs have the referee in referee/, unless their source is older
-# A source's own word on its data is no evidence, so the tools know each track's task.
-EMBEDDED = {"data": "46ee993abd300d89907f21f46b034c6dad65e35e87b50afcdc9668e0617695f9",
-            "val_tokens": "262144", "val_seq_len": "1024", "val_spread": "True"}  # fmt: skip
-TASKS = {"embedded": EMBEDDED}  # by track
 OPTIONS = {"track", "task", "seed", "slug", "log_dir", "save_every", "resume", "micro_batch_seqs",
            "compile", "fp32", "cpu_dtype", "source_dir", "declared_runs", "turn_steps",
            "rank_timeout_s"}  # fmt: skip
@@ -98,11 +95,13 @@ def off_track(run: LoggedRun) -> Iterator[str]:
     if overridden := overridden | {name[2:] for name, _ in run.flags} - OPTIONS:
         yield f"hyperparameters were overridden: {' '.join(sorted(overridden))}"
     track = run.config.get("track", "unknown")
-    if track not in TASKS:
+    if not (track in TASKS and TASKS[track].data_sha256):
         yield f"no data hash is known of the track {track}"
-    for name, value in TASKS.get(track, {}).items():
-        if run.task[name] != value:
-            yield f"{name} is {run.task[name][:16]}, on the track {track} it is {value[:16]}"
+        return
+    for name, found in run.task.items():
+        known = str(getattr(TASKS[track], {"data": "data_sha256"}.get(name, name)))
+        if found != known:
+            yield f"{name} is {found[:16]}, on the track {track} it is {known[:16]}"
 
 
 def check_clocks(run: LoggedRun) -> Iterator[str]:

@@ -23,6 +23,7 @@ if __name__ == "__main__":
     from referee.start import finish
 
 import glob
+import hashlib
 import json
 import math
 import subprocess
@@ -33,6 +34,7 @@ from typing import NamedTuple
 import numpy as np
 
 from referee.shards import open_shard, write_shard
+from referee.task import TASKS, check_shards, validation_rows
 from tools.attempts import Attempt, copy_of, require_own_flags, staged, variables
 from tools.audit import FIRST_LOSS
 from tools.cli import EXIT_FAILED, EXIT_MISUSE, ToolError, flag_parser
@@ -44,13 +46,10 @@ STEPS = 4
 LOGITS_AGREE = 1e-3  # rounding in fp32; leaks change logits by more than 0.1
 LOSSES_AGREE = 1e-4  # nats per token
 SHORT_DOCUMENT = 32  # tokens; shorter ones, such as licences, may stand in both
-# By track: number of rows, tokens per row, sha256 of all as uint16. Not taken from the source.
-ROWS = {
-    "embedded": [256, 1025, "83df7e5f8376b7b57bdda04992ba7a8d0560ef3be2d93563c1797441a029b99a"],
-}
 REFEREES = ("referee/task.py", "harness.py")  # today's, and that of the records of 26 November
+FUNCTIONS = "check_shards", "validation_rows", "__init__"  # the last one in records
 READERS = [  # who may open a validation shard, before the trainer is made
-    f"{referee}:{function}" for referee in REFEREES for function in ("check_shards", "__init__")
+    f"{referee}:{function}" for referee in REFEREES for function in FUNCTIONS
 ]
 
 
@@ -176,14 +175,16 @@ def too_low(probed: Probed, place: int, words: str) -> str:
 
 
 def other_rows(probed: Probed) -> str:
-    """How the validation rows differ from those of the track."""
+    """How the validation rows differ from those that this checkout's referee has for the track."""
     track, (count, length, digest) = probed.run.config["track"], probed.facts["validated_rows"]
-    if track not in ROWS:
-        return f"no hash of the validation rows is known of the track {track}"
-    if [count, length] != ROWS[track][:2]:
+    task = TASKS.get(track)
+    if not (task and task.data_sha256 == check_shards(task)[0]):
+        return f"the track {track} has no data hash, or this checkout has other data"
+    rows = validation_rows(task)
+    if (count, length) != rows.shape:
         return (f"it is judged by {count} rows of {length} tokens, the track has "
-                f"{ROWS[track][0]} of {ROWS[track][1]}")  # fmt: skip
-    same = digest == ROWS[track][2]
+                f"{rows.shape[0]} of {rows.shape[1]}")  # fmt: skip
+    same = digest == hashlib.sha256(rows).hexdigest()
     return "" if same else "the validation rows are not those of the track, or in another order"
 
 
