@@ -14,7 +14,7 @@ import os
 import shlex
 import shutil
 import warnings
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -27,7 +27,8 @@ from referee.shards import file_sha256
 from referee.sources import sha256_of
 
 ITS_SOURCE = "check out the source that its log holds"
-FACTS = {"trainer": str, "sources": dict, "step": int, "config": dict, "files": dict}
+FACTS = {"trainer": str, "sources": dict, "step": int, "config": dict, "files": dict,
+         "arithmetic": dict}  # fmt: skip
 
 
 def write_checkpoint(folder: Path, tensors: dict[str, Tensor], facts: dict, rt) -> None:
@@ -129,7 +130,8 @@ def read_checkpoint(folder: Path, rt) -> dict:
             raise FileNotFoundError
         facts = json.loads((folder / "config.json").read_text(encoding="utf-8"))
         said = facts.pop("sha256")
-        complete = {"sources": {}, "tokenizer_sha256": "", **facts}  # older ones lack these
+        # Older ones lack the first three.
+        complete = {"sources": {}, "tokenizer_sha256": "", "arithmetic": {}, **facts}
         if not all(isinstance(complete[name], kind) for name, kind in FACTS.items()):
             raise ValueError
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
@@ -148,16 +150,6 @@ def read_checkpoint(folder: Path, rt) -> dict:
             "start from another checkpoint, or without one"
         )
     return complete
-
-
-def saved_dtype(folder: str) -> str:
-    """What the run of a checkpoint multiplied in: float32 or bfloat16; empty if none says so."""
-    path = Path(folder, "config.json")
-    with suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
-        if folder and path.is_file():
-            said = json.loads(path.read_text(encoding="utf-8"))["arithmetic"]["matmul_dtype"]
-            return {"torch.float32": "float32", "torch.bfloat16": "bfloat16"}[said]
-    return ""
 
 
 def check_same_run(folder: Path, saved: dict, own: dict, other_source: bool) -> None:

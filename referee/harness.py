@@ -38,7 +38,6 @@ from referee.checkpoints import (
     digests,
     fill,
     read_checkpoint,
-    saved_dtype,
     write_checkpoint,
 )
 from referee.clock import OTHER_ENDED, Stopwatch, Turns
@@ -230,10 +229,12 @@ class Run:
             "config": self.config(),
         }  # fmt: skip
 
-    def choose_arithmetic(self) -> None:
+    def choose_arithmetic(self, checkpoint: dict | None = None) -> None:
         """By the flags, or the checkpoint to resume, or else by a measurement."""
-        options = self.options
-        asked = "float32" if options.fp32 else options.cpu_dtype or saved_dtype(options.resume)
+        asked = "float32" if self.options.fp32 else self.options.cpu_dtype
+        if checkpoint and not asked:
+            saved = checkpoint["arithmetic"].get("matmul_dtype")
+            asked = "bfloat16" if saved == "torch.bfloat16" else "float32"
         self.rt.choose_arithmetic(asked)
 
     def header(self) -> None:
@@ -371,10 +372,11 @@ class Run:
 
     def checkpoint_to_resume(self) -> dict | None:
         """The facts of the checkpoint --resume, if this run may continue from it."""
-        if not (path := self.options.resume):
-            return None
-        facts = read_checkpoint(Path(path), self.rt)
-        check_same_run(Path(path), facts, self.facts(), self.options.other_source)
+        path = Path(self.options.resume)
+        facts = read_checkpoint(path, self.rt) if self.options.resume else None
+        self.choose_arithmetic(facts)
+        if facts:
+            check_same_run(path, facts, self.facts(), self.options.other_source)
         return facts
 
     def resume(self, facts: dict, tensors: dict[str, Tensor]) -> None:
@@ -494,9 +496,8 @@ def carry_out(run: Run, make_trainer) -> None:
     rt, log = run.rt, run.log
     try:
         rt.on_main(log.open)
-        run.choose_arithmetic()
-        rt.on_main(run.header)
         checkpoint = run.checkpoint_to_resume()
+        rt.on_main(run.header)
         log.section("data", run.check_data(checkpoint))
         log.section("run")
         log.line(calibration(rt.device, rt.matmul_dtype, rt.synchronize))

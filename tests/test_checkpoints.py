@@ -20,7 +20,6 @@ from referee.checkpoints import (
     delete_parts,
     facts_sha256,
     read_checkpoint,
-    saved_dtype,
     write_checkpoint,
     write_facts,
 )
@@ -243,15 +242,10 @@ def test_a_run_that_goes_on_multiplies_as_before_without_measuring(saved, monkey
     task, hp = first.run.task, first.run.hp
     own = settings(task, hp, seed=0, log_dir=chosen.log_dir, resume=str(folder))
     run = Run(own, "train_gpt.py", rt, None, PROCESS_START)
-    run.choose_arithmetic()
-    assert rt.matmul_dtype == dtype and run.checkpoint_to_resume()["step"] == 6
-
-
-def test_what_is_no_checkpoint_tells_no_arithmetic(tmp_path):
-    os.mkfifo(tmp_path / "config.json")  # would be waited for
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other/config.json").write_text('{"arithmetic": {"matmul_dtype": "torch.int8"}}')
-    assert [saved_dtype(str(f)) for f in ("", tmp_path, tmp_path / "other")] == ["", "", ""]
+    assert run.checkpoint_to_resume()["step"] == 6 and rt.matmul_dtype == dtype
+    write_facts(folder, {**facts, "arithmetic": {"matmul_dtype": "torch.int8"}})
+    with pytest.raises(RunError, match="computed with matmul_dtype torch.int8, this run"):
+        run.checkpoint_to_resume()
 
 
 CONFIGS = [
