@@ -59,7 +59,7 @@ def fetch(train_shards: int, folder: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or " ").splitlines()[0])
     add = parser.add_argument
     of_shards = "training shards, 100M tokens each (default: %(default)s, for the fineweb track)"
     add("shards", nargs="?", type=int, default=FINEWEB_TRACK, help=of_shards)

@@ -83,7 +83,7 @@ def check_manifest(manifest: Path, facts: dict[Path, dict], problems: list[str])
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or " ").splitlines()[0])
     add = parser.add_argument
     add("globs", nargs="+", metavar="GLOB", help="shards; a glob may be quoted")
     add("--vocab_size", type=int, default=50257, help="ids lie below it (default: %(default)s)")

@@ -75,7 +75,7 @@ def build(folder: Path, package: Path) -> dict[str, int]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or " ").splitlines()[0])
     parser.add_argument("--out", type=Path, default=FOLDER, help="folder (default: %(default)s)")
     args = parser.parse_args()
     for name, count in build(args.out, torch_folder()).items():

@@ -238,7 +238,7 @@ def size_of(files: dict[str, list[Path]]) -> int:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or " ").splitlines()[0])
     add = parser.add_argument
     kinds = f"files, folders or quoted globs ({', '.join(KINDS)})"
     add("inputs", nargs="*", metavar="INPUT", help=kinds)

@@ -161,7 +161,7 @@ def run(args: argparse.Namespace) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or " ").splitlines()[0])
     add_checkpoint_flags(parser)
     add = parser.add_argument
     add("--data", type=Path, help="hellaswag_val.jsonl (default: from the hub)")

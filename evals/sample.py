@@ -86,8 +86,8 @@ def show_samples(model: LanguageModel, args) -> None:
 
 
 def parse() -> argparse.Namespace:
-    form = argparse.ArgumentDefaultsHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0], formatter_class=form)
+    parser = argparse.ArgumentParser(description=(__doc__ or " ").splitlines()[0])
+    parser.formatter_class = argparse.ArgumentDefaultsHelpFormatter
     add_checkpoint_flags(parser)
     add = parser.add_argument
     add("--prompt", metavar="TEXT", default="", help="beginning of the document")

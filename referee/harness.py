@@ -450,7 +450,7 @@ def execute(
         rank_store()
         caller = sys._getframe(1)  # whose file is the source, whatever it says of itself
         entry = Path(caller.f_code.co_filename).resolve().relative_to(ROOT).as_posix()
-        description = caller.f_globals["__doc__"].splitlines()[0]
+        description = (caller.f_globals["__doc__"] or " ").splitlines()[0]
         settings = parse_flags(sys.argv[1:], tracks, gpu_track, description)
         options = settings.options
         rt = Runtime(options.fp32, 2 if options.turn_steps else 1, options.rank_timeout_s)

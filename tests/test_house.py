@@ -94,6 +94,7 @@ def test_each_script_of_a_folder_puts_the_root_on_the_path():
         sets_path = re.search(r'if __name__ == "__main__":\n    sys\.path\[0\] = str\(', text)
         if path.name != "probe_inside.py":  # which runs in a folder of the source under test
             assert bool(sets_path) == (bool(is_script) and len(path.parts) > 1), path
+        assert not re.search(r'__doc__("\])?[.[]', text), f"{path}: python -OO has no docstrings"
 
 
 def test_what_is_imported_is_required():

@@ -862,8 +862,7 @@ def test_run_sh_heals_its_environment(tmp_path, state, installs):
         f"[ $2 != {missing} ] || [ $3 != --version ] || exit 1\n"
         f"[ $3 = --version ] || echo $2 ${{3/--default-pip/}} >>{tmp_path}/ran\n"
         f"[ $2 != venv ] || ln -sf {fake} {tmp_path}/.venv/bin/python\n"
-        + "[ $3 != install ] || { echo 'ERROR: no wheel' >&2; exit 1; }\n"
-        * (state == "no network")
+        + "[ $3 != install ] || { echo 'ERROR: no wheel' >&2; exit 1; }\n" * (state == "no network")
         + "[ $3 != install ] || kill -INT $PPID\n" * (state == "ctrl-C")
     )
     fake.chmod(0o755)
