@@ -37,14 +37,16 @@ class Log:
         self.file = self.bar = None
 
     def open(self) -> None:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
         try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
             self.file = self.path.open("x", buffering=1, encoding="utf-8")
             with suppress(OSError):  # on file systems without locks
                 fcntl.flock(self.file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # while this run lives
         except KeyboardInterrupt:  # or SIGTERM, before the first line
             self.path.unlink(missing_ok=True)
             raise
+        except OSError as error:
+            raise self.failure(error) from None
         delete_parts(self.path.parent)
         if sys.stderr.isatty():
             self.bar = tqdm(total=self.num_steps, unit="step", dynamic_ncols=True, leave=False)
@@ -56,11 +58,13 @@ class Log:
         try:
             self.file.write(text + "\n")
         except OSError as error:
-            raise RunError(f"cannot write {self.path}: {error.strerror}; make room, or give "
-                           "--log_dir") from None  # fmt: skip
+            raise self.failure(error) from None
         self.hash.update(text.encode() + b"\n")
         if show:
             self.show(text)
+
+    def failure(self, error: OSError) -> RunError:
+        return RunError(f"cannot write {self.path}: {error.strerror}; make room, or give --log_dir")
 
     def show(self, text: str) -> None:
         """Print text. A closed terminal, or a pipe that nobody reads, does not end a run."""

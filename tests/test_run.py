@@ -401,7 +401,7 @@ def refused(done, *messages):
         ("--val_tokens=640000", r"validation"),
         ("--micro_batch_seqs=3", r"--micro_batch_seqs"),
         ("--num_steps=-1", r"--num_steps -1 is out of range"),
-        ("--log_dir=/proc/nowhere", r"/proc/nowhere"),
+        ("--log_dir=/proc/nowhere", "cannot write /proc/nowhere/.*: No such .* give --log_dir"),
         ("--resume=/nowhere", r"/nowhere is not a usable checkpoint"),
     ],
 )
