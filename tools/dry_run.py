@@ -468,7 +468,9 @@ def dry_run(
     entry = f"{make_trainer.__module__.replace('.', '/')}.py"
     with ExitStack() as stack:
         stack.enter_context(rank_0_of(cards))
-        run = DryRun(settings, entry, Runtime(), stop=None, started=0.0)
+        with FakeTensorMode():  # ranks greet each other with a tensor
+            rt = Runtime()
+        run = DryRun(settings, entry, rt, stop=None, started=0.0)
         recorder.run, run.recorder = run, recorder
         stack.enter_context(recording(recorder))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
