@@ -166,7 +166,8 @@ CHEATS = {  # docs/cheats.md has the messages of each
     "files of two referees": raced_as(source("data/shards.py",
         lambda text: kept_texts(COPYING)["data/shards.py"])),
     "an earlier referee in a new run": raced_as(source("train_gpt.py", commented), year=2027),
-    "a module from outside": change((r"^(step:0/500 val_loss.*)", r"foreign_modules: fastmath\n\1")),
+    "a module from outside": change(
+        (r"^(step:0/500 val_loss.*)", r"foreign_modules: fastmath\n\1")),
     "a run left out": without_the_third(),
     "undeclared": without_the_third((r"^declared_runs: .*", "declared_runs: 0")),
     "seeds chosen": change(*as_seed(7)),
