@@ -10,7 +10,8 @@ RUN apt-get update \
 
 # The one place where packages are installed; run.sh finds them and installs nothing over them.
 COPY requirements.txt /tmp/requirements.txt
-RUN pip install --no-cache-dir -r /tmp/requirements.txt
+COPY tools/requirements.txt /tmp/tools.txt
+RUN pip install --no-cache-dir -r /tmp/requirements.txt -r /tmp/tools.txt
 
 # Any user may run it, without a name or a home, so that data and logs belong to who started it.
 ENV HOME=/tmp USER=runner

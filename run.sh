@@ -46,7 +46,7 @@ PYTHON
 
 # Python gets -P, for its modules must not be those of the caller's folder, such as random.py.
 set_up() { # set_up FILE...: make $python an interpreter with these requirements
-    local found flags=() file
+    local found flags=() file ticks=0 ticker
     trap 'exit 130' INT # pip has a code of its own for ctrl-C
     unset PIP_USER PIP_TARGET PIP_PREFIX PIP_CONSTRAINT # they lead pip away from the environment
     for python in "$own/bin/python" "$venv/bin/python"; do
@@ -59,8 +59,7 @@ set_up() { # set_up FILE...: make $python an interpreter with these requirements
         python=$found
         return
     fi
-    echo "setting up $venv, once: pip downloads the packages (a GPU machine some 3 GB), then it" \
-        "unpacks them for a minute or more and says nothing meanwhile" >&2
+    echo "installing ${*#"$root/"} into $venv, once: pip says little while it unpacks" >&2
     if ! "$python" -c '' 2>/dev/null; then # there is none yet, or its Python is gone
         "$found" -P -m venv --clear "$venv" ||
             fail "cannot make $venv (see above): apt install python3-venv, or set XDG_CACHE_HOME"
@@ -70,10 +69,20 @@ set_up() { # set_up FILE...: make $python an interpreter with these requirements
             fail "$venv has no pip (see above); delete it, and run this again"
     fi
     for file in "$@"; do flags+=(-r "$file"); done
+    while sleep 1 && kill -0 $$ 2>/dev/null; do
+        [ $((++ticks % 8)) != 0 ] || echo "pip is at work, $SECONDS s so far" >&2
+    done &
+    ticker=$!
+    disown # else bash would report its end
     { "$python" -P -m pip install --disable-pip-version-check "${flags[@]}" 2>&1 >&3 3>&- |
         tee "$venv/pip_errors" >&2; } 3>&2 ||
         fail "pip could not install the requirements: $(grep -i '^error' "$venv/pip_errors" | tail -n 1)"
+    kill $ticker
     echo "set up in $SECONDS s" >&2
+}
+
+set_up_tools() { # set_up_tools [FILE...]: with the packages of all scripts, too
+    set_up "$root/requirements.txt" "$root/tools/requirements.txt" "$@"
 }
 
 count_gpus() { # the largest of 1, 2, 4, 8 GPUs that are visible and that torch can use
@@ -100,11 +109,11 @@ get_data() { # get_data TASK: its shards, unless they are there; its scripts say
         [ -e "$root/data/embedded/embedded_train.bin" ] && [ -e "$root/data/embedded/embedded_val.bin" ] ||
             "$python" "$root/data/embedded.py" >&2
         ;;
-    fineweb) "$python" "$root/data/cached_fineweb10B.py" 9 >&2 ;;
-    fineweb_medium) "$python" "$root/data/cached_fineweb10B.py" 44 >&2 ;;
+    fineweb) set_up_tools && "$python" "$root/data/cached_fineweb10B.py" 9 >&2 ;;
+    fineweb_medium) set_up_tools && "$python" "$root/data/cached_fineweb10B.py" 44 >&2 ;;
     wikitext103) # manifest.json is written last
         [ -e "$root/data/wikitext103/manifest.json" ] ||
-            "$python" "$root/data/tokenize_text.py" --preset wikitext103 >&2
+            { set_up_tools && "$python" "$root/data/tokenize_text.py" --preset wikitext103 >&2; }
         ;;
     esac || status=$?
     [ "$status" -lt 128 ] || exit "$status" # a signal ends this script as well
@@ -129,7 +138,7 @@ except SignalException as error:
 }
 
 if [ "${1:-}" = test ]; then
-    set_up "$root/requirements.txt" "$root/tests/requirements.txt"
+    set_up_tools "$root/tests/requirements.txt"
     cd "$root"
     "$python" -m ruff check .
     "$python" -m ruff format --check .
@@ -137,10 +146,13 @@ if [ "${1:-}" = test ]; then
 fi
 
 case ${1:-} in
-*.py | torchrun | -* | "") ;;
+*.py) set_up_tools ;;
+torchrun | -* | "")
+    set_up "$root/requirements.txt"
+    echo "starting: torch takes some seconds to load" >&2
+    ;;
 *) fail "there is no command $1; there are test, torchrun, FILE.py, and flags of the trainer: ./run.sh --help" ;;
 esac
-set_up "$root/requirements.txt"
 # What torchrun passes on to its processes, and how long it lets them save a checkpoint.
 export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT="${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-600}"

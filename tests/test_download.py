@@ -274,6 +274,8 @@ def checkout(tmp_path) -> Path:
     shutil.copytree(ROOT / "referee", root / "referee")
     shutil.copy(ROOT / "run.sh", root)
     (root / "requirements.txt").touch()
+    (root / "tools").mkdir(exist_ok=True)
+    (root / "tools/requirements.txt").touch()
     (root / "train_gpt.py").write_text("print('training')")
     return root
 

@@ -872,7 +872,7 @@ def test_run_sh_heals_its_environment(tmp_path, state, installs):
     functions = "\n".join(map(run_sh_function, ("fail", "satisfies", "set_up")))
     (tmp_path / "requirements.txt").write_text("torch==1\n")
     done = bash(
-        f"own={tmp_path}/.venv\nvenv={'/no' if state == 'read-only' else '$own'}\n"
+        f"root={tmp_path}\nown={tmp_path}/.venv\nvenv={'/no' if state == 'read-only' else '$own'}\n"
         f"find_python() {{ echo {fake}; }}\n{functions}\n"
         f"set_up {tmp_path}/requirements.txt\necho $python",
         PIP_TARGET="elsewhere",
@@ -905,9 +905,13 @@ def test_run_sh_gets_what_is_missing_of_a_track(tmp_path, track, files, missing,
     folder.mkdir(parents=True)
     for name in set(files) - {missing}:
         (folder / name).write_text("")
-    done = bash(f"root={tmp_path}\npython=echo\n{run_sh_function('get_data')}\nget_data {track}")
+    done = bash(f"root={tmp_path}\npython=echo\nset_up_tools() {{ echo packages >&2; }}\n"
+                f"{run_sh_function('get_data')}\nget_data {track}")  # fmt: skip
     assert done.returncode == 0
-    assert done.stderr.split()[:1] == ([f"{tmp_path}/data/{script}"] if script else [])
+    packages = ["packages"] if script == "tokenize_text.py" else []
+    assert done.stderr.split()[: len(packages) + 1] == (
+        [*packages, f"{tmp_path}/data/{script}"] if script else []
+    )
 
 
 def test_run_sh_needs_no_home_and_no_writable_checkout(tmp_path):
@@ -929,7 +933,9 @@ def checkout(tmp_path) -> Path:
     for path in (folder, caller, tmp_path / "elsewhere/checkout"):
         path.mkdir(parents=True)
     shutil.copy(ROOT / "run.sh", folder)
-    (folder / "requirements.txt").write_text("numpy==" + np.__version__)
+    (folder / "tools").mkdir()
+    for path in ("requirements.txt", "tools/requirements.txt"):
+        (folder / path).write_text("numpy==" + np.__version__)
     (folder / "where.py").write_text("print(__file__)")
     (folder / "train_gpt.py").write_text("print('its flags')")
     for name in ("email", "random", "torch", "pip"):
