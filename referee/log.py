@@ -13,6 +13,8 @@ import hashlib
 import json
 import os
 import sys
+import threading
+import time
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,6 +27,7 @@ from referee.environment import ROOT, environment, shell
 from referee.flags import RunError, as_flag
 from referee.sources import GIT, read_source, sha256_of
 
+SILENCE_S = 9  # a run that has printed nothing for so long says what it does
 SCHEMA = 2  # in 1 the hash left out the result line itself
 
 
@@ -35,6 +38,8 @@ class Log:
         self.path = Path(folder or ROOT / "logs") / f"{name}.txt"
         self.hash, self.num_steps = hashlib.sha256(), num_steps
         self.file = self.bar = None
+        self.began = self.spoke = time.monotonic()
+        self.doing, self.closed = "setting up", threading.Event()
 
     def open(self) -> None:
         try:
@@ -50,6 +55,19 @@ class Log:
         delete_parts(self.path.parent)
         if sys.stderr.isatty():
             self.bar = tqdm(total=self.num_steps, unit="step", dynamic_ncols=True, leave=False)
+        threading.Thread(target=self.break_silence, daemon=True).start()
+
+    def break_silence(self) -> None:
+        """Until the log is closed, print what the run does whenever it has been silent."""
+        while not self.closed.wait(max(0.0, self.spoke + SILENCE_S - time.monotonic())):
+            if (now := time.monotonic()) < self.spoke + SILENCE_S:
+                continue
+            self.spoke, bar = now, self.bar
+            with suppress(OSError):
+                if bar is not None:
+                    bar.refresh()
+                else:  # without a lock of Python's, which would break an exit meanwhile
+                    os.write(2, f"[{now - self.began:.0f} s] {self.doing}\n".encode())
 
     def line(self, text: str, show: bool = False) -> None:
         """Append text, and print it with show."""
@@ -70,6 +88,7 @@ class Log:
         """Print text. A closed terminal, or a pipe that nobody reads, does not end a run."""
         if self.file is None:
             return
+        self.spoke = time.monotonic()
         try:
             tqdm.write(text) if self.bar is not None else print(text, flush=True)
         except OSError:
@@ -85,6 +104,7 @@ class Log:
         self.line(f"check: {self.hash.hexdigest()[:12]}")
 
     def progress(self, step: int, text: str) -> None:
+        self.doing = f"step {step}/{self.num_steps}: {text}"
         if self.bar is None:
             return
         try:
@@ -96,6 +116,7 @@ class Log:
 
     def close(self, result: str | None = None, show: bool = True) -> None:
         """End the file, with the result line and the hash over everything before that hash."""
+        self.closed.set()
         if self.bar is not None:
             with suppress(OSError):
                 self.bar.close()

@@ -35,6 +35,7 @@ from conftest import (
 from forked import Forked, run_forked
 
 import kernels
+import referee.log
 from kernels import Softcap
 from referee.clock import Stopwatch
 from referee.flags import RunError
@@ -703,6 +704,22 @@ def test_output_that_nobody_reads_ends_no_run(tmp_path):
     done = run_forked([str(script), str(tmp_path)])
     assert done.returncode == 0 and not done.stderr
     assert len(only_log(tmp_path).read_text().splitlines()) == 9
+
+
+def test_a_silent_run_says_what_it_does_until_its_log_is_closed(monkeypatch, tmp_path, capfd):
+    monkeypatch.setattr(referee.log, "SILENCE_S", 0.2)
+    log = referee.log.Log(str(tmp_path), "x", 8)
+    log.open()
+    log.progress(5, "loss 1.5")
+    said, until = "", time.monotonic() + 60
+    while said.count("step 5/8: loss 1.5") < 2:
+        assert time.monotonic() < until
+        time.sleep(0.05)
+        said += capfd.readouterr().err
+    log.close()
+    capfd.readouterr()
+    time.sleep(0.5)
+    assert capfd.readouterr() == ("", "")
 
 
 class TwoRanks(Runtime):
