@@ -848,17 +848,11 @@ class Bank:
             self.exchange = ALL_GATHER(tensor, tensor[self.mine].clone(), async_op=True)
 
     def gather_state(self) -> dict[str, Tensor]:
-        """State and waiting gradients, whole on every rank. A collective: every rank calls it."""
+        """The state, whole on every rank. A collective: every rank calls it."""
         for tensor in self.state.values():
             self.start_gather(tensor)
             self.finish()
-        tensors = {name: tensor[: self.count] for name, tensor in self.state.items()}
-        if self.group.every > 1:
-            for i, p in enumerate(self.group.params):
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-                self.rt.average([p.grad])
-                tensors[f"grad{i}"] = p.grad
-        return tensors
+        return {name: tensor[: self.count] for name, tensor in self.state.items()}
 
     @torch.no_grad()
     def step(self, step: int):
@@ -990,7 +984,7 @@ class Trainer:
         torch.manual_seed(self.seed)
         with rt.device:
             self.model = GPT(hp, task, rt)
-        self.flops_per_token = self.model_flops()
+        self.flops_per_token, self.state_every = self.model_flops(), ADAM_EVERY
         count = sum(p.numel() for p in self.model.parameters())
         self.description = f"{count} parameters, {as_flag(self.micro_seqs)} rows per forward pass"
 

@@ -310,7 +310,7 @@ class Trainer:
         self.accumulation = hp.batch_tokens // hp.seq_len // (rt.world_size * self.micro_batch_seqs)
         rows_that_fit = self.micro_batch_seqs * hp.seq_len // task.val_seq_len
         self.val_batch_rows = task.batch_rows(rows_that_fit, rt.world_size)
-        self.flops_per_token = plan.flops_per_token(hp)
+        self.flops_per_token, self.state_every = plan.flops_per_token(hp), 1
         self.model = build(hp, rt, self.seed)
         self.optimizer = adamw(self.model, hp)
         self.is_sharded = plan.is_sharded(hp, rt.world_size)

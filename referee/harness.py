@@ -188,7 +188,7 @@ class Run:
         self.log = Log(self.options.log_dir, self.name, self.hp.num_steps)
         self.data_sha256 = ""
         self.status, self.step, self.tokens, self.curve = "", 0, 0, []  # curve: (train ms, loss)
-        self.first_step = self.first_tokens = self.bad_steps = self.graphs = 0
+        self.first_step = self.first_tokens = self.saved_step = self.bad_steps = self.graphs = 0
         self.saved = None  # folder of the newest checkpoint
         self.contended = ""  # what was said of other processes on this machine
         self.pending = []  # steps whose loss has not been read
@@ -276,13 +276,16 @@ class Run:
             return self.turns.hand_over()
 
     def train(self, trainer) -> None:
-        """Take the steps that are left; validate before the first, every val_every, at the end."""
-        steps = trainer.steps(self.step)
-        while self.step < self.hp.num_steps and not self.status:
+        """Take the steps that are left; validate before the first, every val_every, at the end.
+
+        Save and stop only where the trainer's state is whole, every trainer.state_every steps.
+        """
+        steps, every = trainer.steps(self.step), trainer.state_every
+        while self.step < self.hp.num_steps and not (self.status and self.step % every == 0):
             if self.step % self.hp.val_every == 0:
                 self.validate(partial(trainer.predict, self.step), trainer.val_batch_rows)
             self.end_step(*next(steps))
-            if self.checkpoint_is_due():
+            if self.step % every == 0 and self.checkpoint_is_due():
                 self.save(trainer.state)
         if not self.status:
             self.validate(partial(trainer.predict, self.step), trainer.val_batch_rows)
@@ -321,6 +324,7 @@ class Run:
 
     def validate(self, predict, batch_rows: int) -> None:
         """Take and log the validation loss; predict and batch_rows as in Validation.loss."""
+        self.log.progress(self.step, "validation")
         with self.clock.charged_to("validation"):
             loss = self.validation.loss(predict, batch_rows)
         train_ms = self.clock.train_ms()
@@ -348,14 +352,14 @@ class Run:
 
     def checkpoint_is_due(self) -> bool:
         every = self.options.save_every
-        return self.status == "aborted" or (every > 0 and self.step % every == 0)
+        return self.status == "aborted" or 0 < every <= self.step - self.saved_step
 
     def save(self, state: Callable[[], dict[str, Tensor]]) -> None:
         """Write a checkpoint of state() beside the log. A kill leaves the previous one or this one.
 
         A run that is not stopping continues if the checkpoint cannot be written.
         """
-        stem = self.log.path.stem
+        stem, self.saved_step = self.log.path.stem, self.step
         folder = self.log.path.with_name(f"{stem}_step{self.step:07}")
         with self.clock.charged_to("checkpoint"):
             try:
@@ -382,7 +386,7 @@ class Run:
     def resume(self, facts: dict, tensors: dict[str, Tensor]) -> None:
         """Continue from the checkpoint --resume: fill tensors, and count from its step."""
         fill(Path(self.options.resume), tensors)
-        self.step = self.first_step = facts["step"]
+        self.step = self.first_step = self.saved_step = facts["step"]
         self.tokens = self.first_tokens = facts["tokens"]
         self.curve = [tuple(point) for point in facts["curve"]]
         self.clock.carried_ms = facts["train_ms"]
@@ -440,7 +444,8 @@ def execute(
     this one on, and gives (this rank's mean loss, tokens of all ranks); predict(step, inputs) is
     that of Validation.loss after so many steps. Its attributes: rt as handed, val_batch_rows (rows
     per call of predict), micro_batch_seqs (rows per forward pass at most), flops_per_token (forward
-    and backward) and description (one line for the log). tracks, gpu_track: as in parse_flags.
+    and backward), state_every (steps after which state is whole) and description (one line for the
+    log). tracks, gpu_track: as in parse_flags.
     started: perf_counter at first import.
     """
     open_streams()

@@ -122,8 +122,8 @@ def main() -> int:
     rng, failed = random.Random(args.seed), 0
     scratch = Path(tempfile.mkdtemp(prefix="kill_trials_"))
     for kind in args.kinds:
-        whole_folder, (command, every) = scratch / f"{kind} whole", KINDS[kind]
-        if start(command, whole_folder, f"--save_every={every}").wait():
+        whole_folder = scratch / f"{kind} whole"
+        if start(KINDS[kind][0], whole_folder).wait():
             print(f"{kind}: no run at all, see {whole_folder}/output", file=sys.stderr)
             return 1
         if kind == args.kinds[0]:

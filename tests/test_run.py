@@ -297,7 +297,7 @@ def test_killed_runs_resume_to_the_same_digits(flags, tmp_path, long):
     flags = [*flags, *LONG]
     killed, resumed = tmp_path / "killed", tmp_path / "resumed"
     process = Forked(command([*flags, "--save_every=7", f"--log_dir={killed}"])[1:])
-    log = wait_for(killed, r"checkpoint: \S+ step:21\n", process)
+    log = wait_for(killed, r"checkpoint: \S+ step:24\n", process)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL and "result" not in run_section(log)
@@ -320,7 +320,8 @@ def test_interrupted_runs_save_a_checkpoint_and_say_how_to_go_on(flags, tmp_path
     assert errors.count("stopping after this step; press again to abort without") == 1
     assert re.search(r"^result status:aborted", only_log(tmp_path).read_text(), re.M)
     saved = json.loads((checkpoint_in(tmp_path) / "config.json").read_text())
-    assert saved["step"] >= 5 and not list(tmp_path.glob("*.part"))
+    assert saved["step"] >= 6 and saved["step"] % 2 == 0  # so that no gradients wait for Adam
+    assert not list(tmp_path.glob("*.part"))
     line = errors.splitlines()[-1]
     assert line.startswith(f"to resume from step {saved['step']}: ")
     words = shlex.split(line.partition(": ")[2])
