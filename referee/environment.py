@@ -22,7 +22,7 @@ GEMMS = ((2048, 128, 512), (512, 768, 3072))  # (rows, in, out): the smallest tr
 BF16_GAIN = 1.2  # bf16 is used on a CPU where it is at least so many times faster
 UNKNOWN = "unknown CPU"
 LOGGED_VARIABLES = ("CUDA_", "NCCL_", "TORCH", "PYTORCH_", "OMP_", "GOMP_", "KMP_", "MKL_", "DNNL_",
-                    "ONEDNN_", "ATEN_", "LD_", "PYTHON")  # fmt: skip
+                    "ONEDNN_", "ATEN_", "LD_", "PYTHON", "SLURM_RESTART_COUNT")  # fmt: skip
 
 
 def shell(*command: str) -> str:

@@ -138,6 +138,8 @@ def check_course(run: LoggedRun) -> Iterator[str]:
     """Runs that did not go from the first planned step to the last one by themselves."""
     if run.number("resumed_from") > 0 or run.config.get("resume"):
         yield "resumed: a checkpoint told the train time"
+    if "SLURM_RESTART_COUNT" in run.environment.get("variables", ""):
+        yield "Slurm requeued its job: it was begun more than once"
     if run.finished and (planned := run.config.get("num_steps")) != str(run.steps):
         yield f"it took {run.steps} steps of num_steps {planned}"
     if run.number("recompiled") > 0:
