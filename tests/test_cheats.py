@@ -159,6 +159,7 @@ CHEATS = {  # docs/cheats.md has the messages of each
     "no ledger": change((r"^ledger: .*\n", "")),
     "a slow clock in a race": doubted,
     "a resumed run": change((r"resumed_from:0", "resumed_from:300")),
+    "a requeued run": change((r"^variables: \{", 'variables: {"SLURM_RESTART_COUNT": "1", ')),
     "compilation inside the time": change((r"recompiled:0", "recompiled:3")),
     "fewer steps": change((r"^num_steps: 500", "num_steps: 600")),
     "another referee": raced_as(source("records/harness.py",

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from conftest import ROOT, clean_environment, losses, only_log, tiny_flags, train
 
-from tools.audit import ineligible
+from tools.audit import objections
 from tools.runs import read_log
 
 SBIN = f"{Path(sys.executable).parent}:{os.environ['PATH']}:/usr/sbin"
@@ -127,5 +127,5 @@ def test_a_requeued_job_ends_with_the_losses_of_an_undisturbed_run(slurm, shards
         assert (f'"SLURM_RESTART_COUNT": "{number}"' in run.environment["variables"]) == bool(
             number
         )
-        assert any("requeued" in reason for reason in ineligible(run)) == bool(number)
+        assert any("requeued" in reason for reason in objections([run])) == bool(number)
     assert last and found == whole
