@@ -30,7 +30,6 @@ import time
 import warnings
 from collections import Counter
 from itertools import chain
-from typing import NamedTuple
 
 import numpy as np
 from tqdm import tqdm
@@ -99,34 +98,27 @@ def attention_keys(module, hp):
 # ------------------------------------------------------------------------------ Roofline
 
 
-class Class(NamedTuple):
-    """Launches that come about equally near to the card's peak rates."""
-
-    name: str
-    pattern: str  # of the names of launches; the first class that matches counts
-    memory_share: float  # of the peak bandwidth
-    arithmetic_share: float  # of the peak rate of matrix products
-
-
-# "timed": on an H200, see docs/gpus.md. All others are estimates from one run of 120 steps on an
-# H100; a profile by tools/profile_step.py, which has the same classes, replaces them.
-CLASSES = (
-    Class("loss kernel", "softcapped_loss", 0.75, 1.0),  # timed: 1.9 to 2.3 ms per chunk
-    Class("head", "of head_loss", 0.82, 0.69),  # timed: three products 3.64 ms per chunk
-    Class("MLP kernel", r"relu_squared_(tma_)?kernel", 0.82, 0.49),
-    Class("attention", "triton_tem|flash_attention|scaled_dot_product", 0.82, 0.42),
-    Class("table gradients", "index_put", 0.59, 1.0),  # atomics
-    Class("optimizer", "of optimizer", 0.82, 0.6),
-    Class("products", r"gemm|nvjet|cutlass|mkldnn|^(aten::)?_?(add|scaled_|b|addb)?mm", 0.82, 0.57),
-    Class("element-wise", "", 0.82, 1.0),
-)
+# By class of launches: a pattern of their names, of which the first that matches counts, and the
+# shares of the card's peak bandwidth and of its peak arithmetic that they reach. "timed": on an
+# H200, see docs/gpus.md. The others are estimates from one run of 120 steps on an H100; a profile
+# by tools/profile_step.py, which has the same classes, replaces them.
+CLASSES = {
+    "loss kernel": ("softcapped_loss", 0.75, 1.0),  # timed: 1.9 to 2.3 ms per chunk
+    "head": ("of head_loss", 0.82, 0.69),  # timed: three products 3.64 ms per chunk
+    "MLP kernel": (r"relu_squared_(tma_)?kernel", 0.82, 0.49),
+    "attention": ("triton_tem|flash_attention|scaled_dot_product", 0.82, 0.42),
+    "table gradients": ("index_put", 0.59, 1.0),  # atomics
+    "optimizer": ("of optimizer", 0.82, 0.6),
+    "products": (r"gemm|nvjet|cutlass|mkldnn|^(aten::)?_?(add|scaled_|b|addb)?mm", 0.82, 0.57),
+    "element-wise": ("", 0.82, 1.0),
+}
 EXCHANGE_SHARE = 0.8  # of the link's peak, estimated
 GAP_MS = 0.0045  # per launch: gaps, sorts and reductions in one block; estimated
 SCALE = 1.09  # of all: the one number that is fitted, to the first two stages of that run
 
 
-def class_of(name: str) -> Class:
-    return next(c for c in CLASSES if re.search(c.pattern, name))
+def class_of(name: str) -> str:
+    return next(c for c, (pattern, *_) in CLASSES.items() if re.search(pattern, name))
 
 
 def times_ms(launch, card: Card) -> dict:
@@ -134,8 +126,8 @@ def times_ms(launch, card: Card) -> dict:
     peaks = {1: 2 * card.bf16_tflops, 2: card.bf16_tflops}
     memory_ms = launch.moved_bytes / card.memory_gb_per_s / 1e6
     arithmetic_ms = launch.flops / peaks.get(launch.operand_bytes, card.fp32_tflops) / 1e9
-    kind = class_of(launch.name)
-    slower_ms = max(memory_ms / kind.memory_share, arithmetic_ms / kind.arithmetic_share)
+    _, memory_share, arithmetic_share = CLASSES[class_of(launch.name)]
+    slower_ms = max(memory_ms / memory_share, arithmetic_ms / arithmetic_share)
     return {"memory_ms": memory_ms, "arithmetic_ms": arithmetic_ms,
             "bound_ms": max(memory_ms, arithmetic_ms), "expected_ms": SCALE * (slower_ms + GAP_MS),
             "launches": 1, "bytes": launch.moved_bytes, "flops": launch.flops}  # fmt: skip
@@ -203,7 +195,7 @@ def collect(own, settings, module, card: Card, traces: dict, seconds: float) -> 
         "kernels": [k._asdict() for k in kernels], "peak_when": one.peak_when,
         "estimated_bytes_by_rows": estimates,
         "rooflines": lines, "operations": longest(last, card, lambda a: a.name),
-        "classes": longest(last, card, lambda a: class_of(a.name).name),
+        "classes": longest(last, card, lambda a: class_of(a.name)),
     }  # fmt: skip
 
 

@@ -35,7 +35,7 @@ def class_name(event, operation: str) -> str:
     while above is not None:
         names += "".join(f" of {part}" for span, part in SPANS.items() if span in above.name)
         above = above.cpu_parent
-    return class_of(names).name
+    return class_of(names)
 
 
 def operations(prof, on_gpu: bool):
