@@ -74,7 +74,7 @@ def rare(rng, count: int) -> np.ndarray:
 
 
 DESIGNS = {"3 pairs": (3,), "5 pairs": (5,), "10 pairs": (10,), "20 pairs": (20,),
-           "looks": stats.LOOKS}  # fmt: skip
+           "looks": tuple(range(stats.MIN_RUNS, stats.MOST_LOOKS + 1))}  # fmt: skip
 # kind of noise: of the host, of losses; races: (verdicts counted, share of the host's noise, B's
 # gain, A's loss above the target, B's beyond A's)
 TIMES = (

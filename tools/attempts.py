@@ -43,6 +43,8 @@ class Attempt:
     processes: int = 1  # per run
     base: Path | None = None  # an attempt; after the runs, the source becomes a diff against its
     cpu_dtype: str = ""  # of all matmuls on a CPU; empty: each run measures which is faster
+    first_seed: int = 0
+    most_s: float | None = None  # after which a run is stopped
     is_new: bool = False  # frozen by this process
     lock: int | None = None  # the descriptor that holds it
 
@@ -61,13 +63,7 @@ class Attempt:
     def claim(self) -> None:
         """Keep other races out while this process lives."""
         if self.lock is None:
-            self.lock = os.open(self.folder, os.O_RDONLY)
-            try:
-                fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise ToolError(f"another race runs {self.folder}; wait for its end") from None
-            except OSError:  # some file servers have no locks
-                pass
+            self.lock = lock_folder(self.folder)
         self.drop_empty_logs()
 
     def drop_empty_logs(self) -> None:
@@ -95,6 +91,18 @@ class Attempt:
             self.logs.rmdir()
             with suppress(OSError):  # it holds more
                 self.folder.rmdir()
+
+
+def lock_folder(folder: Path) -> int:
+    """The descriptor that holds a lock while it is open; ToolError if another process has one."""
+    lock = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ToolError(f"another race runs {folder}; wait for its end") from None
+    except OSError:  # some file servers have no locks
+        pass
+    return lock
 
 
 def field_names(texts: dict[str, str]) -> set[str]:
@@ -238,7 +246,8 @@ def run_group(jobs: list[Job], declared: int, turn_steps: int = 0) -> list[Finis
             for job, scratch, end in zip(jobs, scratches, ends, strict=True):
                 began = time.monotonic()
                 process = start_process(*job, scratch, declared, turn_steps, end)
-                running[pool.submit(wait_for, process)] = process, *job, began
+                end = pool.submit(wait_for, process, job[0].most_s)
+                running[end] = process, *job, began
             for end in ends if turn_steps else ():
                 end.close()
             ended = [(*running[future], *future.result()) for future in as_completed(running)]
@@ -251,9 +260,14 @@ def run_group(jobs: list[Job], declared: int, turn_steps: int = 0) -> list[Finis
     return [finished_run(*one, before) for one in sorted(ended, key=lambda one: one[-1])]
 
 
-def wait_for(process: subprocess.Popen) -> tuple[str, str, float]:
-    """A process's output, its errors, and when it ended."""
-    return *process.communicate(), time.monotonic()
+def wait_for(process: subprocess.Popen, most_s: float | None) -> tuple[str, str, float]:
+    """A process's output, its errors, and when it ended; after most_s it must end its log."""
+    try:
+        output, errors = process.communicate(timeout=most_s)
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        output, errors = process.communicate()
+    return output, errors, time.monotonic()
 
 
 @contextmanager

@@ -69,8 +69,8 @@ class Arm:
         status, p = self.target_status()
         off_track = dict.fromkeys(what for run in self.runs for what in audit.off_track(run))
         found = [*self.objections, *off_track]
-        if len(self.runs) < min(stats.LOOKS):
-            found.append(f"{len(self.runs)} runs, at least {min(stats.LOOKS)} are needed")
+        if len(self.runs) < stats.RECORD_RUNS:
+            found.append(f"{len(self.runs)} runs, at least {stats.RECORD_RUNS} are needed")
         elif status != "PASS":
             found.append(f"the target is not shown to be reached ({status}, p={p:.2g})")
         return found
@@ -114,6 +114,11 @@ class Comparison:
     def arms(self) -> tuple[tuple[str, Arm], ...]:
         return ("A", self.a), ("B", self.b)
 
+    def is_decided(self, least: float) -> bool:
+        """Whether more pairs are of no use: a verdict, a run that failed, no gain of `least`."""
+        unfinished = self.a.unfinished or self.b.unfinished
+        return bool(self.verdict != "INCONCLUSIVE" or unfinished or self.time.low > -least)
+
     @property
     def times_comparable(self) -> bool:
         return self.verdict != "NOT COMPARABLE"
@@ -150,12 +155,13 @@ class Comparison:
 
         Any other order may have been chosen to favour an arm, so no claim about times rests on it.
         """
-        ran = [(letter, run.seed) for letter, run in self.in_order]
+        seeds = list(dict.fromkeys(run.seed for _, run in self.in_order))
+        ran = [(letter, seeds.index(run.seed)) for letter, run in self.in_order]
         for arms in permutations(self.arms):
             first = [arm.runs[0] for _, arm in arms]
             seed = stats.order_seed([(run.source_texts, run.shared_flags) for run in first])
             order = stats.draw_order(2, len(self.a.runs), seed)
-            if ran == [(arms[i][0], str(turn)) for i, turn in order]:
+            if ran == [(arms[i][0], turn) for i, turn in order]:
                 return len(self.order) == len(ran)
         return False
 
@@ -211,11 +217,11 @@ def compare(a: Arm, b: Arm) -> Comparison:
     for arm in (a, b):
         arm.require_sound()
     result = Comparison(a, b)
-    result.loss = stats.absolute(a.losses, b.losses, result.in_pairs)
+    result.loss = stats.absolute(a.losses, b.losses, result.in_pairs, result.level)
     if obstacles := what_forbids_comparing(a, b):
         result.verdict, result.reason = "NOT COMPARABLE", "; ".join(obstacles)
     else:
-        result.time = stats.relative(a.times, b.times, result.in_pairs)
+        result.time = stats.relative(a.times, b.times, result.in_pairs, result.level)
         result.verdict, result.reason = judge(result)
     return result
 

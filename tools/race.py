@@ -22,6 +22,7 @@ if __name__ == "__main__":
     from referee.start import finish
 
 import argparse
+from collections.abc import Callable
 
 from tqdm import tqdm
 
@@ -39,7 +40,7 @@ from tools.attempts import (
     takes_runs,
 )
 from tools.cli import EXIT_MISUSE, ToolError, flag_parser
-from tools.comparison import Arm, arm_warnings, compare
+from tools.comparison import Arm, Comparison, arm_warnings, compare
 from tools.diff import target_text, text_report
 from tools.sources import ENTRIES, ROOT, base_of, diff_of, keep_as_diff, kept_texts
 
@@ -91,17 +92,18 @@ def line_up(args, flags: list[str], out: Path) -> list[Attempt]:
     return attempts
 
 
-def run_all(attempts: list[Attempt], count: int, turn_steps: int) -> None:
+def run_all(attempts: list[Attempt], count: int, turn_steps: int, declared: int) -> None:
     """Run every attempt until it has count logs, interleaved; print how each run ended."""
     have = [len(attempt.log_paths) for attempt in attempts]
     seed = stats.order_seed([(source_texts(a.source, a.entry), a.flags) for a in attempts])
     order = list(stats.draw_order(len(attempts), count, seed))
-    todo = [(attempts[i], turn) for i, turn in order if turn >= have[i]]
+    left = [(i, turn) for i, turn in order if turn >= have[i]]
+    todo = [(attempts[i], attempts[i].first_seed + turn) for i, turn in left]
     if todo and len(attempts) > 1:
-        letters = "".join(chr(ord("A") + i) for i, _ in order)
+        letters = "".join(chr(ord("A") + i) for i, _ in left)
         tqdm.write(f"order {letters}, random with seed {seed} of sources and flags")
     with tqdm(total=len(todo), unit="run", disable=not sys.stderr.isatty()) as bar:
-        for ended in run_jobs(todo, count, turn_steps):
+        for ended in run_jobs(todo, declared, turn_steps):
             bar.update()
             result = ended.output[-1].partition(" time_to_target")[0] if ended.output else ""
             tqdm.write(f"{ended.attempt.name} seed {ended.seed}: {result}")
@@ -109,6 +111,18 @@ def run_all(attempts: list[Attempt], count: int, turn_steps: int) -> None:
                 tqdm.write(f"  {doubt}")
             if ended.code:
                 tqdm.write(f"  exit code {ended.code}: {ended.last_words}")
+
+
+def run_until_decided(
+    attempts: list[Attempt], most: int, turn_steps: int, is_decided: Callable
+) -> Comparison:
+    """Add pairs of runs, at most so many, until is_decided(comparison)."""
+    for count in range(1, most + 1):
+        run_all(attempts, count, turn_steps, declared=0)
+        comparison = compare(*(Arm.read(attempt.logs, name=attempt.name) for attempt in attempts))
+        if is_decided(comparison):
+            break
+    return comparison
 
 
 def print_verdict(arms: list[Arm]) -> int:
@@ -135,6 +149,12 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     add("origins", nargs="+", type=Path, metavar="ATTEMPT", help="folder, log or checkout")
     add("-n", type=int, default=10, help="runs per attempt, declared in every log (default: "
         "%(default)s; a record needs 5; 0: only freeze the source)")  # fmt: skip
+    add("--until-decided", action="store_true", help="instead of -n: look after every pair, and "
+        "stop at a verdict, or once a gain of --least percent is excluded")  # fmt: skip
+    add("--most", type=int, default=stats.MOST_LOOKS, help="pairs, with --until-decided (default: "
+        "%(default)s)")  # fmt: skip
+    add("--least", type=float, default=1, metavar="PERCENT", help="smallest gain in time worth "
+        "having, with --until-decided (default: %(default)s)")  # fmt: skip
     add("--turns", type=int, default=0, metavar="STEPS", help="start the runs of a pair together "
         "and let them alternate after so many steps, such as 10: a disturbance of the host then "
         "hits both (default: one run after the other)")  # fmt: skip
@@ -148,6 +168,10 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     processes = 1 if args.nproc_per_node is None else args.nproc_per_node
     if min(args.n, args.turns, processes - 1) < 0:
         parser.error("-n and --turns must be at least 0, --nproc_per_node at least 1")
+    if args.until_decided and (len(args.origins) != 2 or args.least < 0
+                               or not stats.MIN_RUNS <= args.most <= stats.MOST_LOOKS):  # fmt: skip
+        parser.error(f"--until-decided needs two attempts, --least at least 0, "
+                     f"--most {stats.MIN_RUNS} to {stats.MOST_LOOKS}")  # fmt: skip
     if args.turns and (len(args.origins) != 2 or processes > 1):
         parser.error("--turns needs two attempts, with one process per run")
     return args, flags
@@ -159,7 +183,11 @@ def main() -> int:
         require_own_flags(flags)
         attempts = line_up(args, flags, args.out or scratch)
         try:
-            run_all(attempts, args.n, args.turns)
+            if args.until_decided:
+                run_until_decided(attempts, args.most, args.turns,
+                                  lambda c: c.is_decided(args.least / 100))  # fmt: skip
+            else:
+                run_all(attempts, args.n, args.turns, args.n)
         finally:
             for attempt in attempts:
                 if args.n:
