@@ -60,7 +60,8 @@ def disturbed(rng, runs: tuple) -> np.ndarray:
 
 
 NOISES = {"normal": normal, "t, 2.5 degrees": student, "AR(1), 0.9": wandering,
-          "period of 4": beating, "step half-way": stepping, "1 in 20 x 1.3": disturbed}  # fmt: skip
+          "period of 4": beating,
+          "step half-way": stepping, "1 in 20 × 1.3": disturbed}  # fmt: skip
 
 
 def differences(rng, races: int, noise) -> np.ndarray:
