@@ -18,7 +18,6 @@ import numpy as np
 from scipy import stats as scipy_stats
 
 from tools import stats
-from tools.attempts import draw_order
 from tools.cli import flag_parser
 from tools.ideas import LEAST
 
@@ -67,7 +66,7 @@ NOISES = {"normal": normal, "t, 2.5 degrees": student, "AR(1), 0.9": wandering,
 def differences(rng, races: int, noise) -> np.ndarray:
     """B minus A of each pair, in the order of race.py, (races, PAIRS), with an sd of 1."""
     pairs = noise(rng, (races, 2 * PAIRS)).reshape(races, PAIRS, 2)
-    orders = [list(draw_order(2, PAIRS, str(rng.integers(1 << 30)))) for _ in range(500)]
+    orders = [list(stats.draw_order(2, PAIRS, str(rng.integers(1 << 30)))) for _ in range(500)]
     first = np.array([[arm for arm, _ in order[::2]] for order in orders])  # 0: A begins
     signs = (1 - 2 * first)[rng.integers(len(orders), size=races)]
     found = (pairs[..., 1] - pairs[..., 0]) * signs

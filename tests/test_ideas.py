@@ -27,6 +27,8 @@ class Checkout:
         for name in ("tools", "referee", "data"):
             shutil.copytree(ROOT / name, self.root / name, ignore=shutil.ignore_patterns("*.bin"))
         (self.root / "tools/probe.py").write_text(NO_PROBE)
+        with (self.root / "tools/audit.py").open("a") as file:
+            file.write("\n\ndef check_referee(run):\n    return []\n")  # the stand-in has none
         shutil.copy(STAND_IN / "kernels.py", self.root)
         self.change("first", 100)
 
