@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from shutil import rmtree
 from types import SimpleNamespace
 
 import numpy as np
@@ -12,7 +13,10 @@ from referee.shards import open_shard, write_shard
 from referee.task import TASKS
 from referee.validation import Validation
 from tools import proxy
+from tools.attempts import last_words
 from tools.cli import ToolError
+from tools.runs import read_log
+from tools.sources import ROOT
 from train_gpt import TRACKS, micro_batches
 
 ONE_RANK = SimpleNamespace(rank=0, world_size=1)
@@ -96,3 +100,37 @@ def test_settings_are_those_of_fineweb_at_an_eighth():
     found = proxy.scaled(json.loads(json.dumps(older)), 300)
     assert (found["momentum_warmup"], found["momentum_cooldown"]) == (60, 10)
     assert "momentum_steps" not in found and found["window_tokens"] == (48, 112, 176)
+
+
+@pytest.mark.slow
+def test_runs_side_by_side_are_kept_and_only_missing_ones_repeated(tmp_path, capsys, monkeypatch):
+    write_shard(tmp_path / "t.bin", documents(7, 4000))
+    write_shard(tmp_path / "v.bin", documents(8, 1000))
+    monkeypatch.setattr("fcntl.flock", lambda *_: None)  # one process repeats the command here
+    out, files = tmp_path / "out", [f"--{k}_files={tmp_path}/{k[0]}.bin" for k in ("train", "val")]
+    small = "--layers=SL --model_dim=16 --value_layers=none --mix_at=none --batch_tokens=256"
+    argv = ["proxy.py", str(ROOT), "-n2", "--steps=40", f"--out={out}", "--document_start=63",
+            *files, *small.split()]  # fmt: skip
+    monkeypatch.setattr("sys.argv", argv)
+    proxy.main()
+    printed = capsys.readouterr().out.splitlines()
+    logs = {read_log(path).seed: path for path in (out / "A/logs").iterdir()}
+    assert sorted(logs) == ["0", "1"] and len(printed) == 3
+    logs["1"].unlink()
+    proxy.main()
+    assert capsys.readouterr().out.splitlines() == [printed[1], printed[2]]
+    logs["0"].unlink()
+    with monkeypatch.context() as patch, pytest.raises(ToolError, match="rows of .* has vanished"):
+        patch.setattr("tools.attempts.run_group", lambda jobs, _: rmtree(jobs[0][0].folder.parent))
+        proxy.main()
+    monkeypatch.setattr("sys.argv", [*argv, "--muon_lr=0.1"])
+    with pytest.raises(ToolError, match="had other flags; name a new folder"):
+        proxy.main()
+
+
+def test_a_run_that_broke_is_reported_by_its_error():
+    said = "error: no space\nso far, other processes took this CPU\n"
+    assert last_words(said, 1) == "error: no space"
+    assert last_words("Traceback\nnumpy.AxisError: axis\nso far\n", 1) == "numpy.AxisError: axis"
+    assert last_words("so far, other processes took this CPU", -9) == "signal 9 ended it"
+    assert last_words("last line", 3) == "last line" and last_words("", 3) == "it exited with 3"

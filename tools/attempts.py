@@ -200,7 +200,7 @@ class FinishedRun:
     run: LoggedRun
     code: int
     output: list[str]  # lines
-    last_words: str  # the last line of its errors, or else of its output
+    last_words: str  # its error, or else the last line that it wrote
     wall_s: float  # of its process, by this process's clock
 
     @property
@@ -230,15 +230,16 @@ def run_jobs(jobs: list[Job], declared: int, turn_steps: int) -> Iterator[Finish
 
 
 def run_group(jobs: list[Job], declared: int, turn_steps: int = 0) -> list[FinishedRun]:
-    """Run one job, or two that take turns; return them in the order in which they ended.
+    """Run jobs side by side, or two that take turns; return them in the order in which they ended.
 
+    Jobs side by side need a folder each, in which their logs are found.
     On ctrl-C the runs get the signal too; SIGTERM is passed on. They end their logs by themselves.
     """
     before = {path for attempt, _ in jobs for path in attempt.log_paths}
     with ExitStack() as stack:
         scratches = [stack.enter_context(staged(attempt.texts)) for attempt, _ in jobs]
         pool, running = stack.enter_context(ThreadPoolExecutor()), {}
-        ends = [None]
+        ends = [None] * len(jobs)
         if turn_steps:
             ends = [stack.enter_context(end) for end in socket.socketpair()]
             ends[1].send(b"1")  # the first turn is the first job's
@@ -330,12 +331,19 @@ def variables(scratch: Path) -> dict[str, str]:
     return found
 
 
+def last_words(said: str, code: int) -> str:
+    """The last line by which a process names its error, or else how it ended."""
+    lines = said.strip().splitlines()
+    named = [line for line in lines if re.match(r"error: |[\w.]+(Error|Exception)\b", line)]
+    killed = [f"signal {-code} ended it"] if code < 0 else []
+    return [f"it exited with {code}", *lines[-1:], *killed, *named[-1:]][-1]
+
+
 def finished_run(
     process, attempt: Attempt, seed: int, began: float, output: str, errors: str, end: float, before
 ) -> FinishedRun:
     """ToolError if the process made no step. Beside its log stands what only this process knows."""
-    said = errors.strip() or output.strip() or f"it exited with {process.returncode}"
-    words, lines = said.splitlines()[-1], output.splitlines()
+    lines, words = output.splitlines(), last_words(errors or output, process.returncode)
     attempt.drop_empty_logs()
     if not (log := next((path for path in attempt.log_paths if path not in before), None)):
         raise ToolError(f"no run of {attempt.name} began: {words}")

@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """Train the fineweb track at an eighth of its size, on a CPU in minutes; compare two sources.
 
-    proxy.py . -n 4                          this checkout with seeds 0 to 3
-    proxy.py ../main . -n 8 --steps 160      two sources, both with the same rows per seed
+    proxy.py . -n 4                                    this checkout with seeds 0 to 3
+    proxy.py ../main . -n 2 --steps 1500 --out FOLDER  two sources, the same rows for both
 
 A source is a checkout, a log or an attempt's folder; the tool scales its own fineweb settings. Rows
-are documents of the training shards, in random order by seed, with tokens mapped to 2,048 ids.
-docs/public_record.md says what its losses can tell, and how noisy they are.
+are documents of the training shards, in random order by seed, with tokens mapped to 2,048 ids. Each
+run has one thread, and --jobs run side by side. With --out a repeated command makes only the runs
+that are missing. docs/public_record.md says what the losses can tell, and how noisy they are.
 """
 
 import sys
@@ -18,16 +19,19 @@ if __name__ == "__main__":
 
 import argparse
 import json
+import os
+import shutil
 import subprocess
-from itertools import product
+from itertools import chain, product
 
 import numpy as np
 
 from referee.flags import as_flag
 from referee.shards import absolute_glob, find_shards, open_shard, write_shard
-from tools import stats
-from tools.attempts import Attempt, copy_of, require_own_flags, run_group, scratch_folder, staged
+from tools import attempts, stats
+from tools.attempts import Attempt, scratch_folder
 from tools.cli import ToolError, flag_parser
+from tools.runs import flag_pairs, read_log
 from tools.sources import ROOT
 
 FRACTION = 8  # windows are so much shorter
@@ -36,7 +40,7 @@ START = VOCAB - 1  # opens a document; rare tokens share the ids from OWN_IDS to
 SETTINGS = {  # replace those of the source
     "task": "fineweb", "vocab_size": VOCAB, "document_start": START, "val_seq_len": ROW,
     "val_tokens": VAL_ROWS * ROW, "val_spread": True, "fp32": True, "compile": False,
-    "seq_len": ROW, "document_cap": (112, ROW, ROW), "max_epochs": 1, "num_heads": 2,
+    "seq_len": ROW, "document_cap": (112, ROW, ROW), "max_epochs": 9, "num_heads": 2,
     "model_dim": 64, "bigram_rows": 5 * VOCAB,
 }  # fmt: skip
 WIDTHS = {"head_dim": 32, "mlp_dim": 256}  # of older sources, in which they were settings
@@ -94,7 +98,7 @@ def scaled(own: dict, steps: int) -> dict:
 
 def settings_of(attempt: Attempt) -> dict:
     """The hyperparameters of a source's fineweb track."""
-    with staged(attempt.texts) as scratch:
+    with attempts.staged(attempt.texts) as scratch:
         asked = subprocess.run([sys.executable, "-c", ASK], cwd=scratch, text=True,
                                capture_output=True)  # fmt: skip
     if asked.returncode:
@@ -102,15 +106,38 @@ def settings_of(attempt: Attempt) -> dict:
     return json.loads(asked.stdout)
 
 
-def train_seed(attempt: Attempt, flags: list[str], data: Path, seed: int) -> list[float]:
-    """Run one seed; print and return its validation losses after each quarter."""
-    attempt.flags = [*flags, f"--train_files={data}/train_{seed}.bin"]
-    (ended,) = run_group([(attempt, seed)], 0)
-    curve = [loss for _, _, loss in ended.run.val_curve[1:]]
-    if ended.code or len(curve) < 4:
-        raise ToolError(f"{attempt.name} seed {seed} did not finish: {ended.last_words}")
-    print(f"{attempt.name} seed {seed}: " + "  ".join(f"{loss:.4f}" for loss in curve), flush=True)
-    return curve
+def kept_curves(attempt: Attempt) -> dict[int, list[float]]:
+    """Losses after each quarter, by seed, of an attempt's logs; ToolError if it has other flags."""
+    runs = [read_log(path) for path in attempt.log_paths]
+    for run in runs:
+        # Without the rows' two flags and their values.
+        if attempts.flags_of(run)[:-4] != attempt.flags:
+            raise ToolError(f"{run.path} had other flags; name a new folder")
+    return {int(run.seed): [loss for _, _, loss in run.val_curve[1:]] for run in runs}
+
+
+def train_side_by_side(jobs: list[tuple[Attempt, int]], data: Path) -> None:
+    """Run attempts with seeds, each in a scratch folder; keep and print the finished runs."""
+    alone = []
+    for attempt, seed in jobs:
+        flags = [f"--train_files={data}/train_{seed}.bin", f"--val_files={data}/val.bin"]
+        folder = data / f"{attempt.folder.name}{seed}"
+        alone.append(Attempt(attempt.name, folder, attempt.texts, [*attempt.flags, *flags]))
+        alone[-1].freeze()
+    seeds = [seed for _, seed in jobs]
+    try:
+        group = attempts.run_group(list(zip(alone, seeds, strict=True)), 0)
+    finally:
+        if not (data / "val.bin").exists():
+            raise ToolError(f"{data}, which held the rows of these runs, has vanished; run the "
+                            "same command again")  # fmt: skip
+    for ended in sorted(group, key=lambda ended: (ended.code != 0, ended.seed)):
+        attempt, seed = jobs[alone.index(ended.attempt)]
+        if ended.code or len(ended.run.val_curve) < 5:
+            raise ToolError(f"{attempt.name} seed {seed} did not finish: {ended.last_words}")
+        shutil.move(ended.run.path, attempt.logs)
+        losses = "  ".join(f"{loss:.4f}" for loss in kept_curves(attempt)[seed])
+        print(f"{attempt.name} seed {seed}: {losses}", flush=True)
 
 
 def print_summary(names: list[str], finals: np.ndarray) -> None:
@@ -134,11 +161,12 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
         "shards, of which the first two are read (default: FineWeb's)")  # fmt: skip
     add("--val_files", default=str(ROOT / "data/fineweb10B/fineweb_val_*.bin"))
     add("--document_start", type=int, default=50256, help="token that opens a document")
+    add("--jobs", type=int, default=os.cpu_count(), help="runs at a time (default: %(default)s)")
     add("--out", type=Path, metavar="FOLDER", help="keep sources and logs in FOLDER/A and FOLDER/B "
         "(default: discard them)")  # fmt: skip
     args, flags = parser.parse_known_args()
-    if not 1 <= len(args.sources) <= 2 or args.n < 1 or args.steps < 40:
-        parser.error("one or two sources, -n of at least 1, --steps of at least 40")
+    if not 1 <= len(args.sources) <= 2 or min(args.n, args.jobs) < 1 or args.steps < 40:
+        parser.error("one or two sources, -n and --jobs of at least 1, --steps of at least 40")
     if not 0 <= args.document_start < 1 << 16:
         parser.error("--document_start must be 0 to 65535")
     args.train_files, args.val_files = map(absolute_glob, (args.train_files, args.val_files))
@@ -147,20 +175,25 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
 
 def main() -> int:
     args, flags = parse()
-    require_own_flags(flags)
+    attempts.require_own_flags(flags)
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
     with scratch_folder() as data:
         arms = []
         prepare(args, data)
         for i, origin in enumerate(args.sources):
-            attempt = copy_of(origin, (args.out or data) / chr(ord("A") + i), [])
-            attempt.freeze()
-            chosen = {**scaled(settings_of(attempt), args.steps), "val_files": data / "val.bin"}
+            attempt = attempts.copy_of(origin, (args.out or data) / chr(ord("A") + i), [])
+            chosen = scaled(settings_of(attempt), args.steps)
             own = [f"--{name}={as_flag(value)}" for name, value in chosen.items()]
-            arms.append((attempt, ["--track=fineweb", *own, *flags]))
-        finals = np.zeros((len(arms), args.n))
-        for seed, (i, (attempt, own)) in product(range(args.n), enumerate(arms)):
-            finals[i, seed] = train_seed(attempt, own, data, seed)[-1]
-    print_summary([attempt.name for attempt, _ in arms], finals)
+            attempt.flags = list(chain(*flag_pairs(["--track=fineweb", *own, *flags])))
+            attempt.freeze()
+            arms.append(attempt)
+        seeds = product(range(args.n), arms)
+        todo = [(attempt, seed) for seed, attempt in seeds if seed not in kept_curves(attempt)]
+        for first in range(0, len(todo), args.jobs):
+            train_side_by_side(todo[first : first + args.jobs], data)
+        curves = [kept_curves(attempt) for attempt in arms]
+    finals = [[found[seed][-1] for seed in range(args.n)] for found in curves]
+    print_summary([attempt.name for attempt in arms], np.array(finals))
     return 0
 
 
