@@ -82,7 +82,8 @@ class Hyperparameters:
     bigram_rows: int = option(251_520, "rows of the hashed table of bigrams; 0: none")
     bigram_in_layers: bool = option(True, "mix bigrams into each layer, not into the embedding")
     head_gates: bool = option(True, "gate each head's output by the token")
-    shift_taps: int = option(0, "earlier tokens that are mixed into each sublayer's input")
+    shift_taps: tuple[int, int] = option((0, 1), "earlier tokens that are mixed into the input of "
+                                         "each attention, of each MLP")  # fmt: skip
     mix_at: tuple[int, ...] = option((6, 10, 11), "layers that StateMix precedes, or none; one "
                                      "beyond the last layer: the head")  # fmt: skip
     mix_from: tuple[int, ...] = option((3, 7, 9), "layers whose outputs StateMix adds, or none")
@@ -103,9 +104,9 @@ class Hyperparameters:
         if any(tokens % self.seq_len for tokens in self.batch_tokens):
             raise RunError(f"--batch_tokens {as_flag(self.batch_tokens)} is not a multiple of "
                            f"--seq_len {self.seq_len}")  # fmt: skip
-        if self.shift_taps >= self.seq_len:
-            raise RunError(f"--shift_taps {self.shift_taps} reach further back than --seq_len "
-                           f"{self.seq_len}")  # fmt: skip
+        if max(self.shift_taps) >= self.seq_len:
+            raise RunError(f"--shift_taps {as_flag(self.shift_taps)} reach further back than "
+                           f"--seq_len {self.seq_len}")  # fmt: skip
         if 0 in self.document_cap and any(self.document_cap):
             raise RunError(f"--document_cap {as_flag(self.document_cap)} mixes 0 with caps; give "
                            f"{self.seq_len} for no cap in some steps")  # fmt: skip
@@ -182,7 +183,7 @@ TRACKS = {  # what differs from the defaults, which are fineweb's
         task="embedded",
         num_steps=800, batch_tokens=(2048,), seq_len=256, document_cap=(0,),
         layers="SL", num_heads=2, model_dim=128, attn_scale=0.12, value_layers=(),
-        bigram_rows=16384, bigram_in_layers=False, head_gates=False, shift_taps=3, mix_at=(),
+        bigram_rows=16384, bigram_in_layers=False, head_gates=False, shift_taps=(3, 3), mix_at=(),
         window_tokens=(256,), short_window_tokens=(128,), val_window_tokens=0, mtp_weight=0.0,
         mlp_down_lr=1.0, embed_lr=0.02, bigram_lr=0.1, tied_frac=0.0, momentum_steps=(3000, 0),
     ),
@@ -489,14 +490,14 @@ class MLP(nn.Module):
         return relu_squared_mlp(x.flatten(0, 1), *self.up_down.unbind(), self.dtype).view_as(x)
 
 
-def add_earlier_tokens(x: Tensor, taps_SD: Tensor, same_doc_SBT1: Tensor) -> Tensor:
-    """x plus the S tokens before it, weighted per channel: a causal depthwise convolution.
+def normed_with_earlier(x: Tensor, taps_SD: Tensor | None, ctx: Context) -> Tensor:
+    """norm(x) plus the S tokens before it, weighted per channel: a causal depthwise convolution.
 
     Primer (arXiv 2109.08668) does so with queries, keys and values, this with sublayers' inputs.
     """
-    total = x
-    for i, (tap, same_doc) in enumerate(zip(taps_SD, same_doc_SBT1, strict=True)):
-        total = total + tap * same_doc * x.roll(i + 1, 1)
+    x = total = norm(x)
+    for i, tap_D in enumerate(() if taps_SD is None else taps_SD.type_as(x)):
+        total = total + tap_D * ctx.same_doc_SBT1[i] * x.roll(i + 1, 1)
     return total
 
 
@@ -513,7 +514,9 @@ class Block(nn.Module):
         self.attn = Attention(hp, rt, layer) if layer.attends else None
         self.mlp = MLP(hp, rt.matmul_dtype)
         self.mix = nn.Parameter(torch.tensor(MIX_INIT[: 1 + count_injected(hp)]))
-        self.taps = parameter_if(hp.shift_taps, torch.zeros(2, hp.shift_taps, hp.model_dim))
+        taps = [torch.zeros(count, hp.model_dim) for count in hp.shift_taps]
+        self.attn_taps = parameter_if(self.attn and hp.shift_taps[0], taps[0])
+        self.mlp_taps = parameter_if(hp.shift_taps[1], taps[1])
 
     @torch.no_grad()
     def initialize(self, hp: Hyperparameters):
@@ -539,15 +542,8 @@ class Block(nn.Module):
         for weight, added in zip(mix[1:], injected, strict=True):
             x = x + weight * added
         if self.attn is not None:
-            x = x + self.attn(self.sublayer_input(x, 0, ctx), value_BTHK, ctx)
-        return x + self.mlp(self.sublayer_input(x, 1, ctx))
-
-    def sublayer_input(self, x: Tensor, sublayer: int, ctx: Context) -> Tensor:
-        """x normed, with earlier tokens mixed in; sublayer: 0 attention, 1 MLP."""
-        x = norm(x)
-        if self.taps is None:
-            return x
-        return add_earlier_tokens(x, self.taps[sublayer].type_as(x), ctx.same_doc_SBT1)
+            x = x + self.attn(normed_with_earlier(x, self.attn_taps, ctx), value_BTHK, ctx)
+        return x + self.mlp(normed_with_earlier(x, self.mlp_taps, ctx))
 
 
 class StateMix(nn.Module):
@@ -582,7 +578,8 @@ class GPT(nn.Module):
         self.bigram = parameter_if(hp.bigram_rows, torch.zeros(hp.bigram_rows, D))
         self.blocks = nn.ModuleList(Block(hp, rt, layer) for layer in self.layers)
         self.lm_head = nn.Parameter(torch.zeros(vocab, D))
-        self.smear = nn.Parameter(torch.zeros(GATE_DIM + 1))  # gate weights, then strength
+        # Gate weights, then strength. Where layers mix in bigrams, taps take the place of smear.
+        self.smear = parameter_if(not hp.bigram_in_layers, torch.zeros(GATE_DIM + 1))
         self.mixes = nn.ModuleDict()  # by the layer before which it stands
         for i in hp.mix_at:
             outputs = sum(j < i for j in hp.mix_from)
@@ -595,9 +592,9 @@ class GPT(nn.Module):
     def embed_tokens(self, inputs_BT: Tensor, same_doc_BT1: Tensor) -> list[Tensor]:
         """What every layer mixes in: [embedding], or [embedding, bigram's row].
 
-        The embedding is smeared with the token before it; without bigram_in_layers it includes the
-        bigram's row. same_doc: 1 where the token before is of the same document. Where it is not,
-        document_start takes its place in the bigram.
+        Without bigram_in_layers the embedding includes the bigram's row, and is smeared with the
+        token before it. same_doc: 1 where the token before is of the same document. Where it is
+        not, document_start takes its place in the bigram.
         """
         # Tables as fp32, for the gradients of a row are added up in the dtype that is indexed.
         x, bigrams = self.embed.float()[inputs_BT].to(self.rt.stream_dtype), []
@@ -611,9 +608,11 @@ class GPT(nn.Module):
             else:
                 x = x + bigram
         x = norm(x)
-        weights, strength = self.smear.type_as(x).split([GATE_DIM, 1])
-        share_BT1 = strength * torch.sigmoid(x[..., :GATE_DIM] @ weights)[..., None]
-        return [norm(x + share_BT1 * same_doc_BT1 * x.roll(1, 1)), *bigrams]
+        if self.smear is not None:
+            weights, strength = self.smear.type_as(x).split([GATE_DIM, 1])
+            share_BT1 = strength * torch.sigmoid(x[..., :GATE_DIM] @ weights)[..., None]
+            x = norm(x + share_BT1 * same_doc_BT1 * x.roll(1, 1))
+        return [x, *bigrams]
 
     def context(self, docs_BT: Tensor, per_step: StepInputs) -> Context:
         hp, T = self.hp, docs_BT.size(1)
@@ -628,7 +627,7 @@ class GPT(nn.Module):
             masks[is_long, is_paired] = attention_mask(docs, *windows)
         place = torch.arange(T, device=docs_BT.device)
         same_doc = []
-        for distance in range(1, 1 + max(1, hp.shift_taps)):
+        for distance in range(1, 1 + max(1, *hp.shift_taps)):
             same_doc.append((docs_BT == docs_BT.roll(distance, 1)) & (place >= distance))
         same_doc_SBT1 = torch.stack(same_doc)[..., None].to(self.rt.stream_dtype)
         tables = rotary_tables(2 * T if has_pairs else T, per_step.frequency)
@@ -938,8 +937,8 @@ def memory_estimate(hp: Hyperparameters, vocab: int, rows: int) -> float:
     # A matrix element: bf16 weight, low half, gradient by parameter and by bank, fp32 momentum: 12.
     # An element of a table: bf16 weight, low half, gradient, fp32 mean and square: 3 * 2 + 2 * 4.
     state = 12 * matrices + 14 * table_rows * D
-    # What the backward pass needs, in bf16: 13 tensors as wide as the stream per layer, one MLP.
-    activations = 2 * layers * (13 * D + hp.mlp_dim) * tokens
+    # What the backward pass needs, in bf16: 15 tensors as wide as the stream per layer, one MLP.
+    activations = 2 * layers * (15 * D + hp.mlp_dim) * tokens
     logits = 4 * min(tokens, HEAD_CHUNK_TOKENS) * vocab  # of a chunk; 4 bytes fit best
     update = 4 * hp.bigram_rows * D  # a copy of the largest table, when activations are gone
     return state + max(activations + logits, update)

@@ -354,8 +354,7 @@ def test_passes_of_fineweb_follow_the_memory_and_the_stage(gib, world_size, rows
     assert choose_micro_batches(hp, vocab, gpu, 1) == [1, 1, 1]
 
 
-@pytest.mark.parametrize("rows, gib", [(3, 23.8), (12, 63.6)])
-def test_the_estimate_is_near_the_peaks_that_preflight_counts(rows, gib):
-    """Peaks of tools/preflight.py --gpu H100 --track fineweb."""
-    found = memory_estimate(TRACKS["fineweb"], 50304, rows) / 2**30
-    assert found == pytest.approx(gib, rel=0.02)
+def test_the_estimate_is_near_the_peak_that_preflight_counts():
+    """The peak of tools/preflight.py --gpu H100 --track fineweb."""
+    found = memory_estimate(TRACKS["fineweb"], 50304, rows=8) / 2**30
+    assert found == pytest.approx(49.7, rel=0.02)

@@ -30,6 +30,7 @@ from train_gpt import (
     StepInputs,
     make_optimizers,
     norm,
+    normed_with_earlier,
     pair_heads,
     parse_layers,
     rotary_tables,
@@ -196,8 +197,10 @@ def test_future_tokens_do_not_change_logits(tiny_hp):
         assert not torch.equal(before[:, place:], after[:, place:])
 
 
-def test_other_documents_do_not_change_logits(tiny_hp):
-    model, inputs = randomized(tiny_hp), tokens(1, 64) % START
+@pytest.mark.parametrize("in_layers", [True, False])
+def test_other_documents_do_not_change_logits(in_layers, tiny_hp):
+    hp = dataclasses.replace(tiny_hp, bigram_in_layers=in_layers)
+    model, inputs = randomized(hp), tokens(1, 64) % START
     inputs[0, [0, 20, 40]] = START
     before = logits_of(model, inputs, through(tiny_hp, 64))
     changed = inputs.clone()
@@ -207,9 +210,20 @@ def test_other_documents_do_not_change_logits(tiny_hp):
     torch.testing.assert_close(before[0, 40:], after[0, 40:], rtol=0, atol=0)
 
 
+def test_taps_add_earlier_normed_tokens_of_the_same_document(tiny_hp):
+    docs, x, taps = torch.tensor([[1] * 5 + [2] * 7]), torch.randn(1, 12, 8), torch.randn(2, 8)
+    ctx = randomized(tiny_hp).context(docs, through(tiny_hp, 12))
+    normed = x / x.square().mean(-1, keepdim=True).sqrt()
+    wanted = normed.clone()
+    for t, back in product(range(12), (1, 2)):
+        if t - back >= (5 if t >= 5 else 0):
+            wanted[0, t] += taps[back - 1] * normed[0, t - back]
+    torch.testing.assert_close(normed_with_earlier(x, taps, ctx), wanted, rtol=1e-4, atol=1e-4)
+
+
 def test_tokens_beyond_every_window_do_not_change_logits(tiny_hp):
     """What a paired, a long and a short window, 7 sublayers of 2 taps, the key offset of the long
-    layer, and smear or pair cannot reach."""
+    layer, and bigram cannot reach."""
     model, window = randomized(tiny_hp), 8
     inputs = tokens(1, 64) % START
     before = logits_of(model, inputs, through(tiny_hp, window))
@@ -422,7 +436,7 @@ def test_fineweb_begins_as_the_public_record():
     assert model.value_embeds.std().item() == pytest.approx(0.01, rel=0.05)
     assert list(model.mixes) == ["6", "10", "11"]
     assert not any(mix.mix_out.any() for mix in model.mixes.values())
-    assert not model.bigram.any() and not model.smear.any()
+    assert not model.bigram.any()
     assert torch.equal(model.embed, model.lm_head)
     assert model.embed.std().item() == pytest.approx(0.005, rel=0.05)
 
