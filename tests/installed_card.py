@@ -4,14 +4,17 @@ test_preflight.py runs this file in a process of its own, without conftest.py, b
 be installed before torch is imported.
 """
 
+import os
 import re
 import sys
 from functools import partial
+from types import SimpleNamespace
 
 from referee.cards import CARDS
 from tools.fake_gpu import CACHE, install, load_guard
 
-install(CARDS["H100"], load_guard())
+CARD = CARDS[os.environ.get("PREFLIGHT_CARD", "H100")]
+install(CARD, load_guard())
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
@@ -104,8 +107,9 @@ def test_planted_faults_are_each_named(monkeypatch, lower, capsys):
 def recorded(*works, compile_kernels: bool = False) -> Trace:
     """The record of each of works(), called on tensors without data."""
     trace = Trace()
-    recorder = Recorder(CARDS["H100"], trace, compile_kernels, keys=None, tell=lambda text: None)
-    with recording(recorder), FakeTensorMode(), recorder:
+    recorder = Recorder(CARD, trace, compile_kernels, keys=None, tell=lambda text: None)
+    recorder.keys, recorder.run = lambda step: 0, SimpleNamespace(step=0)
+    with recording(recorder), FakeTensorMode(allow_non_fake_inputs=True), recorder:
         for work in works:
             work()
         recorder.finish_compiling()
@@ -132,7 +136,7 @@ def mlp() -> None:
 
 
 def test_bytes_are_those_that_operators_read_and_write():
-    recorder = Recorder(CARDS["H100"], Trace(), False, keys=None, tell=lambda text: None)
+    recorder = Recorder(CARD, Trace(), False, keys=None, tell=lambda text: None)
     with FakeTensorMode(), recorder:
         a, b, out = on_card(64, 32), on_card(32, 16), on_card(64, 16)
         table, index, rows = on_card(1000, 8), on_card(5, dtype=torch.int64), on_card(5, 8)
@@ -166,6 +170,26 @@ def test_own_kernels_at_their_true_sizes_fit_without_spills():
         assert kernel.shared_bytes <= 227 << 10
     products = [path.read_text() for path in CACHE.rglob("relu_squared_tma_kernel.ptx")]
     assert products and all("wgmma.mma_async" in ptx and "tensormap" in ptx for ptx in products)
+
+
+def attention() -> None:
+    """Forward and backward, with the options that training takes on this card."""
+
+    @torch.compile(dynamic=False, fullgraph=True)
+    def attend(q, k, v, docs, window):
+        mask = kernels.attention_mask(docs, window, 2560)
+        return kernels.attend(q, k, v, mask, kernels.flex_options(CARD.shared_bytes))
+
+    q, k, v = (on_card(1, 6, 2048, 128).requires_grad_() for _ in range(3))
+    docs, window = (on_card(*size, dtype=torch.int32) for size in ((1, 2048), ()))
+    y = attend(q, k, v, docs, window)
+    y.backward(torch.empty_like(y))
+
+
+def test_attention_and_mlp_fit_each_card():
+    trace = recorded(attention, mlp, compile_kernels=True)
+    names = " ".join(k.name for configs in trace.kernels.values() for k in configs)
+    assert not trace.problems and "flex_attention_backward" in names and "relu_squared" in names
 
 
 @pytest.mark.parametrize(

@@ -129,8 +129,9 @@ def run(tmp_path_factory):
     """
     cache = tmp_path_factory.getbasetemp().parent / "preflight_cache"
 
-    def run_python(*arguments: str) -> str:
-        environment = clean_environment(PYTHONPATH=str(ROOT), XDG_CACHE_HOME=str(cache))
+    def run_python(*arguments: str, **variables: str) -> str:
+        variables |= {"PYTHONPATH": str(ROOT), "XDG_CACHE_HOME": str(cache)}
+        environment = clean_environment(**variables)
         done = subprocess.run([sys.executable, *arguments], cwd=ROOT, env=environment,
                               capture_output=True, text=True)  # fmt: skip
         assert done.returncode == 0, done.stdout + done.stderr
@@ -162,6 +163,9 @@ def test_a_small_run_compiles_as_a_whole(run):
 @needs_compilers
 def test_failures_are_named_and_own_kernels_fit(run):
     run("-m", "pytest", "--noconftest", "tests/installed_card.py")
+    for card in ("A100", "4090"):
+        run("-m", "pytest", "--noconftest", "tests/installed_card.py", "-k", "fit_each_card",
+            PREFLIGHT_CARD=card)  # fmt: skip
 
 
 @slow
