@@ -111,7 +111,7 @@ def kept_curves(attempt: Attempt) -> dict[int, list[float]]:
     runs = [read_log(path) for path in attempt.log_paths]
     for run in runs:
         # Without the rows' two flags and their values.
-        if attempts.flags_of(run)[:-4] != attempt.flags:
+        if run.shared_flags[:-4] != attempt.flags:
             raise ToolError(f"{run.path} had other flags; name a new folder")
     return {int(run.seed): [loss for _, _, loss in run.val_curve[1:]] for run in runs}
 
