@@ -475,6 +475,7 @@ def test_the_gpu_path_traces_forward_and_backward_as_one_graph(monkeypatch):
         rank=0,
         world_size=1,
         is_alone=True,
+        is_gpu=True,
     )
     with FakeTensorMode():
         model = GPT(hp, TASKS["fineweb"], rt)

@@ -31,6 +31,7 @@ ONE_RANK = SimpleNamespace(
     rank=0,
     world_size=1,
     is_alone=True,
+    is_gpu=False,
     average=lambda tensors: None,
 )
 HP = TRACKS["embedded"]  # whose rates are level at first
