@@ -46,7 +46,7 @@ PYTHON
 
 # Python gets -P, for its modules must not be those of the caller's folder, such as random.py.
 set_up() { # set_up FILE...: make $python an interpreter with these requirements
-    local found flags=() file ticks=0 ticker
+    local found flags=() file ticker
     trap 'exit 130' INT # pip has a code of its own for ctrl-C
     unset PIP_USER PIP_TARGET PIP_PREFIX PIP_CONSTRAINT # they lead pip away from the environment
     for python in "$own/bin/python" "$venv/bin/python"; do
@@ -69,15 +69,17 @@ set_up() { # set_up FILE...: make $python an interpreter with these requirements
             fail "$venv has no pip (see above); delete it, and run this again"
     fi
     for file in "$@"; do flags+=(-r "$file"); done
-    while sleep 1 && kill -0 $$ 2>/dev/null; do
-        [ $((++ticks % 8)) != 0 ] || echo "pip is at work, $SECONDS s so far" >&2
+    while sleep 8 >/dev/null 2>&1 && kill -0 $$ 2>/dev/null; do
+        echo "pip is at work, $SECONDS s so far" >&2
     done &
     ticker=$!
+    trap "kill $ticker" EXIT
     disown # else bash would report its end
     { "$python" -P -m pip install --disable-pip-version-check "${flags[@]}" 2>&1 >&3 3>&- |
         tee "$venv/pip_errors" >&2; } 3>&2 ||
         fail "pip could not install the requirements: $(grep -i '^error' "$venv/pip_errors" | tail -n 1)"
     kill $ticker
+    trap - EXIT
     echo "set up in $SECONDS s" >&2
 }
 
