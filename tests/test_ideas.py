@@ -16,7 +16,14 @@ from test_records import STAND_IN, compared
 
 from tools import ideas, stats
 
-NO_PROBE = "def both_runs(a):\n    return ()\n\n\ndef findings(across_documents):\n    return [(\"validation rows\", \"\")]\n"
+NO_PROBE = """
+def both_runs(attempt):
+    return ()
+
+
+def findings(across_documents):
+    return [("validation rows", "fewer than the track's")]
+"""
 
 
 class Checkout:
