@@ -27,7 +27,7 @@ def findings(across_documents):
 
 
 class Checkout:
-    """A run's time is `ms`, give or take 1%."""
+    """A run's time is `ms`, or one more; less than its process takes."""
 
     def __init__(self, folder: Path):
         self.root, self.campaign = folder / "checkout", folder / "campaign"
@@ -35,16 +35,16 @@ class Checkout:
             shutil.copytree(ROOT / name, self.root / name, ignore=shutil.ignore_patterns("*.bin"))
         (self.root / "tools/probe.py").write_text(NO_PROBE)
         with (self.root / "tools/audit.py").open("a") as file:
-            file.write("\n\ndef check_referee(run):\n    return [(\"validation rows\", \"\")]\n")  # the stand-in has none
+            file.write("\n\ndef check_referee(run):\n    return []\n")  # the stand-in has none
         shutil.copy(STAND_IN / "kernels.py", self.root)
-        self.change("first", 100)
+        self.change("first", 50)
 
     def change(self, comment: str, ms: int) -> None:
         """Another source: with other times, or with another comment alone."""
         text = f"# {comment}\n" + (STAND_IN / "train_gpt.py").read_text()
         for old, new in (
             ("ms: int = 20 ", f"ms: int = {ms} "),
-            ("args.ms + args.seed", "args.ms + hash(str(sys.argv)) % 3"),
+            ("args.ms + args.seed", "args.ms + hash(str(sys.argv)) % 2"),
             ("loss_of(args.seed)", "loss_of(args.seed % 1000)"),
         ):
             assert old in text
@@ -72,7 +72,7 @@ def test_a_campaign_keeps_what_is_faster_and_runs_nothing_twice(tmp_path):
     checkout = Checkout(tmp_path)
     assert "is no campaign" in checkout.run("list")[1]
     assert checkout.run("begin", "--turns", 0) == (0, "")
-    for comment, ms, code in (("slow", 110, 1), ("fast", 80, 0), ("fast, again", 80, 0)):
+    for comment, ms, code in (("slow", 60, 1), ("fast", 40, 0), ("fast, again", 40, 0)):
         checkout.change(comment, ms)
         found, said = checkout.run("test", "-m", comment)
         assert found == code, said
@@ -85,7 +85,7 @@ def test_a_campaign_keeps_what_is_faster_and_runs_nothing_twice(tmp_path):
     for path in ("referee/clock.py", "tools/diff.py"):
         with (checkout.root / path).open("a") as file:
             file.write("# cheaper\n")
-    checkout.change("other", 90)
+    checkout.change("other", 45)
     code, said = checkout.run("test", "-m", "other")
     assert code == 2 and "has another referee/clock.py, tools/diff.py: undo that" in said
     code, said = checkout.run("confirm", "-n", 5)
@@ -96,7 +96,7 @@ def test_a_campaign_keeps_what_is_faster_and_runs_nothing_twice(tmp_path):
 def test_a_killed_campaign_goes_on_and_counts_no_pair_twice(tmp_path):
     checkout = Checkout(tmp_path)
     checkout.run("begin", "--turns", 0)
-    checkout.change("fast", 80)
+    checkout.change("fast", 40)
     process = checkout.start("test", "-m", "fast")
     while len(checkout.logs("001/?")) < 3:  # one of the second pair
         assert process.poll() is None
@@ -108,7 +108,7 @@ def test_a_killed_campaign_goes_on_and_counts_no_pair_twice(tmp_path):
     process.communicate()
     elsewhere = next(checkout.campaign.glob("001/B/logs/*_1000_*.host"))
     elsewhere.write_text("another")
-    checkout.change("slow", 120)
+    checkout.change("slow", 60)
     code, said = checkout.run("test", "-m", "slow")
     assert code == 1, said
     assert [(x["message"], x["decision"]) for x in checkout.ledger()[1:]] == [
