@@ -687,7 +687,6 @@ def further_targets(targets_BT: Tensor, docs_BT: Tensor, ahead: int) -> Tensor:
 # ------------------------------------------------------------------------------ Optimizer
 
 ADAM_EVERY = 2  # steps per update by Adam, whose gradients are summed
-COMPILED_NUMBERS = 1 << 18  # below, on a CPU, Adam takes longer to compile than it saves
 ADAM_EPS = 1e-15  # far below 1e-9, the root of the second moment of a rarely used row
 # By the names of torch 2.13, or else by the older ones.
 REDUCE_SCATTER = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
@@ -887,8 +886,7 @@ class Adam(Bank):
 
     def __init__(self, group: Group, hp: Hyperparameters, rt: Runtime, compile_fn: Callable):
         super().__init__(group, torch.Size(), hp, rt)
-        pays = rt.is_gpu or len(self.items) >= COMPILED_NUMBERS
-        self.update, self.fixed = compile_fn(adam_update) if pays else adam_update, group.betas
+        self.update, self.fixed = compile_fn(adam_update), group.betas
         self.state["mean"] = torch.zeros_like(self.items)
         self.state["square"] = torch.zeros_like(self.items)
         self.number = lambda step: float((step + 1) // group.every)
