@@ -988,10 +988,8 @@ class Trainer:
     def compile(self, compile_fn: Callable):
         """Build what is compiled; the referee calls it, again without a compiler if one fails."""
         self.optimizers = make_optimizers(self.model, self.hp, self.rt, compile_fn)
-        # On a CPU the graphs of validation take longer to compile than they save.
-        on_gpu = compile_fn if self.rt.is_gpu else (lambda function: function)
-        self.loss, self.hidden = compile_fn(self.model), on_gpu(self.model.hidden)
-        self.logits = on_gpu(self.model.logits)
+        self.loss, self.hidden = compile_fn(self.model), compile_fn(self.model.hidden)
+        self.logits = compile_fn(self.model.logits)
 
     def batches(self, step: int) -> Iterator[tuple[Tensor, Tensor]]:
         """This rank's micro-batches from this step on, on the host."""
