@@ -185,6 +185,8 @@ CHEATS = {  # docs/cheats.md has the messages of each
     "fewer tokens": all_logs((r"^val_tokens: .*", "val_tokens: 1024")),
     "shorter rows": all_logs((r"^val_seq_len: .*", "val_seq_len: 64")),
     "easy rows": all_logs((r"^val_spread: .*", "val_spread: False")),
+    "another vocabulary": all_logs((r"^vocab_size: .*", "vocab_size: 2")),
+    "an easier target": all_logs((r"^target_val_loss: .*", "target_val_loss: 9")),
     "a faster host": all_logs((r"^host: .*", "host: fast")),
     "any order but race.py's": lambda folder: date_runs(folder, drawn=False),
     "other torch": all_logs((r"^torch: .*", "torch: 2.12.0")),

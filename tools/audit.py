@@ -106,6 +106,10 @@ def off_track(run: LoggedRun) -> Iterator[str]:
         known = str(getattr(TASKS[track], {"data": "data_sha256"}.get(name, name)))
         if found != known:
             yield f"{name} is {found[:16]}, on the track {track} it is {known[:16]}"
+    data = TASKS[track].data_sha256
+    easiest = max(task.target_val_loss for task in TASKS.values() if task.data_sha256 == data)
+    if run.target > easiest:  # earlier ones were lower
+        yield f"target_val_loss is {run.target}, no track with this data has more than {easiest}"
 
 
 def check_clocks(run: LoggedRun) -> Iterator[str]:

@@ -163,7 +163,7 @@ class LoggedRun:
     def task(self) -> dict[str, str]:
         """What the loss is measured on; losses on different tasks are never compared."""
         hashes = [line.split()[1] for line in self.data if line.startswith("data_sha256: ")]
-        names = ("val_tokens", "val_seq_len", "val_spread")
+        names = ("val_tokens", "val_seq_len", "val_spread", "vocab_size")
         own = {name: self.config.get(name, "unknown") for name in names}
         return {"data": hashes[0] if hashes else "unknown", **own}
 
