@@ -39,6 +39,10 @@ class Validation:
                 if type(logits_NV) is not self.logits_type:
                     raise RunError(f"logits are of {type(logits_NV).__name__}, not of Tensor "
                                    "itself; mend what the trainer yields")  # fmt: skip
+                if torch._C._len_torch_function_stack() or torch._C._len_torch_dispatch_stack():
+                    raise RunError("a mode of torch is on, which could see the targets; leave it "
+                                   "before logits are yielded")  # fmt: skip
+                logits_NV = torch.Tensor.detach(logits_NV)  # without methods of its own
                 end = done + len(logits_NV)
                 if end > len(targets_N) or logits_NV.size(1) < self.task.vocab_size:
                     raise RunError(f"logits {tuple(logits_NV.shape)} at position {done} do not fit "

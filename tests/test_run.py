@@ -4,6 +4,7 @@ import dataclasses
 import gc
 import hashlib
 import json
+import math
 import os
 import re
 import shlex
@@ -647,11 +648,29 @@ def test_logits_that_could_answer_for_themselves_are_refused(run):
                 return torch.zeros(len(args[1]))
             return super().__torch_function__(func, types, args, kwargs or {})
 
-    def predict(inputs_BT):
-        yield torch.zeros(inputs_BT.numel(), run.task.vocab_size).as_subclass(Kind)
+    class Mode(torch.overrides.TorchFunctionMode):
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            if func is torch.nn.functional.cross_entropy:
+                return torch.zeros(len(args[1]))
+            return func(*args, **(kwargs or {}))
+
+    def logits(inputs_BT):
+        return torch.zeros(inputs_BT.numel(), run.task.vocab_size)
+
+    def within_a_mode(inputs_BT):
+        with Mode():
+            yield logits(inputs_BT)
+
+    def with_a_method(inputs_BT):
+        own = logits(inputs_BT)
+        own.float = lambda: logits(inputs_BT).as_subclass(Kind)
+        yield own
 
     with pytest.raises(RunError, match="logits are of Kind, not of Tensor itself"):
-        run.validate(predict, 1)
+        run.validate(lambda inputs_BT: [logits(inputs_BT).as_subclass(Kind)], 1)
+    with pytest.raises(RunError, match="a mode of torch is on"):
+        run.validate(within_a_mode, 1)
+    assert run.validation.loss(with_a_method, 1) == pytest.approx(math.log(run.task.vocab_size))
 
 
 def test_a_contended_machine_is_told_at_the_first_validation(run, capsys):
