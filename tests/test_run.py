@@ -673,6 +673,20 @@ def test_logits_that_could_answer_for_themselves_are_refused(run):
     assert run.validation.loss(with_a_method, 1) == pytest.approx(math.log(run.task.vocab_size))
 
 
+def test_a_step_gives_nothing_that_could_write_its_own_line(run):
+    class Kind(torch.Tensor):
+        """A loss whose tolist() may give anything."""
+
+    class Count(int):
+        """A number with a __format__ of its own."""
+
+    run.start()
+    for loss, tokens in (torch.tensor(3.0).as_subclass(Kind), 8), (torch.tensor(3.0), Count(8)):
+        with pytest.raises(RunError, match="not Tensor and int themselves"):
+            run.end_step(loss, tokens)
+    assert "step:" not in run.log.path.read_text()
+
+
 def test_a_contended_machine_is_told_at_the_first_validation(run, capsys):
     run.start()
     for share, said in ((0.99, 0), (0.5, 1), (0.4, 1)):  # once
