@@ -297,8 +297,10 @@ class Run:
         the host.
         """
         if (type(loss), type(tokens)) != (Tensor, int):  # others could write lines of the log
-            raise RunError(f"a step gave {type(loss).__name__} and {type(tokens).__name__}, not "
-                           "Tensor and int themselves; mend what the trainer's steps give")
+            raise RunError(
+                f"a step gave {type(loss).__name__} and {type(tokens).__name__}, not "
+                "Tensor and int themselves; mend what the trainer's steps give"
+            )
         report = torch.stack([loss, torch.full_like(loss, self.stop.signal > 0)])
         self.rt.average([report])
         self.step, self.tokens = self.step + 1, self.tokens + tokens
