@@ -71,6 +71,9 @@ class Checkout:
 def test_a_campaign_keeps_what_is_faster_and_runs_nothing_twice(tmp_path):
     checkout = Checkout(tmp_path)
     assert "is no campaign" in checkout.run("list")[1]
+    for words, said in ((["--turns", -1], "at least 0"), (["--seed", 3], "leave it out")):
+        code, out = checkout.run("begin", *words)
+        assert code == 2 and said in out and not checkout.campaign.exists()
     assert checkout.run("begin", "--turns", 0) == (0, "")
     for comment, ms, code in (("slow", 60, 1), ("fast", 40, 0), ("fast, again", 40, 0)):
         checkout.change(comment, ms)
@@ -91,6 +94,9 @@ def test_a_campaign_keeps_what_is_faster_and_runs_nothing_twice(tmp_path):
     code, said = checkout.run("confirm", "-n", 5)
     assert code == 0 and "VERDICT   B FASTER by" in said, said
     assert checkout.ledger() == [first, slow, fast]
+    (checkout.campaign / "001/idea.json").write_text("{")
+    code, said = checkout.run("list")
+    assert code == 2 and "001/idea.json is damaged" in said and said.count("\n") == 1
 
 
 def test_a_killed_campaign_goes_on_and_counts_no_pair_twice(tmp_path):

@@ -75,7 +75,7 @@ class Campaign:
     def __init__(self, folder: Path):
         """ToolError if the folder holds no campaign, or another process works on it."""
         if not (folder / "campaign.json").exists():
-            raise ToolError(f"{folder} is no campaign; to begin one: ideas.py begin {folder}")
+            raise ToolError(f"{folder} is no campaign; ./run.sh tools/ideas.py begin {folder}")
         lock_folder(folder)
         self.folder = folder
         self.rules = read_json(folder / "campaign.json")
@@ -102,7 +102,10 @@ class Campaign:
 
 
 def read_json(path: Path) -> dict:
-    return json.loads(path.read_text(encoding="utf-8"))
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ToolError(f"{path} is damaged: {error}; take it from a copy") from None
 
 
 def write_json(path: Path, fields: dict) -> None:
@@ -211,6 +214,8 @@ def begin(args, flags: list[str]) -> None:
     if (args.folder / "campaign.json").exists():
         raise ToolError(f"{args.folder} is a campaign already; name a new folder")
     texts = source_texts(ROOT, ENTRIES[0])
+    if faults := probe_faults(Attempt("first", args.folder / "000/B", texts, flags)):
+        raise ToolError(f"no campaign can begin with this checkout and these flags: {faults}")
     shutil.rmtree(args.folder / "000", ignore_errors=True)  # of a call that was interrupted
     sources.write_texts(texts, args.folder / "000/B/source")
     first = Idea(0, "the first best", code_of(texts), 0, "keep")
@@ -285,6 +290,8 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
         parser.error(f"{flags[0]}: `begin` settles the flags of all runs")
     if args.command == "test" and not args.message:
         parser.error("test needs -m MESSAGE: what the idea is")
+    if args.turns < 0 or args.n < 1 or not (args.most_s is None or args.most_s > 0):
+        parser.error("--turns must be at least 0, -n at least 1, --most_s above 0")
     require_own_flags(flags)
     return args, flags
 

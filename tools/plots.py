@@ -80,17 +80,17 @@ def plot_ladder(title: str, names: list[str], arms: list[Arm], path: Path) -> No
 
 
 def plot_ideas(ideas: list, judge: str, path: Path) -> None:
-    """What the kept ideas of a campaign add up to, by the number of ideas tried."""
+    """What the kept ideas of a campaign gained together, by the number of ideas tried."""
     figure = Figure(figsize=(8, 4), layout="constrained")
     ax = figure.subplots()
     steps = [idea.change if idea.decision == "keep" and idea.number else 0 for idea in ideas]
-    total = np.cumsum(steps if judge == "loss" else 100 * np.log1p(steps))
+    total = np.cumsum(steps) if judge == "loss" else 100 * np.cumprod(1 + np.array(steps))
     ax.step(range(len(ideas)), total, where="post", color="tab:blue")
     for idea, y in zip(ideas, total, strict=True):
         kept = idea.decision == "keep"
         ax.plot(idea.number, y, "o" if kept else "x", color="tab:blue" if kept else "grey")
-    unit = "loss, nats per token" if judge == "loss" else "log of the time, hundredths"
-    ax.set(xlabel="ideas tried (dots: kept)", ylabel=f"sum of the kept changes: {unit}")
+    figure_of = "loss of the best, minus the first's" if judge == "loss" else "time of the best, %"
+    ax.set(xlabel="ideas tried (dots: kept)", ylabel=figure_of)
     ax.xaxis.set_major_locator(MaxNLocator(integer=True))
     ax.grid(alpha=0.3)
     with whole(path) as part:

@@ -168,8 +168,8 @@ def parse() -> tuple[argparse.Namespace, list[str]]:
     processes = 1 if args.nproc_per_node is None else args.nproc_per_node
     if min(args.n, args.turns, processes - 1) < 0:
         parser.error("-n and --turns must be at least 0, --nproc_per_node at least 1")
-    if args.until_decided and (len(args.origins) != 2 or args.least < 0
-                               or not stats.MIN_RUNS <= args.most <= stats.MOST_LOOKS):  # fmt: skip
+    allowed = args.least >= 0 and stats.MIN_RUNS <= args.most <= stats.MOST_LOOKS
+    if args.until_decided and not (len(args.origins) == 2 and allowed):
         parser.error(f"--until-decided needs two attempts, --least at least 0, "
                      f"--most {stats.MIN_RUNS} to {stats.MOST_LOOKS}")  # fmt: skip
     if args.turns and (len(args.origins) != 2 or processes > 1):

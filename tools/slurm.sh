@@ -9,7 +9,7 @@
 #SBATCH --nodes=1 --ntasks-per-node=1 --gpus-per-node=8 --exclusive
 #SBATCH --time=60 --signal=USR1@180 --requeue
 set -euo pipefail
-logs=$PWD/logs/slurm_$SLURM_JOB_ID
+logs=$PWD/logs/slurm_${SLURM_JOB_ID:?is set in jobs alone; type: sbatch tools/slurm.sh}
 mkdir -p "$logs"
 export PET_NPROC_PER_NODE=${PET_NPROC_PER_NODE:-gpu}
 
