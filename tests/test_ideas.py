@@ -109,7 +109,8 @@ def test_a_killed_campaign_goes_on_and_counts_no_pair_twice(tmp_path):
         time.sleep(0.01)
     process.send_signal(signal.SIGSTOP)
     code, said = checkout.run("test", "-m", "beside")
-    assert code == 2 and "another race runs" in said
+    assert code == 2 and f"another race runs {checkout.campaign};" in said
+    assert [line["decision"] for line in checkout.ledger()] == ["keep", ""]
     process.kill()
     process.communicate()
     elsewhere = next(checkout.campaign.glob("001/B/logs/*_1000_*.host"))
@@ -133,6 +134,7 @@ def test_a_killed_campaign_goes_on_and_counts_no_pair_twice(tmp_path):
     ("time", {"time_sd": 0.05}, "", "may be noise"),
     ("loss", {"b_loss": 0.96, "b_seconds": 81}, "keep", "time +1."),
     ("loss", {}, "discard", "a gain of 0.002 is excluded"),
+    ("loss", {"b_loss": 0.985}, "discard", "a gain of 0.002 is excluded"),
     ("target", {"b_loss": 0.99}, "keep", "loss +0.01"),
     ("target", {"b_loss": 1.005}, "discard", "a run missed the target"),
     ("time", {"change": lambda run: run.result.update(status="diverged")}, "discard", "diverged"),

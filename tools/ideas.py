@@ -73,10 +73,9 @@ class Campaign:
     """A folder with campaign.json and a folder per idea: idea.json, and the attempts A and B."""
 
     def __init__(self, folder: Path):
-        """ToolError if the folder holds no campaign, or another process works on it."""
+        """ToolError if the folder holds no campaign."""
         if not (folder / "campaign.json").exists():
             raise ToolError(f"{folder} is no campaign; ./run.sh tools/ideas.py begin {folder}")
-        lock_folder(folder)
         self.folder = folder
         self.rules = read_json(folder / "campaign.json")
         self.ideas = [Idea(**read_json(path)) for path in sorted(folder.glob("[0-9]*/idea.json"))]
@@ -301,12 +300,11 @@ def main() -> int | None:
     if args.command == "begin":
         return begin(args, flags)
     campaign = Campaign(args.folder)
-    if args.command == "confirm":
-        return confirm(args, campaign, flags)
-    if args.command == "test":
-        return test(args, campaign)
-    report(campaign.ideas, args.json)
-    plot_ideas(campaign.ideas, campaign.rules["judge"], campaign.folder / "ideas.png")
+    if args.command == "list":
+        report(campaign.ideas, args.json)
+        return plot_ideas(campaign.ideas, campaign.rules["judge"], campaign.folder / "ideas.png")
+    lock_folder(campaign.folder)
+    return test(args, campaign) if args.command == "test" else confirm(args, campaign, flags)
 
 
 if __name__ == "__main__":
