@@ -72,10 +72,12 @@ class Idea:
 class Campaign:
     """A folder with campaign.json and a folder per idea: idea.json, and the attempts A and B."""
 
-    def __init__(self, folder: Path):
-        """ToolError if the folder holds no campaign."""
+    def __init__(self, folder: Path, to_change: bool):
+        """ToolError if the folder holds no campaign, or another process changes it."""
         if not (folder / "campaign.json").exists():
             raise ToolError(f"{folder} is no campaign; ./run.sh tools/ideas.py begin {folder}")
+        if to_change:
+            lock_folder(folder)
         self.folder = folder
         self.rules = read_json(folder / "campaign.json")
         self.ideas = [Idea(**read_json(path)) for path in sorted(folder.glob("[0-9]*/idea.json"))]
@@ -299,11 +301,10 @@ def main() -> int | None:
     args, flags = parse()
     if args.command == "begin":
         return begin(args, flags)
-    campaign = Campaign(args.folder)
+    campaign = Campaign(args.folder, to_change=args.command != "list")
     if args.command == "list":
         report(campaign.ideas, args.json)
         return plot_ideas(campaign.ideas, campaign.rules["judge"], campaign.folder / "ideas.png")
-    lock_folder(campaign.folder)
     return test(args, campaign) if args.command == "test" else confirm(args, campaign, flags)
 
 
