@@ -18,7 +18,7 @@ from tools.cli import ToolError
 MUON = ROOT / "records/embedded/2026-11-22_Muon"
 ROOT_HARNESS = ROOT / "records/embedded/2026-11-26_EarlyCopying_1.34"  # its referee is harness.py
 # Flags that it lacks, or has in another form.
-YOUNGER = ("--layers", "--value_layers", "--mix_", "--bigram_in_layers")
+YOUNGER = ("--layers", "--value_layers", "--mix_", "--bigram_in_layers", "--shift_taps")
 HIDDEN = "self.hidden(inputs_BT, per_step).flatten(0, 1)"
 LOGITS = "            yield self.logits(x_ND)\n"
 

@@ -97,8 +97,8 @@ def test_a_requeued_job_ends_with_the_losses_of_an_undisturbed_run(slurm, shards
         shutil.copy(ROOT / name, folder)
     shutil.copytree(ROOT / "referee", folder / "referee")
     shutil.copytree(ROOT / "data", folder / "data", ignore=shutil.ignore_patterns("*.bin"))
-    source, step = (ROOT / "train_gpt.py").read_text(), "loss = self.update(run.step"
-    slow = f'time.sleep(0.5 * Path("{folder}/slow").exists()); {step}'
+    source, step = (ROOT / "train_gpt.py").read_text(), "self.update(step, batches)"
+    slow = f'time.sleep(0.5 * Path("{folder}/slow").exists()) or {step}'
     assert step in source
     (folder / "train_gpt.py").write_text(source.replace(step, slow))
     (folder / "slow").touch()
