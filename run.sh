@@ -111,7 +111,7 @@ get_data() { # get_data TASK: its shards, unless they are there; its scripts say
         [ -e "$root/data/embedded/embedded_train.bin" ] && [ -e "$root/data/embedded/embedded_val.bin" ] ||
             "$python" "$root/data/embedded.py" >&2
         ;;
-    fineweb) set_up_tools && "$python" "$root/data/cached_fineweb10B.py" 9 >&2 ;;
+    fineweb | fineweb_8min) set_up_tools && "$python" "$root/data/cached_fineweb10B.py" 9 >&2 ;;
     fineweb_medium) set_up_tools && "$python" "$root/data/cached_fineweb10B.py" 44 >&2 ;;
     wikitext103) # manifest.json is written last
         [ -e "$root/data/wikitext103/manifest.json" ] ||

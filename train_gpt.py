@@ -168,6 +168,7 @@ def parse_layers(hp: Hyperparameters) -> list[Layer]:
 
 TRACKS = {  # what differs from the defaults, which are fineweb's
     "fineweb": Hyperparameters(),
+    "fineweb_8min": Hyperparameters(task="fineweb_8min", num_steps=950),
     "fineweb_medium": Hyperparameters(
         task="fineweb_medium",
         num_steps=5960, batch_tokens=(524_288,), document_cap=(2048,), val_every=250,

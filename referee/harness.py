@@ -204,7 +204,7 @@ class Run:
         trainer = make_trainer(copy.deepcopy(self.settings), copy.copy(self.rt))
         self.flops_per_token = trainer.flops_per_token
         self.micro_batch_seqs = trainer.micro_batch_seqs
-        self.log.line(f"trainer: {' '.join(trainer.description.split())}")
+        self.log.line(f"trainer: {' '.join(str.split(trainer.description))}")
         return trainer
 
     def config(self) -> dict:
